@@ -1,0 +1,232 @@
+"""Settings of every stage, typed and checked, read from params.yaml.
+
+One model a stage, named as the stage is. A bad value is an InputError that names the setting, the
+value and the limit. Nothing here touches data or models.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reptile.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Ways = Annotated[int, Field(ge=2, le=1000)]
+
+BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
+
+
+class Section(BaseModel):
+    """Base of all settings: immutable, and unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PrepareSettings(Section):
+    """From a source of images to one prepared dataset with fixed splits."""
+
+    source: str = "data/glyphs.zip"
+    """A folder or zip of class folders, or `glyphs` or `digits`."""
+    cross_domain: tuple[str, ...] = ("digits",)
+    """Further sources, prepared to the same image shape and used for testing only."""
+    image_size: Annotated[int, Field(ge=1, le=512)] = 28
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    held_out: Literal["groups", "classes"] = "groups"
+    """What validation and test hold out: whole groups (alphabets), or single classes."""
+    validation: Fraction = 0.1
+    test: Fraction = 0.2
+    split_seed: Seed = 0
+    rotations: bool = True
+    """Turn each training class by 90, 180 and 270 degrees into three more classes."""
+    images_per_class: Positive = 20
+    """The least number of images a class must have: shots + queries, or the train-shots."""
+
+    @model_validator(mode="after")
+    def _training_classes_remain(self) -> "PrepareSettings":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation + test = {self.validation + self.test:g}: must be below 1, "
+                "or nothing is left to train on"
+            )
+        return self
+
+
+class ModelSettings(Section):
+    """The network whose initialisation is learnt."""
+
+    name: Literal["conv4", "mlp"] = "conv4"
+    filters: Annotated[int, Field(ge=1, le=1024)] = 64
+    """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet)."""
+    downsampling: Literal["stride", "pool"] = "stride"
+    """conv4: stride-2 convolutions (Omniglot), or max-pooling (mini-ImageNet)."""
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 64
+    """mlp: width of the hidden layer."""
+
+
+class OptimizerSettings(Section):
+    """The optimiser of the inner loop, in training and at test time alike."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Every weight is multiplied by this before each inner step; 1 is off."""
+    state: Literal["sequential", "parallel", "reset"] = "sequential"
+    """What becomes of Adam's second moment and step count from task to task in training."""
+
+
+class TrainSettings(Section):
+    """Meta-training: Reptile or FOMAML."""
+
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "eager", "native"] = "auto"
+    model: ModelSettings = ModelSettings()
+    algorithm: Literal["reptile", "fomaml"] = "reptile"
+    tail_shots: Annotated[int, Field(ge=0)] = 0
+    """fomaml: images of each class kept for the last inner step; 0 keeps none apart."""
+    ways: Ways = 5
+    train_shots: Positive = 10
+    optimizer: OptimizerSettings = OptimizerSettings()
+    inner_steps: Positive = 5
+    inner_batch: Positive = 10
+    replacement: bool = False
+    meta_batch: Positive = 5
+    meta_iterations: Positive = 2000
+    meta_step: Rate = 1.0
+    meta_step_final: Annotated[float, Field(ge=0, le=100)] = 0.0
+    checkpoint_every: Positive = 200
+    """Meta-iterations between checkpoints; each is validated and is a point of the curve."""
+    validation_tasks: Positive = 50
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        size = self.ways * self.train_shots
+        if self.replacement and self.inner_batch > size:
+            raise ValueError(
+                f"inner_batch = {self.inner_batch} with replacement: a task has only "
+                f"ways x train_shots = {size} images"
+            )
+        if self.tail_shots and self.algorithm != "fomaml":
+            raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")
+        if self.tail_shots >= self.train_shots:
+            raise ValueError(
+                f"tail_shots = {self.tail_shots}: must be below train_shots = {self.train_shots}"
+            )
+        if self.tail_shots and self.inner_steps < 2:
+            raise ValueError("inner_steps = 1: a tail needs at least one step before it")
+        return self
+
+
+class EvaluateSettings(Section):
+    """Few-shot evaluation on held-out classes and on cross-domain sources."""
+
+    seed: Seed = 1
+    tasks: Annotated[int, Field(ge=2)] = 600
+    shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
+    queries: Positive = 1
+    """Query images a class; the reference uses one."""
+    steps: Annotated[int, Field(ge=0, le=1000)] = 50
+    batch: Positive = 5
+
+
+class GateSettings(Section):
+    """What a checkpoint must reach in its evaluation before it may be exported."""
+
+    shots: Positive = 1
+    mode: BatchNormMode = "transductive"
+    accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The least mean accuracy on the held-out split."""
+    above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """The least difference from the random initialisation adapted in the same way."""
+
+
+class ExportSettings(Section):
+    """From a checkpoint to the ONNX bundle."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = "reptile"
+    gate: GateSettings = GateSettings()
+    max_steps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    max_support: Annotated[int, Field(ge=1, le=100_000)] = 1000
+
+
+class VerifySettings(Section):
+    """Parity and conformance of a bundle against eager PyTorch."""
+
+    seed: Seed = 2
+    episodes: Annotated[int, Field(ge=2)] = 600
+    shots: Positive = 1
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
+
+
+class Settings(Section):
+    """All stages, as params.yaml holds them."""
+
+    prepare: PrepareSettings = PrepareSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    export: ExportSettings = ExportSettings()
+    verify: VerifySettings = VerifySettings()
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read params.yaml and apply overrides such as `train.meta_iterations=500`.
+
+    Raises:
+        InputError: no such file, no valid YAML, or a setting that is unknown or out of range.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name one with --params") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{path}: {line}" for line in describe(error))) from None
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One line a problem: where it is, the value, and what is wrong with it."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: no such setting")
+        elif problem["type"] == "value_error":
+            lines.append(f"{where}: {message}")
+        else:
+            lines.append(f"{where} = {problem['input']!r}: {message}")
+    return lines
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: write it as stage.setting=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override}: {key} has no settings below it")
+    values[keys[-1]] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
