@@ -1,0 +1,140 @@
+"""The prepared dataset: one memory-mapped array of images, and the table of its classes.
+
+What every later stage reads. How it is made is `prepare`'s business.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reptile.config import describe
+from reptile.errors import InputError
+from reptile.minibatches import IntArray
+
+UInt8Array = npt.NDArray[np.uint8]
+Split = Literal["train", "validation", "test"]
+
+IMAGES_FILE = "images.npy"
+INDEX_FILE = "dataset.json"
+CROSS_DOMAIN_FOLDER = "cross_domain"
+
+
+class ClassRange(NamedTuple):
+    """Where the images of some classes lie: rows start[k] to start[k] + count[k]."""
+
+    start: IntArray  # [K]
+    count: IntArray  # [K]
+
+
+class PreparedClass(BaseModel):
+    """One class: its name, its group (`""` where there are none), its split and its rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    group: str
+    split: Split
+    rotation: Literal[0, 90, 180, 270]
+    start: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=1)]
+
+
+class DatasetIndex(BaseModel):
+    """What dataset.json says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: tuple[PreparedClass, ...]
+    content_sha256: str
+    splits_sha256: str
+    settings: dict[str, object]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared dataset in use."""
+
+    images: UInt8Array  # [N, C, H, W], memory-mapped, read-only
+    index: DatasetIndex
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, from its source."""
+        return self.index.name
+
+    @property
+    def classes(self) -> tuple[PreparedClass, ...]:
+        """All classes, in the order of their rows."""
+        return self.index.classes
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of the pixels and of the class table."""
+        return self.index.content_sha256
+
+    @property
+    def splits_sha256(self) -> str:
+        """Hash of which class is in which split."""
+        return self.index.splits_sha256
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.index.image_shape
+
+    def split(self, name: Split) -> ClassRange:
+        """Return the rows of the classes of one split."""
+        rows = [(c.start, c.count) for c in self.classes if c.split == name]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        return ClassRange(table[:, 0], table[:, 1])
+
+
+def load_prepared(folder: Path) -> PreparedData:
+    """Open a prepared dataset without reading its images into memory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    again = "run `reptile prepare` again"
+    try:
+        values = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        index = DatasetIndex.model_validate(values)
+        images = np.load(folder / IMAGES_FILE, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file; run `reptile prepare` first") from None
+    except ValidationError as error:
+        raise InputError(f"{folder / INDEX_FILE}: {describe(error)[0]}; {again}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: damaged ({error}); {again}") from None
+    if images.dtype != np.uint8 or images.shape[1:] != index.image_shape:
+        raise InputError(
+            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected uint8 of "
+            f"shape (N, {', '.join(map(str, index.image_shape))}); {again}"
+        )
+    end = 0
+    for entry in index.classes:
+        if entry.start != end:
+            raise InputError(f"{folder / INDEX_FILE}: class {entry.name} is out of place; {again}")
+        end += entry.count
+    if end != len(images):
+        raise InputError(
+            f"{folder / IMAGES_FILE}: {len(images)} images, the classes have {end}; {again}"
+        )
+    return PreparedData(images, index)
+
+
+def load_cross_domain(folder: Path) -> dict[str, PreparedData]:
+    """Open the cross-domain datasets that were prepared with `folder`, by name."""
+    root = folder / CROSS_DOMAIN_FOLDER
+    if not root.is_dir():
+        return {}
+    loaded = (load_prepared(path) for path in sorted(root.iterdir()) if path.is_dir())
+    return {data.name: data for data in loaded}

@@ -1,0 +1,117 @@
+"""Adapting to a batch of tasks: the interface, and the plain eager engine.
+
+Nothing else in the library knows which engine runs. The eager engine is the readable form and the
+oracle of every other one; it runs on any device torch has.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reptile.config import OptimizerSettings
+from reptile.data.prepared import IntArray, UInt8Array
+from reptile.episodes import Task
+from reptile.learn.inner import InnerState, decay, update
+from reptile.models import Model, to_unit, unflatten
+
+
+class Adapted(NamedTuple):
+    """What the inner loop made of T tasks, in K steps each."""
+
+    weights: Tensor  # [T, P]
+    state: InnerState  # second moment [T, P]; the step count is the same for all
+    losses: Tensor  # [T, K], each before its step
+
+
+class Engine(Protocol):
+    """Runs inner loops on images held by the engine."""
+
+    @property
+    def model(self) -> Model:
+        """The network."""
+
+    @property
+    def name(self) -> str:
+        """What runs, in a few words for people."""
+
+    def images(self, rows: IntArray) -> Tensor:
+        """Gather prepared images [B] as network input [B, C, H, W] in 0..1."""
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """Adapt to each task by one inner step for each of its mini-batches.
+
+        Args:
+            weights: where to start: [P] for all tasks, or [T, P].
+            state: the optimiser's state at the start; its second moment is shaped as `weights`.
+            tasks: T tasks of equally many mini-batches.
+        """
+
+
+class EagerEngine:
+    """One task after another, one torch operation after another."""
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: OptimizerSettings,
+        pixels: UInt8Array,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.name = f"eager on {device}"
+        self._pixels = pixels
+
+    def images(self, rows: IntArray) -> Tensor:
+        """See `Engine.images`."""
+        return to_unit(torch.from_numpy(np.asarray(self._pixels[rows])).to(self.device))
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt`."""
+        shape = (len(tasks), weights.shape[-1])
+        starts, moments = weights.expand(shape), state.second_moment.expand(shape)
+        results = [
+            self._adapt_one(start, InnerState(moment, state.step), task)
+            for start, moment, task in zip(starts, moments, tasks, strict=True)
+        ]
+        return Adapted(
+            torch.stack([weights for weights, _, _ in results]),
+            InnerState(
+                torch.stack([state.second_moment for _, state, _ in results]),
+                results[0][1].step,
+            ),
+            torch.stack([losses for _, _, losses in results]),
+        )
+
+    def _adapt_one(
+        self, weights: Tensor, state: InnerState, task: Task
+    ) -> tuple[Tensor, InnerState, Tensor]:
+        images = self.images(task.support).to(weights.dtype)
+        labels = torch.from_numpy(task.support_labels).to(self.device)
+        losses = [weights.new_empty(0)]
+        for positions in task.batches:
+            batch = torch.from_numpy(positions).to(self.device)
+            weights = decay(weights, self.optimizer).detach().requires_grad_()
+            logits = self.model.logits(unflatten(self.model, weights), images[batch])
+            loss = F.cross_entropy(logits, labels[batch])
+            (gradient,) = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                weights, state = update(weights, gradient, state, self.optimizer)
+            losses.append(loss.detach()[None])
+        return weights.detach(), state, torch.cat(losses)
+
+
+def make_engine(
+    kind: str,
+    model: Model,
+    optimizer: OptimizerSettings,
+    pixels: UInt8Array,
+    device: torch.device,
+) -> Engine:
+    """Return the engine that the settings name; `auto` takes the fastest that runs here."""
+    return EagerEngine(model, optimizer, pixels, device)

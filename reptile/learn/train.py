@@ -1,0 +1,187 @@
+"""Meta-training: the loop, its checkpoints, and resuming.
+
+The loop is meant to be read beside the paper's algorithm box. What one meta-step does is in
+`meta`; how it is shown to a person is the caller's business.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from reptile.config import TrainSettings
+from reptile.data.prepared import PreparedData
+from reptile.episodes import (
+    FewShotProtocol,
+    Purpose,
+    Task,
+    check_classes,
+    random_stream,
+    test_task,
+    training_task,
+)
+from reptile.errors import InputError
+from reptile.learn.checkpoint import (
+    Checkpoint,
+    CheckpointInfo,
+    CurvePoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from reptile.learn.engine import make_engine
+from reptile.learn.inner import InnerState, fresh_state
+from reptile.learn.meta import MetaState, meta_step, step_size
+from reptile.learn.predict import accuracy
+from reptile.models import build_model, initialise
+from reptile.provenance import code_sha256, settings_sha256, versions
+
+VALIDATION_STEPS = 50  # the paper's eval_iters, on batches of 5
+VALIDATION_BATCH = 5
+
+
+class Progress(NamedTuple):
+    """Where training is, told after each meta-iteration."""
+
+    iteration: int  # meta-iterations done
+    of: int
+    engine: str
+    curve: tuple[CurvePoint, ...]
+
+
+def train(
+    settings: TrainSettings,
+    data: PreparedData,
+    work: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Checkpoint:
+    """Meta-train an initialisation.
+
+    Args:
+        settings: the algorithm and all its numbers.
+        data: a prepared dataset; its training split makes tasks, its validation split the curve.
+        work: folder for unfinished runs. Each run has a folder of its own in it, named after its
+            settings, data, code and packages; the latest checkpoint there is always whole.
+        resume: go on from this run's latest checkpoint, if there is one; on the CPU the result is
+            bit for bit that of an uninterrupted run.
+        on_progress: called after each meta-iteration.
+
+    Raises:
+        InputError: the data cannot make the tasks, or the loss is no longer finite.
+    """
+    classes = data.split("train")
+    check_classes(classes, settings.ways, settings.train_shots, "training split")
+    validation = _validation_tasks(settings, data)
+    start = _start(settings, data)
+    run = run_folder(work, start.info)
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    kept = _kept(run)
+    model, state, info = load_checkpoint(kept[-1]) if kept else start
+
+    device = choose_device(settings.device)
+    state = _to(state, device)
+    engine = make_engine(settings.engine, model, settings.optimizer, data.images, device)
+    losses: list[float] = []
+    for iteration in range(info.iteration, settings.meta_iterations):
+        tasks = [
+            training_task(classes, settings, iteration, number)
+            for number in range(settings.meta_batch)
+        ]
+        epsilon = step_size(settings, iteration)
+        state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
+        if not (task_losses.isfinite().all() and state.weights.isfinite().all()):
+            raise InputError(_diverged(settings, iteration, run))
+        losses.append(float(task_losses[:, -1].mean()))
+
+        info = info.model_copy(update={"iteration": iteration + 1})
+        if (iteration + 1) % settings.checkpoint_every == 0 or (
+            iteration + 1 == settings.meta_iterations
+        ):
+            point = CurvePoint(
+                iteration=iteration + 1,
+                loss=sum(losses) / len(losses),
+                accuracy=accuracy(engine, state, validation, "transductive"),
+            )
+            losses = []
+            info = info.model_copy(update={"curve": (*info.curve, point)})
+            _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
+        on_progress(Progress(iteration + 1, settings.meta_iterations, engine.name, info.curve))
+    return Checkpoint(model, _to(state, torch.device("cpu")), info)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that the settings name; `auto` is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def run_folder(work: Path, info: CheckpointInfo) -> Path:
+    """Return the folder in `work` that belongs to a run, whatever progress it has made."""
+    identity = info.model_dump(mode="json", exclude={"iteration", "curve"})
+    return work / settings_sha256(identity)[:16]
+
+
+def _start(settings: TrainSettings, data: PreparedData) -> Checkpoint:
+    model = build_model(settings.model, settings.ways, data.image_shape)
+    weights = initialise(model, settings.seed)
+    info = CheckpointInfo(
+        iteration=0,
+        settings=settings,
+        image_shape=data.image_shape,
+        dataset=data.name,
+        data_sha256=data.content_sha256,
+        splits_sha256=data.splits_sha256,
+        code_sha256=code_sha256(),
+        versions=versions("torch", "numpy"),
+    )
+    return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
+
+
+def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
+    classes = data.split("validation")
+    protocol = FewShotProtocol(settings.ways, 1, 1, VALIDATION_STEPS, VALIDATION_BATCH)
+    check_classes(classes, protocol.ways, protocol.shots + protocol.queries, "validation split")
+    return [
+        test_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
+        for number in range(settings.validation_tasks)
+    ]
+
+
+def _keep(run: Path, checkpoint: Checkpoint) -> None:
+    """Save a checkpoint under its own name, then drop the older ones."""
+    name = f"iteration-{checkpoint.info.iteration:08d}"
+    save_checkpoint(run / name, checkpoint)
+    for folder in _kept(run):
+        if folder.name != name:
+            shutil.rmtree(folder)
+
+
+def _kept(run: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    if not run.is_dir():
+        return []
+    return sorted(path for path in run.iterdir() if re.fullmatch(r"iteration-\d{8}", path.name))
+
+
+def _to(state: MetaState, device: torch.device) -> MetaState:
+    weights, inner = state
+    moved = InnerState(inner.second_moment.to(device), inner.step)
+    return MetaState(weights.to(device), moved)
+
+
+def _diverged(settings: TrainSettings, iteration: int, run: Path) -> str:
+    kept = _kept(run)
+    saved = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was due before"
+    return (
+        f"the loss is no longer finite in meta-iteration {iteration + 1}; {saved}. "
+        f"Lower train.optimizer.learning_rate (now {settings.optimizer.learning_rate:g}) "
+        f"or train.meta_step (now {settings.meta_step:g})"
+    )

@@ -1,0 +1,222 @@
+"""The networks, as pure functions of (weights, images).
+
+All weights of a network travel as one flat vector [P], so that a meta-step, an optimiser and a
+merge of states are each one line of arithmetic; `unflatten` gives them their names and shapes.
+Nothing here knows about tasks or learning.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reptile.config import ModelSettings
+from reptile.errors import InputError
+
+Params = Mapping[str, Tensor]
+
+BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, with which the paper's numbers were made
+CONV_LAYERS = 4
+
+
+class LayerStatistics(NamedTuple):
+    """Mean [F] and biased variance [F] of one batch norm's input."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+Statistics = tuple[LayerStatistics, ...]
+
+
+class Model(Protocol):
+    """What every network offers; both models below do."""
+
+    @property
+    def ways(self) -> int:
+        """Number of outputs."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an input."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The settings the network was built from."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of the weights, in the order they have in the flat vector."""
+
+    def logits(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """Map images [B, C, H, W] in 0..1 to logits [B, ways].
+
+        Batch norm uses the batch's own statistics, or `statistics` where given.
+        """
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """Return what each batch norm measures on this batch; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four 3x3 convolutions with batch norm and ReLU, and a linear head.
+
+    `stride`: convolutions of stride 2 (the paper's Omniglot network). `pool`: max-pooling between
+    batch norm and ReLU (its mini-ImageNet network). Padding is TensorFlow's SAME, as in the
+    reference. The convolutions have no bias: batch norm would cancel it, and Adam with beta1 = 0
+    would turn the rounding noise of its zero gradient into full steps.
+    """
+
+    ways: int
+    image_shape: tuple[int, int, int]
+    settings: ModelSettings
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """conv1.weight [F, C, 3, 3], norm1.weight [F], norm1.bias [F], …, head.bias [ways]."""
+        filters = self.settings.filters
+        channels, height, width = self.image_shape
+        shapes: dict[str, torch.Size] = {}
+        for layer in range(1, CONV_LAYERS + 1):
+            shapes[f"conv{layer}.weight"] = torch.Size((filters, channels, 3, 3))
+            shapes[f"norm{layer}.weight"] = torch.Size((filters,))
+            shapes[f"norm{layer}.bias"] = torch.Size((filters,))
+            channels, height, width = filters, math.ceil(height / 2), math.ceil(width / 2)
+        shapes["head.weight"] = torch.Size((self.ways, filters * height * width))
+        shapes["head.bias"] = torch.Size((self.ways,))
+        return shapes
+
+    def logits(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.logits`."""
+        x = images
+        for layer in range(1, CONV_LAYERS + 1):
+            x = self._convolve(params, x, layer)
+            mean, variance = statistics[layer - 1] if statistics else (None, None)
+            x = self._normalise(params, x, layer, mean, variance)
+        return F.linear(x.flatten(1), params["head.weight"], params["head.bias"])
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """See `Model.statistics`: one entry a layer."""
+        x, found = images, []
+        for layer in range(1, CONV_LAYERS + 1):
+            x = self._convolve(params, x, layer)
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            found.append(LayerStatistics(mean, variance))
+            x = self._normalise(params, x, layer, mean, variance)
+        return tuple(found)
+
+    def _convolve(self, params: Params, x: Tensor, layer: int) -> Tensor:
+        weight = params[f"conv{layer}.weight"]
+        if self.settings.downsampling == "pool":
+            return F.conv2d(x, weight, padding=1)
+        # SAME padding at stride 2 puts an odd total on the far side: (0, 1) for even sizes.
+        left, top = x.shape[-1] % 2, x.shape[-2] % 2
+        return F.conv2d(F.pad(x, (left, 1, top, 1)), weight, stride=2)
+
+    def _normalise(
+        self, params: Params, x: Tensor, layer: int, mean: Tensor | None, variance: Tensor | None
+    ) -> Tensor:
+        # Not F.batch_norm: that refuses a single value a channel (one tiny image), where the
+        # reference's batch norm gives the bias.
+        scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+        training = mean is None
+        x = torch.batch_norm(
+            x, scale, shift, mean, variance, training, 0.0, BATCH_NORM_EPSILON, False
+        )
+        if self.settings.downsampling == "pool":
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+        return F.relu(x)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The article's network: pixels → hidden → ReLU → ways."""
+
+    ways: int
+    image_shape: tuple[int, int, int]
+    settings: ModelSettings
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """hidden.weight [hidden, C·H·W], hidden.bias, head.weight [ways, hidden], head.bias."""
+        hidden = self.settings.hidden
+        return {
+            "hidden.weight": torch.Size((hidden, math.prod(self.image_shape))),
+            "hidden.bias": torch.Size((hidden,)),
+            "head.weight": torch.Size((self.ways, hidden)),
+            "head.bias": torch.Size((self.ways,)),
+        }
+
+    def logits(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.logits`; there is no batch norm."""
+        x = F.relu(F.linear(images.flatten(1), params["hidden.weight"], params["hidden.bias"]))
+        return F.linear(x, params["head.weight"], params["head.bias"])
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """See `Model.statistics`: none."""
+        return ()
+
+
+def build_model(settings: ModelSettings, ways: int, image_shape: tuple[int, int, int]) -> Model:
+    """Build the network that `settings` names for images of shape (C, H, W)."""
+    if settings.name == "mlp":
+        return MLP(ways, image_shape, settings)
+    if min(image_shape[1:]) < 2:
+        raise InputError(f"conv4 needs images of at least 2x2 pixels, not {image_shape[1:]}")
+    return Conv4(ways, image_shape, settings)
+
+
+def size(model: Model) -> int:
+    """Return P, the number of weights."""
+    return sum(shape.numel() for shape in model.shapes.values())
+
+
+def unflatten(model: Model, weights: Tensor) -> dict[str, Tensor]:
+    """Name the parts of a flat vector [..., P] as views [..., *shape]."""
+    parts = weights.split([shape.numel() for shape in model.shapes.values()], dim=-1)
+    lead = weights.shape[:-1]
+    return {
+        name: part.view(lead + shape)
+        for (name, shape), part in zip(model.shapes.items(), parts, strict=True)
+    }
+
+
+def flatten(model: Model, params: Params) -> Tensor:
+    """Join named weights into one flat vector [P], the inverse of `unflatten`."""
+    return torch.cat([params[name].reshape(-1) for name in model.shapes])
+
+
+def initialise(model: Model, seed: int) -> Tensor:
+    """Draw a random initialisation, float32 [P]: the reference's (TensorFlow's) defaults.
+
+    Glorot uniform weights, zero biases, unit scale in batch norm.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, shape in model.shapes.items():
+        if name.startswith("norm") and name.endswith("weight"):
+            params[name] = torch.ones(shape)
+        elif name.endswith("bias"):
+            params[name] = torch.zeros(shape)
+        else:
+            window = math.prod(shape[2:])
+            bound = math.sqrt(6 / ((shape[0] + shape[1]) * window))
+            params[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return flatten(model, params)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Scale pixels 0..255 to float32 in 0..1, the networks' input."""
+    return pixels.to(torch.float32) / 255
