@@ -1,0 +1,72 @@
+"""The bundle's self-check: known inputs through its graphs, compared with known outputs.
+
+Not a test of accuracy: it finds a machine or an ONNX Runtime that computes something else than
+the exporter did.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.errors import InputError
+from reptile.runtime.bundle import Bundle, parse_json
+
+_INDEX = "golden/golden.json"
+
+
+def check_golden(
+    bundle: Bundle, *, threads: int = 1, providers: Sequence[str] | None = None
+) -> float:
+    """Run every case of golden/golden.json and return the largest absolute deviation.
+
+    Raises:
+        InputError: files that cannot be used, or a deviation beyond a case's tolerance.
+    """
+    sessions: dict[str, Any] = {}
+    largest = 0.0
+    try:
+        cases = parse_json(bundle.read(_INDEX), _INDEX)["cases"]
+        if not cases:
+            raise InputError(f"{_INDEX} has no cases; export the bundle again")
+        for case in cases:
+            graph = case["graph"]
+            if graph not in sessions:
+                sessions[graph] = bundle.open(graph, threads=threads, providers=providers)
+            inputs = {name: _array(bundle, file) for name, file in case["inputs"].items()}
+            wanted = {name: _array(bundle, file) for name, file in case["outputs"].items()}
+            found = sessions[graph].run(list(wanted), inputs)
+            for (name, want), got in zip(wanted.items(), found, strict=True):
+                what = f"graph {graph!r}, output {name!r}"
+                largest = max(largest, _deviation(got, want, case["atol"], case["rtol"], what))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{_INDEX} cannot be used: {error!r}; export the bundle again") from error
+    return largest
+
+
+def _array(bundle: Bundle, file: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(np.load(io.BytesIO(bundle.read(f"golden/{file}")), allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise InputError(f"golden/{file} is not a .npy file: {error}") from error
+
+
+def _deviation(
+    got: npt.NDArray[Any], want: npt.NDArray[Any], atol: float, rtol: float, what: str
+) -> float:
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise InputError(
+            f"{what}: got {got.dtype} {got.shape}, expected {want.dtype} {want.shape}: "
+            "export the bundle again"
+        )
+    reference = want.astype(np.float64)
+    difference = np.abs(got.astype(np.float64) - reference)
+    if not (difference <= atol + rtol * np.abs(reference)).all():  # so that NaN fails too
+        raise InputError(
+            f"{what} deviates by {difference.max():.3g}, beyond atol {atol:g} + rtol {rtol:g}: "
+            "this machine or ONNX Runtime computes something else than the exporter; "
+            "try another onnxruntime version or provider"
+        )
+    return float(difference.max(initial=0.0))

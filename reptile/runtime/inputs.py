@@ -1,0 +1,138 @@
+"""What a caller may pass in, checked before a graph sees it: ONNX Runtime checks next to nothing.
+
+Not for files (see `bundle` and `saved`). Every refusal says what it got and the way out.
+"""
+
+import math
+import reprlib
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.errors import InputError
+
+MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
+
+
+def check_images(
+    images: npt.ArrayLike, shape: tuple[int, int, int], what: str = "images"
+) -> npt.NDArray[Any]:
+    """Return images as an array [N, C, H, W] of unsigned, signed or floating pixels in 0..255.
+
+    Args:
+        images: [N, C, H, W], or [N, H, W] where C is 1; any real number type.
+        shape: the bundle's (C, H, W).
+        what: what error messages call them.
+
+    Raises:
+        InputError: another shape, type or range, NaN, or floats that were scaled to 0..1.
+    """
+    try:
+        array = np.asarray(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} cannot be made into one array: {error}") from error
+    if shape[0] == 1 and array.shape[1:] == shape[1:]:
+        array = array[:, np.newaxis]
+    if array.ndim != 4 or array.shape[1:] != shape:
+        raise InputError(_wrong_shape(array.shape, shape, what))
+    if array.dtype.kind not in "uif":
+        hint = ": multiply masks by 255" if array.dtype.kind == "b" else ""
+        raise InputError(
+            f"{what} must be numbers such as uint8 or float32, got {array.dtype}{hint}"
+        )
+    if array.dtype != np.uint8 and array.size:
+        _check_range(array, what)
+    return array
+
+
+def _wrong_shape(got: tuple[int, ...], shape: tuple[int, int, int], what: str) -> str:
+    channels, *size = shape
+    expected = str(("N", *shape)).replace("'", "")
+    if channels == 1:
+        expected += f" or {('N', *size)}".replace("'", "")
+    hint = ""
+    if got[1:] == (*size, channels):
+        hint = ": channels come first here, pass images.transpose(0, 3, 1, 2)"
+    elif got == shape or (channels == 1 and got == tuple(size)):
+        hint = ": for a single image pass image[None]"
+    return f"{what} have shape {got}, expected {expected}{hint}"
+
+
+def _check_range(array: npt.NDArray[Any], what: str) -> None:
+    low, high = float(array.min()), float(array.max())  # NaN if any pixel is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{what} hold NaN or infinite pixels: pixels are finite, 0..255")
+    if low < 0 or high > 255:
+        raise InputError(
+            f"{what} hold pixels from {low:g} to {high:g}, expected 0..255: "
+            "pass them as in the image file, the graph normalises by itself"
+        )
+    if array.dtype.kind == "f" and 0 < high <= 1:
+        raise InputError(
+            f"{what} are floats of at most {high:g} and look scaled to 0..1, expected 0..255: "
+            "multiply by 255 (or pass uint8 if the images really are that dark)"
+        )
+
+
+def check_labels(
+    labels: Iterable[Hashable], images: int, ways: int
+) -> tuple[tuple[Hashable, ...], npt.NDArray[np.int64]]:
+    """Return the distinct names in order of first appearance, and each label's place among them.
+
+    Arrays and their scalars count as the Python values they hold.
+
+    Raises:
+        InputError: not one label an image, an unhashable or NaN label, fewer than two names or
+            more than the head has ways.
+    """
+    if isinstance(labels, str | bytes):
+        raise InputError(f"labels must be a list with one name an image, got {labels!r}")
+    try:
+        listed = [_plain(label) for label in _plain(labels)]
+        places = {name: i for i, name in enumerate(dict.fromkeys(listed))}
+    except TypeError as error:
+        raise InputError(
+            f"labels must be hashable names, one an image, not one-hot rows or lists: {error}"
+        ) from error
+    if len(listed) != images:
+        raise InputError(f"{images} images but {len(listed)} labels: give each image one label")
+    if any(name != name for name in places):  # only NaN differs from itself
+        raise InputError("a label is NaN: drop the unlabelled images")
+    if not 2 <= len(places) <= ways:
+        names = reprlib.repr(list(places))
+        way_out = (
+            "with one name there is nothing to tell apart, add images of another"
+            if len(places) < 2
+            else f"this bundle's head has {ways} ways, use fewer or a bundle with more"
+        )
+        raise InputError(f"labels have {len(places)} distinct names, {names}: {way_out}")
+    return tuple(places), np.array([places[name] for name in listed], dtype=np.int64)
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy and torch values into Python's; torch scalars would hash by identity."""
+    convert = getattr(value, "tolist", None)
+    return convert() if callable(convert) else value
+
+
+def check_integer(value: Any, what: str, low: int, high: int) -> int:
+    """Return `value` if it is an integer in low..high; a bool or float is an InputError."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{what} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise InputError(f"{what} must lie in {low}..{high}, got {value}")
+    return int(value)
+
+
+def check_learning_rate(value: Any) -> float:
+    """Return a finite number in (0, 100] that float32 can hold; else an InputError."""
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if isinstance(value, bool) or not number:
+        raise InputError(f"learning_rate must be a number, got {value!r}")
+    if not 0 < value <= MAX_LEARNING_RATE or not np.float32(value) > 0:
+        raise InputError(
+            f"learning_rate must be above 0 and at most {MAX_LEARNING_RATE:g}, got {value}"
+        )
+    return float(value)

@@ -1,0 +1,219 @@
+"""The two objects of the runtime: a bundle ready to adapt, and a task it was adapted to.
+
+Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
+"""
+
+import reprlib
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.errors import InputError
+from reptile.minibatches import mini_batches
+from reptile.runtime.bundle import Bundle, open_bundle
+from reptile.runtime.golden import check_golden
+from reptile.runtime.inputs import check_images, check_integer, check_labels, check_learning_rate
+from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
+
+_CHUNK = 256  # images a run: bounds memory; queries do not depend on one another
+
+
+class Prediction(NamedTuple):
+    """What `AdaptedModel.predict` says of N images."""
+
+    labels: list[Any]  # [N] the likeliest name of each image
+    probabilities: FloatArray  # [N, names] in the order of AdaptedModel.labels; rows sum to 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaptedModel:
+    """A bundle adapted to one task; made by `FewShotModel.adapt` or `load_adapted`.
+
+    Immutable; threads may share it.
+    """
+
+    bundle: Bundle
+    state: AdaptedState
+    _session: Any
+
+    def __repr__(self) -> str:
+        return f"AdaptedModel(labels={reprlib.repr(self.labels)})"
+
+    @property
+    def labels(self) -> list[Any]:
+        """The task's names, in the order of the columns of `Prediction.probabilities`."""
+        return list(self.state.labels)
+
+    @property
+    def losses(self) -> FloatArray:
+        """The loss of each inner step's mini-batch before that step, float32 [steps]."""
+        return self.state.losses
+
+    def predict(self, images: npt.ArrayLike) -> Prediction:
+        """Name each image; each answer depends on its own image only.
+
+        Args:
+            images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. N may
+                be any number, 0 included.
+
+        Raises:
+            InputError: images of another shape, type or range.
+        """
+        array = check_images(images, self.bundle.image_shape)
+        names = self.state.labels
+        probabilities = np.empty((len(array), len(names)), dtype=np.float32)
+        for start in range(0, len(array), _CHUNK):
+            chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
+            (logits,) = self._session.run(["logits"], {"images": chunk, **self.state.weights})
+            probabilities[start : start + _CHUNK] = _softmax(logits[:, : len(names)])
+        return Prediction([names[i] for i in probabilities.argmax(axis=1)], probabilities)
+
+    def save(self, path: str | Path) -> None:
+        """Write the adapted task to one file (safetensors format) for `load_adapted`.
+
+        Raises:
+            InputError: labels other than str, int, float and bool, or a path that cannot be
+                written.
+        """
+        write_adapted(Path(path), self.state, self.bundle)
+
+
+def _softmax(logits: FloatArray) -> FloatArray:
+    """Share out probability among the outputs in use; the head's spare ones never get any."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FewShotModel:
+    """A bundle opened in ONNX Runtime, ready to adapt to tasks; made by `FewShotModel.load`.
+
+    Immutable; threads may share it and adapt at the same time, as ONNX Runtime's sessions allow.
+    """
+
+    bundle: Bundle
+    _adapt: Any
+    _predict: Any
+    _options: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return (
+            f"FewShotModel({str(self.bundle.folder)!r}, "
+            f"ways={self.ways}, image_shape={self.image_shape})"
+        )
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, *, threads: int = 1, providers: Sequence[str] | None = None
+    ) -> "FewShotModel":
+        """Check every file of a bundle against its manifest and open it.
+
+        Args:
+            bundle: the folder that holds manifest.json.
+            threads: threads one call may use; calls from several threads each use as many.
+            providers: ONNX Runtime's execution providers by preference; None means CPU. Others
+                have not been verified on hardware.
+
+        Raises:
+            InputError: a damaged or unknown bundle, a provider that does not start, or no usable
+                ONNX Runtime.
+        """
+        opened = open_bundle(Path(bundle))
+        options: dict[str, Any] = {"threads": threads, "providers": providers}
+        return cls(
+            opened,
+            opened.open("adapt", **options),
+            opened.open("predict_adapted", **options),
+            options,
+        )
+
+    @property
+    def ways(self) -> int:
+        """The most names one task may have."""
+        return self.bundle.ways
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.bundle.image_shape
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The bundle's manifest.json as it stands."""
+        return self.bundle.manifest
+
+    def adapt(
+        self,
+        images: npt.ArrayLike,
+        labels: Iterable[Hashable],
+        *,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        seed: int = 0,
+    ) -> AdaptedModel:
+        """Learn a new task from a few labelled images, on mini-batches as the paper draws them.
+
+        The same arguments give the same result.
+
+        Args:
+            images: the support set, [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any
+                real type.
+            labels: a hashable name for each image; 2 to `ways` distinct names.
+            steps: inner steps; None takes the bundle's.
+            learning_rate: of the inner steps; None takes the bundle's.
+            seed: chooses the mini-batches.
+
+        Raises:
+            InputError: an argument that cannot be used, or an adaptation that diverged.
+        """
+        bundle = self.bundle
+        array = check_images(images, bundle.image_shape)
+        if not 1 <= len(array) <= bundle.max_support:
+            raise InputError(
+                f"the support set has {len(array)} images: "
+                f"this bundle adapts to 1..{bundle.max_support}"
+            )
+        names, targets = check_labels(labels, len(array), bundle.ways)
+        count = bundle.steps if steps is None else steps
+        count = check_integer(count, "steps", 0, bundle.max_steps)
+        rate = check_learning_rate(bundle.learning_rate if learning_rate is None else learning_rate)
+        rng = np.random.default_rng(check_integer(seed, "seed", 0, 2**63 - 1))
+        batch = min(bundle.batch, len(array))
+        feeds = {
+            "support_images": np.ascontiguousarray(array, dtype=np.float32),
+            "support_labels": targets,
+            "batches": mini_batches(rng, len(array), batch, count, bundle.replacement),
+            "learning_rate": np.array(rate, dtype=np.float32),
+        }
+        outputs = ["finite", "losses", *bundle.weights]
+        finite, losses, *weights = self._adapt.run(outputs, feeds)
+        if not finite:
+            raise InputError(
+                f"adaptation diverged: its numbers are no longer finite after {count} steps at "
+                f"learning rate {rate:g}; lower learning_rate (this bundle was made for "
+                f"{bundle.learning_rate:g}) or steps"
+            )
+        for array in (losses, *weights):
+            array.flags.writeable = False  # threads share them
+        state = AdaptedState(names, losses, dict(zip(bundle.weights, weights, strict=True)))
+        return AdaptedModel(bundle, state, self._predict)
+
+    def load_adapted(self, path: str | Path) -> AdaptedModel:
+        """Read a task that `AdaptedModel.save` wrote for this very bundle.
+
+        Raises:
+            InputError: a missing or damaged file, or one of another bundle.
+        """
+        return AdaptedModel(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
+
+    def check(self) -> float:
+        """Run the bundle's golden cases here and return the largest absolute deviation.
+
+        Raises:
+            InputError: a deviation beyond a case's tolerance, or golden files that cannot be used.
+        """
+        return check_golden(self.bundle, **self._options)
