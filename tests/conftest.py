@@ -1,11 +1,20 @@
 """Small synthetic data for all rooms: classes of noisy copies of a random pattern."""
 
+import os
 from pathlib import Path
 
-import numpy as np
-import pytest
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch, for these and for child processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more
 
-from reptile.data.prepared import DatasetIndex, PreparedClass, PreparedData
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from reptile.data.prepared import (  # noqa: E402
+    DatasetIndex,
+    PreparedClass,
+    PreparedData,
+    splits_digest,
+)
 
 
 def make_data(
@@ -38,7 +47,7 @@ def make_data(
         image_shape=shape,
         classes=tuple(table),
         content_sha256=f"{seed:064x}",
-        splits_sha256="0" * 64,
+        splits_sha256=splits_digest(table),
         settings={},
     )
     return PreparedData(np.concatenate(blocks), index)

@@ -3,13 +3,16 @@
 What every later stage reads. How it is made is `prepare`'s business.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reptile.config import describe
@@ -28,7 +31,7 @@ class ClassRange(NamedTuple):
     """Where the images of some classes lie: rows start[k] to start[k] + count[k]."""
 
     start: IntArray  # [K]
-    count: IntArray  # [K]
+    count: IntArray  # type: ignore[assignment]  # [K]; hides tuple.count, which nobody needs
 
 
 class PreparedClass(BaseModel):
@@ -97,6 +100,12 @@ class PreparedData:
         return ClassRange(table[:, 0], table[:, 1])
 
 
+def splits_digest(classes: Iterable[PreparedClass]) -> str:
+    """Hash which class, turned how, is in which split; 64 hexadecimal digits."""
+    table = [(c.name, c.split, c.rotation) for c in classes]
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
 def load_prepared(folder: Path) -> PreparedData:
     """Open a prepared dataset without reading its images into memory.
 
@@ -107,7 +116,7 @@ def load_prepared(folder: Path) -> PreparedData:
     try:
         values = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         index = DatasetIndex.model_validate(values)
-        images = np.load(folder / IMAGES_FILE, mmap_mode="r", allow_pickle=False)
+        images = open_memmap(folder / IMAGES_FILE, mode="r")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file; run `reptile prepare` first") from None
     except ValidationError as error:
@@ -128,6 +137,8 @@ def load_prepared(folder: Path) -> PreparedData:
         raise InputError(
             f"{folder / IMAGES_FILE}: {len(images)} images, the classes have {end}; {again}"
         )
+    if splits_digest(index.classes) != index.splits_sha256:
+        raise InputError(f"{folder / INDEX_FILE}: the splits were changed by hand; {again}")
     return PreparedData(images, index)
 
 
