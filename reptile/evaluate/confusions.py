@@ -1,0 +1,59 @@
+"""Which classes are taken for which: labels of tasks traced back to the classes behind them.
+
+A task's labels are a random map, so a confusion matrix over labels would say nothing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from reptile.data.prepared import PreparedClass, PreparedData
+from reptile.evaluate.measure import Measurement
+from reptile.minibatches import IntArray
+
+
+class Confusions(NamedTuple):
+    """What the meta-trained initialisation takes the queries of K classes for."""
+
+    classes: tuple[PreparedClass, ...]  # those of the test split
+    counts: IntArray  # [K, K] queries of class i taken for class j
+
+
+class HardClass(NamedTuple):
+    """A class, how often it was named correctly, and what it was most often taken for instead."""
+
+    entry: PreparedClass
+    right: int
+    asked: int
+    taken_for: PreparedClass
+    times: int
+
+
+def confusions(data: PreparedData, measurements: Sequence[Measurement]) -> Confusions:
+    """Count confusions of the frozen mode, in which each query is judged on its own."""
+    classes = tuple(entry for entry in data.classes if entry.split == "test")
+    starts = np.array([entry.start for entry in classes])
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    for measurement in measurements:
+        predictions = measurement.logits["trained", "frozen"].argmax(-1)
+        for task, predicted in zip(measurement.tasks, predictions, strict=True):
+            actual = np.searchsorted(starts, task.query, side="right") - 1
+            class_of = np.empty(task.query_labels.max() + 1, dtype=np.int64)
+            class_of[task.query_labels] = actual
+            np.add.at(counts, (actual, class_of[predicted]), 1)
+    return Confusions(classes, counts)
+
+
+def hardest(found: Confusions, limit: int) -> list[HardClass]:
+    """Return the classes with the smallest share of right answers, the hardest first."""
+    right, asked = found.counts.diagonal(), found.counts.sum(1)
+    wrong = found.counts - np.diag(right)
+    order = np.argsort(right / np.maximum(asked, 1), kind="stable")
+    return [
+        HardClass(
+            found.classes[i], int(right[i]), int(asked[i]), found.classes[j], int(wrong[i, j])
+        )
+        for i, j in zip(order, wrong[order].argmax(1), strict=True)
+        if wrong[i, j]
+    ][:limit]
