@@ -5,9 +5,9 @@ Not a place for other helpers: everything here concerns whole files or folders o
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +48,7 @@ def _replace_directory(new: Path, path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a file name beside `path` that replaces it in one step when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(path)

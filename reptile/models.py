@@ -58,7 +58,8 @@ class Model(Protocol):
     ) -> Tensor:
         """Map images [B, C, H, W] in 0..1 to logits [B, ways].
 
-        Batch norm uses the batch's own statistics, or `statistics` where given.
+        Batch norm uses the batch's own statistics, or `statistics` where given. Params with batch
+        norm folded into the convolutions (`export.fold`) hold biases instead, and skip it.
         """
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
@@ -101,8 +102,10 @@ class Conv4:
         x = images
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
-            mean, variance = statistics[layer - 1] if statistics else (None, None)
-            x = self._normalise(params, x, layer, mean, variance)
+            if f"norm{layer}.weight" in params:
+                mean, variance = statistics[layer - 1] if statistics else (None, None)
+                x = self._normalise(params, x, layer, mean, variance)
+            x = self._activate(x)
         return F.linear(x.flatten(1), params["head.weight"], params["head.bias"])
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
@@ -112,16 +115,16 @@ class Conv4:
             x = self._convolve(params, x, layer)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             found.append(LayerStatistics(mean, variance))
-            x = self._normalise(params, x, layer, mean, variance)
+            x = self._activate(self._normalise(params, x, layer, mean, variance))
         return tuple(found)
 
     def _convolve(self, params: Params, x: Tensor, layer: int) -> Tensor:
-        weight = params[f"conv{layer}.weight"]
+        weight, bias = params[f"conv{layer}.weight"], params.get(f"conv{layer}.bias")
         if self.settings.downsampling == "pool":
-            return F.conv2d(x, weight, padding=1)
+            return F.conv2d(x, weight, bias, padding=1)
         # SAME padding at stride 2 puts an odd total on the far side: (0, 1) for even sizes.
         left, top = x.shape[-1] % 2, x.shape[-2] % 2
-        return F.conv2d(F.pad(x, (left, 1, top, 1)), weight, stride=2)
+        return F.conv2d(F.pad(x, (left, 1, top, 1)), weight, bias, stride=2)
 
     def _normalise(
         self, params: Params, x: Tensor, layer: int, mean: Tensor | None, variance: Tensor | None
@@ -130,9 +133,11 @@ class Conv4:
         # reference's batch norm gives the bias.
         scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
         training = mean is None
-        x = torch.batch_norm(
+        return torch.batch_norm(
             x, scale, shift, mean, variance, training, 0.0, BATCH_NORM_EPSILON, False
         )
+
+    def _activate(self, x: Tensor) -> Tensor:
         if self.settings.downsampling == "pool":
             x = F.max_pool2d(x, 2, ceil_mode=True)
         return F.relu(x)
@@ -185,7 +190,7 @@ def size(model: Model) -> int:
 
 def unflatten(model: Model, weights: Tensor) -> dict[str, Tensor]:
     """Name the parts of a flat vector [..., P] as views [..., *shape]."""
-    parts = weights.split([shape.numel() for shape in model.shapes.values()], dim=-1)
+    parts = torch.split(weights, [shape.numel() for shape in model.shapes.values()], dim=-1)
     lead = weights.shape[:-1]
     return {
         name: part.view(lead + shape)

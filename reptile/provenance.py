@@ -16,7 +16,7 @@ def code_sha256() -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        if path.suffix in {".py", ".cpp", ".html"}:
+        if path.suffix in {".py", ".cpp", ".h", ".html"}:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()

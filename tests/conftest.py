@@ -6,10 +6,10 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch, for these and for child processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
-from reptile.data.prepared import (  # noqa: E402
+from reptile.data.prepared import (
     DatasetIndex,
     PreparedClass,
     PreparedData,

@@ -87,7 +87,8 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
     """Say for each class which split it belongs to.
 
     Groups (or classes) are ordered by a hash of `split_seed` and their name: the first part is
-    the test split, the next validation, the rest training. So a new group moves few others.
+    the test split, the next validation, the rest training; small sets hold out at least one for
+    each. So a new group moves few others.
 
     Raises:
         InputError: there are no groups, or too few for three splits.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,7 +12,9 @@ from reptile.config import BATCH_NORM_MODES
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Return the table of an evaluation's metrics: a row for each dataset, shots and mode."""
-    table = Table(title="few-shot accuracy, % ± 95 % interval", title_justify="left")
+    table = Table(
+        title="few-shot accuracy, % ± 95 % interval", title_justify="left", box=box.SIMPLE
+    )
     for heading in ("data", "shots", "batch norm"):
         table.add_column(heading)
     for heading in ("meta-trained", "random start", "nearest mean"):

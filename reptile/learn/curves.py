@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from dvclive import Live
+from dvclive.live import Live
 
 from reptile.learn.checkpoint import CurvePoint
 

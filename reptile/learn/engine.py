@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.config import OptimizerSettings
-from reptile.data.prepared import IntArray, UInt8Array
+from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
+from reptile.errors import InputError
 from reptile.learn.inner import InnerState, decay, update
+from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
 
 
@@ -113,5 +115,22 @@ def make_engine(
     pixels: UInt8Array,
     device: torch.device,
 ) -> Engine:
-    """Return the engine that the settings name; `auto` takes the fastest that runs here."""
-    return EagerEngine(model, optimizer, pixels, device)
+    """Return the engine that the settings name; `auto` takes the fastest that runs here.
+
+    Raises:
+        InputError: `native` is asked for, and it does not run on this device or machine.
+    """
+    if kind == "eager" or (kind == "auto" and device.type != "cpu"):
+        return EagerEngine(model, optimizer, pixels, device)
+    if device.type != "cpu":
+        raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
+    from reptile.learn.native import BuildError, NativeEngine  # it needs this module's Adapted
+
+    try:
+        return NativeEngine(model, optimizer, pixels)
+    except BuildError as error:
+        if kind == "native":
+            raise InputError(f"train.engine = native: {error}; or use auto") from None
+        eager = EagerEngine(model, optimizer, pixels, device)
+        eager.name += f" (several times slower than native: {error})"
+        return eager

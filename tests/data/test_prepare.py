@@ -196,13 +196,13 @@ BAD: dict[str, tuple[Callable[[Path], None], dict[str, object], str]] = {
     ),
     "few groups": (
         spoil_nothing,
-        {"validation": 0.05},
-        "5 groups make 4 for training, 0 for validation and 1 for test.*set held_out: classes",
+        {"validation": 0.45, "test": 0.54},
+        "5 groups make 0 for training, 2 for validation and 3 for test.*set held_out: classes",
     ),
     "few classes": (
         spoil_nothing,
-        {"validation": 0.01, "held_out": "classes"},
-        "10 classes make 8 for training, 0 for validation",
+        {"validation": 0.49, "test": 0.5, "held_out": "classes"},
+        "10 classes make 0 for training, 5 for validation",
     ),
     "no groups": (
         spoil_nothing,

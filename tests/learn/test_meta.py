@@ -8,13 +8,24 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
-from reptile.data.prepared import PreparedData
-from reptile.episodes import Task, training_task
-from reptile.learn.engine import EagerEngine
+from reptile.config import ModelSettings, TrainSettings
+from reptile.data.glyphs import draw_glyphs
+from reptile.data.prepared import ClassRange, PreparedData
+from reptile.episodes import (
+    FewShotProtocol,
+    Purpose,
+    Task,
+    random_stream,
+    test_task,
+    training_task,
+)
+from reptile.learn.engine import EagerEngine, make_engine
 from reptile.learn.inner import BETA2, EPSILON, InnerState, fresh_state, merge
 from reptile.learn.meta import MetaState, meta_step, step_size
+from reptile.learn.predict import accuracy
 from reptile.models import build_model, initialise, unflatten
+
+test_task.__test__ = False  # type: ignore[attr-defined]  # it samples a test task
 
 WARM = 1e-2  # a second moment far from zero: a cold first step is the gradient's sign
 
@@ -233,3 +244,28 @@ def test_reset_leaves_the_learnt_state_fresh(data: PreparedData) -> None:
 def test_meta_step_size_is_annealed_linearly() -> None:
     settings = settings_of(meta_step=1.0, meta_step_final=0.5, meta_iterations=10)
     assert [step_size(settings, i) for i in (0, 5, 10)] == [1.0, 0.75, 0.5]
+
+
+def test_meta_training_beats_its_random_start_on_unseen_alphabets() -> None:
+    pixels = draw_glyphs(alphabets=8, characters=10, hands=12).reshape(-1, 1, 28, 28)
+    start, count = np.arange(80) * 12, np.full(80, 12)
+    seen, unseen = ClassRange(start[:60], count[:60]), ClassRange(start[60:], count[60:])
+    settings = settings_of(
+        model=ModelSettings(filters=32),
+        ways=5,
+        train_shots=10,
+        inner_steps=5,
+        inner_batch=10,
+        meta_iterations=150,
+    )
+    model = build_model(settings.model, settings.ways, (1, 28, 28))
+    engine = make_engine("auto", model, settings.optimizer, pixels, torch.device("cpu"))
+    protocol = FewShotProtocol(ways=5, shots=1, queries=3, steps=20, batch=5)
+    tests = [test_task(random_stream(0, Purpose.EVALUATE, i), unseen, protocol) for i in range(80)]
+    theta = initialise(model, 0)
+    before = state = MetaState(theta, fresh_state(theta))
+    for iteration in range(settings.meta_iterations):
+        tasks = [training_task(seen, settings, iteration, n) for n in range(settings.meta_batch)]
+        state, _ = meta_step(engine, state, tasks, settings, step_size(settings, iteration))
+    gain = accuracy(engine, state, tests, "frozen") - accuracy(engine, before, tests, "frozen")
+    assert gain > 0.1

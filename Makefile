@@ -1,0 +1,49 @@
+# From a fresh clone, with Python 3.11+ and make: `make repro` runs the pipeline, `make test` the tests.
+PYTHON ?= python3
+# cpu or gpu: which ONNX Runtime to install; they exclude each other.
+ORT ?= cpu
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed-$(ORT)
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup repro test test-slow lint bench clean
+
+help:
+	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
+	@echo "make lint       run ruff and mypy"
+	@echo "make bench      time the engines side by side"
+	@echo "make clean      remove the environment and all artifacts"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"error: Python {v[0]}.{v[1]} is too old, 3.11 is needed: make PYTHON=python3.11")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),train,dvc,dev]'
+	touch $@
+
+repro: setup
+	dvc repro --pull
+	@reptile show
+
+test: setup
+	pytest -m "not slow"
+
+test-slow: setup
+	pytest
+
+lint: setup
+	ruff format --check .
+	ruff check .
+	mypy
+
+bench: setup
+	python -m benchmarks.engine
+
+clean:
+	rm -rf $(VENV) artifacts

@@ -1,0 +1,24 @@
+"""Entry point of the `reptile` command: the environment, then the command line."""
+
+import os
+import sys
+
+# Before torch is loaded: OpenMP threads that spin at a barrier slow everything down a hundredfold
+# when another process shares the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> None:
+    """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
+    try:
+        from reptile.cli import run
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the package {error.name} is missing; the command line needs "
+            "pip install 'reptile-fewshot[train,cpu]' (or [train,gpu] on a CUDA machine)"
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()

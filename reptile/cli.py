@@ -1,0 +1,282 @@
+"""The command line: one command a stage, each reading its section of params.yaml.
+
+It shows progress and results to a person; all work is done by `reptile.stages`.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from reptile.config import Settings, load_settings
+from reptile.errors import InputError
+
+if TYPE_CHECKING:
+    from reptile.learn.train import Progress as TrainingProgress
+    from reptile.stages import Counted
+
+app = typer.Typer(
+    help="Few-shot learning with Reptile: prepare, train, evaluate, export, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Make the datasets that can be made here.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+
+ParamsOption = Annotated[Path, typer.Option("--params", help="File of settings.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
+]
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", help="Folder that the stages read and write.")
+]
+PARAMS = Path("params.yaml")
+ARTIFACTS = Path("artifacts")
+
+
+@app.command()
+def prepare(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Make the prepared dataset: one array of images with its classes and splits.
+
+    Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
+    """
+    settings = _settings(params, changes)
+    from reptile import stages
+
+    folder = artifacts / "prepared"
+    with _counting("preparing") as count:
+        data = stages.prepare(settings.prepare, folder, count)
+    sizes = {split: len(data.split(split).start) for split in ("train", "validation", "test")}
+    console.print(
+        f"{data.name}: {len(data.images):,} images of {data.image_shape} in {folder}; classes: "
+        + ", ".join(f"{count} {split}" for split, count in sizes.items())
+    )
+
+
+@app.command()
+def train(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint of an interrupted run.")
+    ] = False,
+) -> None:
+    """Meta-train an initialisation on the prepared data.
+
+    Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
+    """
+    settings = _settings(params, changes)
+    from reptile import stages
+
+    folder = artifacts / "checkpoint"
+    with _training(settings) as observe:
+        result = stages.train(
+            settings.train,
+            artifacts / "prepared",
+            folder,
+            curves=artifacts / "curves",
+            work=artifacts / "training",
+            resume=resume,
+            on_progress=observe,
+        )
+    last = result.info.curve[-1]
+    console.print(f"validation accuracy {last.accuracy:.3f}, loss {last.loss:.3f}; saved {folder}")
+
+
+@app.command()
+def evaluate(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Measure few-shot accuracy on held-out classes and other domains, with a report.
+
+    Example: reptile evaluate -S evaluate.tasks=100 -S evaluate.queries=15
+    """
+    settings = _settings(params, changes)
+    from reptile import stages
+    from reptile.evaluate import summary_table
+
+    folder = artifacts / "evaluation"
+    with _counting("evaluating") as count:
+        stages.evaluate(
+            settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
+        )
+    console.print(summary_table(stages.read_metrics(folder)))
+    console.print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def export(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    ignore_gate: Annotated[
+        bool, typer.Option("--ignore-gate", help="Export whatever the evaluation says.")
+    ] = False,
+) -> None:
+    """Write the ONNX bundle, if the evaluation passes the gate in the settings.
+
+    Example: reptile export -S export.gate.accuracy=0.8
+    """
+    settings = _settings(params, changes)
+    from reptile import stages
+
+    bundle = artifacts / "bundle"
+    with console.status("exporting"):
+        stages.export(
+            settings.export,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            artifacts / "evaluation",
+            bundle,
+            ignore_gate=ignore_gate,
+        )
+    console.print(f"bundle: {bundle}")
+
+
+@app.command()
+def verify(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Check the bundle against eager PyTorch; exit code 2 if any check fails.
+
+    Example: reptile verify -S verify.episodes=1000
+    """
+    settings = _settings(params, changes)
+    from reptile import stages
+
+    report = artifacts / "verification.json"
+    with console.status("verifying"):
+        result = stages.verify(
+            settings.verify,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            artifacts / "bundle",
+            report,
+        )
+    console.print(f"{len(result['checks'])} checks passed; report: {report}")
+
+
+@app.command()
+def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
+    """Show what the stages have made: the accuracies, and where bundle and report lie."""
+    from reptile.evaluate import summary_table
+    from reptile.stages import read_metrics
+
+    evaluation, verification = artifacts / "evaluation", artifacts / "verification.json"
+    console.print(summary_table(read_metrics(evaluation)))
+    if not verification.is_file():
+        raise InputError(f"{verification}: no such file; run `reptile verify` first")
+    checks = json.loads(verification.read_text(encoding="utf-8"))["checks"]
+    passed = sum(check["passed"] for check in checks)
+    console.print(f"report   {evaluation / 'report.html'}")
+    console.print(f"bundle   {artifacts / 'bundle'} ({passed} of {len(checks)} checks passed)")
+
+
+@data_app.command()
+def glyphs(
+    path: Annotated[Path, typer.Argument(help="Zip file to write.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw the starter dataset: invented alphabets, written by simulated hands.
+
+    Example: reptile data glyphs data/glyphs.zip
+    """
+    from reptile.data.glyphs import write_glyphs
+
+    with console.status("drawing"):
+        write_glyphs(path, seed=seed)
+    console.print(f"wrote {path}")
+
+
+def run() -> None:
+    """Run the command line and turn foreseeable errors into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("reptile").setLevel(logging.INFO)
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+
+
+def _fail(message: str) -> None:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    sys.exit(2)
+
+
+def _settings(params: Path, changes: list[str] | None) -> Settings:
+    return load_settings(params, changes or ())
+
+
+def _bar(*more: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        *(TextColumn(field) for field in more),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+@contextmanager
+def _counting(what: str) -> "Iterator[Counted]":
+    """Show a progress bar; yield what moves it."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None]]":
+    """Show training: a bar in a terminal, and a line for each point of the curve."""
+    shown = 0
+    meta_batch = settings.train.meta_batch
+    with _bar("{task.fields[rate]}") as bar:
+        task = bar.add_task("training", total=settings.train.meta_iterations, rate="")
+
+        def observe(progress: "TrainingProgress") -> None:
+            nonlocal shown
+            speed = bar.tasks[task].speed
+            rate = f"{speed * meta_batch:.0f} tasks/s" if speed else ""
+            bar.update(task, completed=progress.iteration, rate=f"{rate}, {progress.engine}")
+            for point in progress.curve[shown:]:
+                bar.console.print(
+                    f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
+                    f"validation accuracy {point.accuracy:.3f}, {rate} ({progress.engine})"
+                )
+            shown = len(progress.curve)
+
+        yield observe

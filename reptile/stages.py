@@ -1,0 +1,179 @@
+"""The five stages, as DVC, Kubeflow and the command line all call them.
+
+Each is one function: settings and input folders in, one output folder out, written whole or not at
+all. What a stage does lies in the room of its name; this is only where the rooms are joined.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reptile.config import (
+    EvaluateSettings,
+    ExportSettings,
+    GateSettings,
+    PrepareSettings,
+    TrainSettings,
+    VerifySettings,
+)
+from reptile.data.prepare import prepare as prepare_data
+from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
+from reptile.errors import InputError
+from reptile.evaluate import Evaluation, write_evaluation
+from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.export.bundle import export_bundle
+from reptile.export.verify import verify_bundle
+from reptile.files import atomic_directory, write_json
+from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from reptile.learn.curves import CurveWriter
+from reptile.learn.train import Progress, run_folder
+from reptile.learn.train import train as meta_train
+
+Counted = Callable[[int, int], None]
+"""Told how many of how many are done."""
+
+
+def prepare(
+    settings: PrepareSettings, prepared: Path, on_progress: Counted | None = None
+) -> PreparedData:
+    """Make the prepared dataset from its source."""
+    return prepare_data(settings, prepared, on_progress)
+
+
+def train(
+    settings: TrainSettings,
+    prepared: Path,
+    checkpoint: Path,
+    *,
+    curves: Path,
+    work: Path,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Checkpoint:
+    """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
+
+    `work` holds unfinished runs, so that `resume` can go on from them.
+    """
+    with CurveWriter(curves) as writer:
+
+        def observe(progress: Progress) -> None:
+            writer.write(progress.curve)
+            on_progress(progress)
+
+        data = load_prepared(prepared)
+        result = meta_train(settings, data, work, resume=resume, on_progress=observe)
+        writer.write(result.info.curve)
+    save_checkpoint(checkpoint, result)
+    shutil.rmtree(run_folder(work, result.info), ignore_errors=True)
+    return result
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    prepared: Path,
+    checkpoint: Path,
+    evaluation: Path,
+    on_progress: Counted | None = None,
+) -> Evaluation:
+    """Measure few-shot accuracy on held-out classes and on the cross-domain data."""
+    trained = load_checkpoint(checkpoint)
+    data = load_prepared(prepared)
+    check_same_data(trained, data)
+    result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
+    with atomic_directory(evaluation) as folder:
+        write_evaluation(result, folder)
+    return result
+
+
+def export(
+    settings: ExportSettings,
+    prepared: Path,
+    checkpoint: Path,
+    evaluation: Path,
+    bundle: Path,
+    *,
+    ignore_gate: bool = False,
+) -> None:
+    """Write the ONNX bundle of a checkpoint whose evaluation passes the gate."""
+    metrics = read_metrics(evaluation)
+    protocol = EvaluateSettings.model_validate(_read_json(evaluation / "settings.json"))
+    trained = load_checkpoint(checkpoint)
+    data = load_prepared(prepared)
+    check_same_data(trained, data)
+    if not ignore_gate:
+        check_gate(settings.gate, data.name, metrics)
+    export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
+
+
+def verify(
+    settings: VerifySettings,
+    prepared: Path,
+    checkpoint: Path,
+    bundle: Path,
+    verification: Path,
+) -> dict[str, Any]:
+    """Check the bundle against eager PyTorch; write the report, then fail if any check did.
+
+    Raises:
+        InputError: a check failed; the report at `verification` says which and by how much.
+    """
+    trained = load_checkpoint(checkpoint)
+    data = load_prepared(prepared)
+    check_same_data(trained, data)
+    report = verify_bundle(settings, bundle, trained, data)
+    write_json(verification, report)
+    failed = [check["name"] for check in report["checks"] if not check["passed"]]
+    if failed:
+        raise InputError(f"{bundle} failed {', '.join(failed)}; see {verification}")
+    return report
+
+
+def check_same_data(checkpoint: Checkpoint, data: PreparedData) -> None:
+    """Refuse data other than the checkpoint was trained on: its held-out classes are not ours."""
+    info = checkpoint.info
+    if (info.data_sha256, info.splits_sha256) != (data.content_sha256, data.splits_sha256):
+        raise InputError(
+            f"the checkpoint was trained on {info.dataset} with data {info.data_sha256[:12]} and "
+            f"splits {info.splits_sha256[:12]}, the prepared data has {data.content_sha256[:12]} "
+            f"and {data.splits_sha256[:12]}; run `reptile train` again"
+        )
+
+
+def read_metrics(evaluation: Path) -> dict[str, Any]:
+    """Read metrics.json of an evaluation folder."""
+    return _read_json(evaluation / "metrics.json")
+
+
+def check_gate(gate: GateSettings, dataset: str, metrics: dict[str, Any]) -> None:
+    """Refuse an evaluation below the gate."""
+    try:
+        result = metrics[dataset][f"{gate.shots}-shot"][gate.mode]
+        accuracy, random_accuracy = result["accuracy"], result["random_accuracy"]
+    except KeyError:
+        raise InputError(
+            f"the gate asks for {gate.shots}-shot {gate.mode} on {dataset}, which was not "
+            "evaluated; change export.gate or evaluate.shots"
+        ) from None
+    what = f"{gate.shots}-shot {gate.mode} accuracy on {dataset}"
+    advice = "train longer, change export.gate, or export with --ignore-gate"
+    if accuracy < gate.accuracy:
+        raise InputError(f"{what} is {accuracy:.4f}, below the gate of {gate.accuracy}; {advice}")
+    if accuracy - random_accuracy < gate.above_random:
+        raise InputError(
+            f"{what} is {accuracy:.4f}, only {accuracy - random_accuracy:.4f} above the random "
+            f"initialisation's; the gate asks for {gate.above_random}; {advice}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run `reptile evaluate` first") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); run `reptile evaluate` again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a JSON object; run `reptile evaluate` again")
+    return dict(values)

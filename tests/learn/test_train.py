@@ -1,0 +1,154 @@
+"""Training as a whole: resuming, diverging, learning."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reptile.config import TrainSettings
+from reptile.data.prepared import PreparedData
+from reptile.errors import InputError
+from reptile.files import write_json
+from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
+from reptile.learn.train import Progress, choose_device, train
+
+
+def settings_of(**changes: object) -> TrainSettings:
+    values: dict[str, object] = {
+        "engine": "eager",
+        "model": {"filters": 4},
+        "ways": 3,
+        "train_shots": 4,
+        "inner_steps": 3,
+        "inner_batch": 4,
+        "meta_batch": 2,
+        "meta_iterations": 12,
+        "checkpoint_every": 4,
+        "validation_tasks": 1,
+        "device": "cpu",
+    }
+    return TrainSettings.model_validate(values | changes)
+
+
+def test_resume_equals_never_having_stopped(data: PreparedData, tmp_path: Path) -> None:
+    settings = settings_of()
+    whole = train(settings, data, tmp_path / "whole")
+
+    def kill(progress: Progress) -> None:
+        if progress.iteration == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, data, tmp_path / "cut", on_progress=kill)
+    seen: list[int] = []
+    resumed = train(
+        settings,
+        data,
+        tmp_path / "cut",
+        resume=True,
+        on_progress=lambda progress: seen.append(progress.iteration),
+    )
+    assert seen[0] == 5  # from the checkpoint after 4, not from the start
+    assert torch.equal(resumed.state.weights, whole.state.weights)
+    assert torch.equal(resumed.state.inner.second_moment, whole.state.inner.second_moment)
+    assert resumed.state.inner.step == whole.state.inner.step == 12 * 2 * 3
+    assert resumed.info == whole.info
+
+
+def test_resume_ignores_a_run_of_other_settings(data: PreparedData, tmp_path: Path) -> None:
+    train(settings_of(), data, tmp_path)
+    seen: list[int] = []
+    train(
+        settings_of(seed=1),
+        data,
+        tmp_path,
+        resume=True,
+        on_progress=lambda progress: seen.append(progress.iteration),
+    )
+    assert seen[0] == 1
+
+
+def test_the_same_seed_gives_the_same_bytes(data: PreparedData, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, train(settings_of(), data, tmp_path / "work"))
+    for file in ("weights.safetensors", "checkpoint.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        optimizer={"name": "sgd", "learning_rate": 100.0},
+        meta_step=100.0,
+        meta_step_final=100.0,
+        checkpoint_every=1,
+        meta_iterations=100,
+    )
+    with pytest.raises(InputError, match="no longer finite") as caught:
+        train(settings, data, tmp_path)
+    kept = Path(str(caught.value).split("checkpoint is ")[1].split(". Lower")[0])
+    assert load_checkpoint(kept).state.weights.isfinite().all()
+
+
+def test_kill_9_loses_nothing(data: PreparedData, tmp_path: Path) -> None:
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    np.save(prepared / "images.npy", data.images)
+    write_json(prepared / "dataset.json", data.index.model_dump(mode="json"))
+    settings = settings_of(meta_iterations=40, checkpoint_every=2)
+    write_json(tmp_path / "settings.json", settings.model_dump(mode="json"))
+    script = (
+        "import sys; from pathlib import Path; from reptile.config import TrainSettings;"
+        "from reptile.data.prepared import load_prepared; from reptile.learn.train import train;"
+        "from reptile.learn.checkpoint import save_checkpoint; root = Path(sys.argv[1]);"
+        "settings = TrainSettings.model_validate_json((root / 'settings.json').read_text());"
+        "result = train(settings, load_prepared(root / 'prepared'), root / 'work', resume=True);"
+        "save_checkpoint(root / sys.argv[2], result)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    killed = subprocess.Popen([*command, "killed"])
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "work").glob("*/iteration-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists(), "the run ended before it was killed"
+    subprocess.run([*command, "resumed"], check=True)
+    (tmp_path / "work").rename(tmp_path / "old-work")
+    subprocess.run([*command, "whole"], check=True)
+    for file in ("weights.safetensors", "checkpoint.json"):
+        whole = (tmp_path / "whole" / file).read_bytes()
+        assert (tmp_path / "resumed" / file).read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["missing", "json", "safetensors", "shape", "setting"])
+def test_a_damaged_checkpoint_is_refused(damage: str, data: PreparedData, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, train(settings_of(meta_iterations=1), data, tmp_path / "work"))
+    info = folder / "checkpoint.json"
+    match damage:
+        case "missing":
+            info.unlink()
+        case "json":
+            info.write_text("{")
+        case "safetensors":
+            (folder / "weights.safetensors").write_bytes(b"0" * 100)
+        case "shape":
+            info.write_text(info.read_text().replace('"filters": 4', '"filters": 5'))
+        case "setting":
+            info.write_text(info.read_text().replace('"ways": 3', '"ways": 1'))
+    with pytest.raises(InputError):
+        load_checkpoint(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="no CUDA device"):
+        choose_device("cuda")

@@ -1,0 +1,262 @@
+"""The command line as a person meets it: the whole pipeline, and one clear line for each mistake."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reptile import cli
+
+TINY = """
+prepare: {{source: {source}, image_size: 14, validation: 0.2, test: 0.2, images_per_class: 6}}
+train:
+  model: {{filters: 8}}
+  train_shots: 5
+  inner_steps: 3
+  inner_batch: 5
+  meta_batch: 2
+  meta_iterations: 6
+  checkpoint_every: 3
+  validation_tasks: 2
+evaluate: {{tasks: 6, shots: [1, 2], steps: 5}}
+verify: {{episodes: 40, steps: 5}}
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command; return its exit code and what it wrote to stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["reptile", *map(str, arguments)])
+        try:
+            cli.run()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def draw_source(folder: Path, groups: int = 5, classes: int = 6, images: int = 6) -> None:
+    """Write class folders of noisy copies of a random pattern."""
+    rng = np.random.default_rng(0)
+    for group in range(groups):
+        for number in range(classes):
+            place = folder / f"group{group}" / f"class{number}"
+            place.mkdir(parents=True)
+            pattern = rng.random((14, 14)) < 0.3
+            for image in range(images):
+                pixels = np.where(pattern ^ (rng.random((14, 14)) < 0.05), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{image}.png")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the whole tiny pipeline has run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    draw_source(folder / "letters")
+    (folder / "params.yaml").write_text(TINY.format(source=folder / "letters"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        for stage in ("prepare", "train", "evaluate", "export", "verify"):
+            monkeypatch.setattr("sys.argv", ["reptile", stage])
+            with pytest.raises(SystemExit) as stop:
+                cli.run()
+            assert not stop.value.code, stage
+    yield folder
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished folder of one's own, as the working folder."""
+    copy = tmp_path / "here"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def test_the_stages_make_what_the_design_names(finished: Path) -> None:
+    artifacts = finished / "artifacts"
+    for name in (
+        "prepared/images.npy",
+        "prepared/dataset.json",
+        "checkpoint/weights.safetensors",
+        "checkpoint/checkpoint.json",
+        "evaluation/metrics.json",
+        "evaluation/report.html",
+        "bundle/manifest.json",
+        "bundle/adapt/1/model.onnx",
+        "bundle/MODEL_CARD.md",
+        "curves/plots/metrics/validation_accuracy.tsv",
+    ):
+        assert (artifacts / name).is_file(), name
+    report = json.loads((artifacts / "verification.json").read_text())
+    assert report["checks"]
+    assert all(check["passed"] for check in report["checks"])
+    assert not list((artifacts / "training").iterdir()), "a finished run leaves no work behind"
+
+
+def test_show_prints_accuracies_and_places(here: Path, run: Run) -> None:
+    code, out, _ = run("show")
+    assert code == 0
+    assert "letters" in out
+    assert "digits" in out
+    assert "artifacts/bundle" in out
+    assert "report.html" in out
+
+
+def test_running_again_gives_the_same_bytes(finished: Path, here: Path, run: Run) -> None:
+    for stage in ("prepare", "train", "evaluate", "export"):
+        assert run(stage)[0] == 0
+    files = [path for path in (here / "artifacts").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        before = finished / path.relative_to(here)
+        assert before.read_bytes() == path.read_bytes(), path.relative_to(here)
+
+
+def test_the_gate_refuses_and_can_be_overruled(here: Path, run: Run) -> None:
+    before = (here / "artifacts/bundle/manifest.json").read_bytes()
+    code, _, err = run("export", "-S", "export.gate.accuracy=1.0")
+    assert code == 2
+    assert "below the gate of 1.0" in err
+    code, _, err = run("export", "-S", "export.gate.above_random=1.0")
+    assert code == 2
+    assert "above the random" in err
+    assert (here / "artifacts/bundle/manifest.json").read_bytes() == before
+    assert run("export", "-S", "export.gate.accuracy=1.0", "--ignore-gate")[0] == 0
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
+    "no params": (lambda p: (p / "params.yaml").unlink(), ["prepare"], ["params.yaml", "--params"]),
+    "unknown setting": (lambda p: None, ["train", "-S", "train.shots=3"], ["train.shots"]),
+    "value out of range": (lambda p: None, ["train", "-S", "train.ways=1"], ["train.ways", "1"]),
+    "no such source": (
+        lambda p: None,
+        ["prepare", "-S", "prepare.source=nowhere.zip"],
+        ["nowhere.zip", "no such source"],
+    ),
+    "unreadable image": (
+        lambda p: truncate(p / "letters/group0/class0/0.png"),
+        ["prepare", "-S", "prepare.source=letters"],
+        ["group0/class0/0.png"],
+    ),
+    "empty class": (
+        lambda p: (p / "letters/group1/empty").mkdir(),
+        ["prepare", "-S", "prepare.source=letters"],
+        ["group1/empty"],
+    ),
+    "too few images": (
+        lambda p: None,
+        ["prepare", "-S", "prepare.images_per_class=7"],
+        ["has 6", "7"],
+    ),
+    "mixed channels": (
+        lambda p: Image.new("RGB", (14, 14)).save(p / "letters/group0/class0/0.png"),
+        ["prepare", "-S", "prepare.source=letters"],
+        ["grey", "in colour", "channels"],
+    ),
+    "more ways than classes": (
+        lambda p: None,
+        ["train", "-S", "train.ways=300"],
+        ["300-way", "classes"],
+    ),
+    "more shots than images": (
+        lambda p: None,
+        ["train", "-S", "train.train_shots=7"],
+        ["6 images", "7"],
+    ),
+    "not prepared": (
+        lambda p: shutil.rmtree(p / "artifacts/prepared"),
+        ["train"],
+        ["reptile prepare"],
+    ),
+    "damaged prepared data": (
+        lambda p: truncate(p / "artifacts/prepared/images.npy"),
+        ["train"],
+        ["reptile prepare"],
+    ),
+    "not trained": (
+        lambda p: shutil.rmtree(p / "artifacts/checkpoint"),
+        ["evaluate"],
+        ["reptile train"],
+    ),
+    "damaged checkpoint": (
+        lambda p: truncate(p / "artifacts/checkpoint/weights.safetensors"),
+        ["evaluate"],
+        ["damaged checkpoint"],
+    ),
+    "other data than trained on": (
+        lambda p: cli_prepare_other_splits(p),
+        ["evaluate"],
+        ["trained on letters", "reptile train"],
+    ),
+    "not evaluated": (
+        lambda p: shutil.rmtree(p / "artifacts/evaluation"),
+        ["export"],
+        ["reptile evaluate"],
+    ),
+    "gate on what was not evaluated": (
+        lambda p: None,
+        ["export", "-S", "export.gate.shots=9"],
+        ["9-shot", "evaluate.shots"],
+    ),
+    "changed bundle": (
+        lambda p: (p / "artifacts/bundle/MODEL_CARD.md").write_text("better"),
+        ["verify"],
+        ["failed"],
+    ),
+    "output where a file is": (
+        lambda p: (p / "plain").write_text(""),
+        ["prepare", "--artifacts", "plain/below"],
+        ["plain"],
+    ),
+}
+
+
+def cli_prepare_other_splits(folder: Path) -> None:
+    path = folder / "params.yaml"
+    changed = path.read_text().replace("image_size: 14", "image_size: 14, split_seed: 5")
+    path.write_text(changed)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sys.argv", ["reptile", "prepare"])
+        with pytest.raises(SystemExit):
+            cli.run()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_error_and_loses_nothing(mistake: str, here: Path, run: Run) -> None:
+    spoil, arguments, words = MISTAKES[mistake]
+    spoil(here)
+    before = set(here.rglob("*"))
+    code, _, err = run(*arguments)
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    left_behind = set(here.rglob("*")) - before
+    allowed = {here / "artifacts/curves", here / "artifacts/verification.json"}
+    assert not {path for path in left_behind if not allowed & {path, *path.parents}}
+
+
+def test_usage_errors_and_help_need_no_params(here: Path, run: Run) -> None:
+    assert run("trian")[0] == 2
+    assert run("train", "--sed", "1")[0] == 2
+    for command in ("prepare", "train", "evaluate", "export", "verify"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"reptile {command}" in out, "the help has an example"
