@@ -71,7 +71,8 @@ def prepare(
     sizes = {split: len(data.split(split).start) for split in ("train", "validation", "test")}
     console.print(
         f"{data.name}: {len(data.images):,} images of {data.image_shape} in {folder}; classes: "
-        + ", ".join(f"{count} {split}" for split, count in sizes.items())
+        + ", ".join(f"{count} {split}" for split, count in sizes.items()),
+        soft_wrap=True,
     )
 
 
@@ -275,7 +276,8 @@ def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None
             for point in progress.curve[shown:]:
                 bar.console.print(
                     f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                    f"validation accuracy {point.accuracy:.3f}, {rate} ({progress.engine})"
+                    f"validation accuracy {point.accuracy:.3f}, {rate} ({progress.engine})",
+                    soft_wrap=True,
                 )
             shown = len(progress.curve)
 

@@ -1,0 +1,270 @@
+"""The bundle's four graphs: predict, adapt, predict_adapted and few_shot.
+
+Each is a torch module that reads as what it does; torch's exporter turns it into ONNX, and `_tidy`
+into a file that any consumer takes. Not for the folder around them: see `bundle`.
+"""
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from reptile import __version__
+from reptile.export.fold import fold
+from reptile.export.step import trace_gradient
+from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.inner import BETA2, EPSILON, decay
+from reptile.models import Model, to_unit, unflatten
+
+OPSET = 18
+IR_VERSION = 8  # read everywhere; newer ones add nothing that these graphs use
+
+while_loop = torch.ops.higher_order.while_loop
+
+
+class Spec(NamedTuple):
+    """Type and shape of an input or output; a name stands for a size that is free."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+Specs = dict[str, Spec]
+
+
+def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.ModelProto]:
+    """Build every graph of the bundle, by name; the same checkpoint gives the same bytes.
+
+    Args:
+        checkpoint: weights and optimiser state, which become constants of the graphs.
+        max_steps: inner steps beyond this many are not taken.
+    """
+    model = checkpoint.model
+    task = {
+        "support_images": _images(model, "support"),
+        "support_labels": Spec(torch.int64, ("support",)),
+        "batches": Spec(torch.int64, ("steps", "batch")),
+        "learning_rate": Spec(torch.float32, ()),
+    }
+    trace = {"losses": Spec(torch.float32, ("steps",)), "finite": Spec(torch.bool, ())}
+    weights = folded_specs(model)
+    images = {"images": _images(model, "images")}
+    logits = {"logits": Spec(torch.float32, ("images", model.ways))}
+    graphs = {
+        "predict": _to_onnx("predict", Predict(checkpoint), images, logits),
+        "adapt": _to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
+        "predict_adapted": _to_onnx(
+            "predict_adapted", PredictAdapted(model), images | weights, logits
+        ),
+    }
+    queries = {"query_images": _images(model, "queries")}
+    answers = trace | {"logits": Spec(torch.float32, ("queries", model.ways))}
+    joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
+    return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
+
+
+class Predict(nn.Module):
+    """The meta-initialised model as it stands; batch norm sees the images given."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        for name, value in unflatten(self.model, checkpoint.state.weights).items():
+            layer, kind = name.split(".")
+            if not hasattr(self, layer):
+                self.add_module(layer, nn.Module())
+            self.get_submodule(layer).register_buffer(kind, value.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pixels [N, C, H, W] to logits [N, ways]."""
+        return self.model.logits(dict(self.named_buffers()), to_unit(images))
+
+
+class Adapt(nn.Module):
+    """The inner loop, from the checkpoint's weights and optimiser state."""
+
+    def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
+        super().__init__()
+        self.model, (weights, state), info = checkpoint
+        self.optimizer = info.settings.optimizer
+        self.max_steps = max_steps
+        self.gradient = trace_gradient(self.model)
+        adam = self.optimizer.name == "adam"
+        self.register_buffer("initial_weights", weights)
+        # Plain SGD has no second moment to carry.
+        self.register_buffer("second_moment", state.second_moment if adam else weights.new_empty(0))
+        # Adam's bias correction of each step, exact for any step count and without a double in
+        # the graph. Epsilon has a dimension because optimisers drop the addition of a scalar that
+        # they take for zero.
+        taken = range(state.step + 1, state.step + max_steps + 1)
+        corrections = [math.sqrt(1 - BETA2**step) for step in taken]
+        self.register_buffer("bias_corrections", torch.tensor(corrections))
+        self.register_buffer("epsilon", torch.tensor([EPSILON]))
+
+    def forward(
+        self, support_images: Tensor, support_labels: Tensor, batches: Tensor, learning_rate: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return losses [steps], finite [] and the folded weights, in `folded_specs`' order."""
+        images = to_unit(support_images)
+        losses, weights = self._loop(
+            images,
+            support_labels.clamp(0, self.model.ways - 1),
+            batches.clamp(0, images.shape[0] - 1),
+            learning_rate,
+        )
+        folded = fold(self.model, unflatten(self.model, weights), images)
+        everything = torch.cat([losses, *(value.flatten() for value in folded.values())])
+        return losses, everything.isfinite().all(), *folded.values()
+
+    def _loop(
+        self, images: Tensor, labels: Tensor, batches: Tensor, learning_rate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def unfinished(step: Tensor, losses: Tensor, *_: Tensor) -> Tensor:
+            return step < losses.shape[0]
+
+        def body(
+            step: Tensor,
+            losses: Tensor,
+            weights: Tensor,
+            second_moment: Tensor,
+            images: Tensor,
+            labels: Tensor,
+            batches: Tensor,
+            learning_rate: Tensor,
+            bias_corrections: Tensor,
+            epsilon: Tensor,
+        ) -> tuple[Tensor, ...]:
+            batch = batches[step]
+            weights = decay(weights, self.optimizer)
+            gradient, loss = self.gradient(weights, images[batch], labels[batch])
+            losses = losses.index_copy(0, step[None], loss[None])
+            direction = gradient
+            if self.optimizer.name == "adam":
+                second_moment = BETA2 * second_moment + (1 - BETA2) * (gradient * gradient)
+                direction = gradient / (second_moment.sqrt() / bias_corrections[step] + epsilon)
+            # A loop may not return its own input as it is, as SGD would the second moment.
+            return step + 1, losses, weights - learning_rate * direction, second_moment.clone()
+
+        steps = torch.sym_min(batches.shape[0], self.max_steps)
+        carried = (
+            torch.zeros((), dtype=torch.int64),
+            torch.zeros(steps),
+            self.initial_weights,
+            self.second_moment,
+        )
+        fixed = (images, labels, batches, learning_rate, self.bias_corrections, self.epsilon)
+        _, losses, weights, _ = while_loop(unfinished, body, carried, fixed)
+        return losses, weights
+
+
+class PredictAdapted(nn.Module):
+    """The network under folded weights: each image's logits depend on that image alone."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, *weights: Tensor) -> Tensor:
+        """Map pixels [N, C, H, W] to logits [N, ways]."""
+        params = dict(zip(folded_specs(self.model), weights, strict=True))
+        return self.model.logits(params, to_unit(images))
+
+
+def folded_specs(model: Model) -> dict[str, Spec]:
+    """Names and shapes of the folded weights, in the order `fold` gives them."""
+    params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
+    folded = fold(model, params, torch.zeros(1, *model.image_shape))
+    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in folded.items()}
+
+
+def _images(model: Model, count: str) -> Spec:
+    return Spec(torch.float32, (count, *model.image_shape))
+
+
+def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    free = {size for spec in inputs.values() for size in spec.shape if isinstance(size, str)}
+    dims = {size: torch.export.Dim(size) for size in sorted(free)}
+    dynamic = [
+        {i: dims[n] for i, n in enumerate(spec.shape) if n in free} for spec in inputs.values()
+    ]
+    # Free sizes are 3 here: any number above 1, which torch would take for a constant.
+    examples = [
+        torch.ones([3 if isinstance(n, str) else n for n in spec.shape], dtype=spec.dtype)
+        for spec in inputs.values()
+    ]
+    shapes: tuple[object, ...] = tuple(dynamic)
+    if isinstance(module, PredictAdapted):  # its `*weights` are one argument
+        shapes = (dynamic[0], tuple(dynamic[1:]))
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert exported is not None
+    return _tidy(name, exported.model_proto, inputs, outputs)
+
+
+def _join(
+    adapt: onnx.ModelProto, predict_adapted: onnx.ModelProto, weights: list[str]
+) -> onnx.ModelProto:
+    prefix = "query_"  # keeps the names of the two graphs apart
+    predict = onnx.compose.add_prefix(predict_adapted, prefix, rename_outputs=False)
+    wires = [(name, prefix + name) for name in weights]
+    joined = onnx.compose.merge_models(adapt, predict, wires)
+    del joined.opset_import[1:]  # merging lists the same one twice
+    return joined
+
+
+def _tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    """Drop what is the exporter's and this machine's; name the free sizes."""
+    graph.graph.name, graph.ir_version = name, IR_VERSION
+    graph.producer_name, graph.producer_version = "reptile", __version__
+    _strip(graph.graph)
+    for values, specs in ((graph.graph.input, inputs), (graph.graph.output, outputs)):
+        for value, (given, spec) in zip(values, specs.items(), strict=True):
+            assert value.name == given
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(given, kind, spec.shape))
+    return graph
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Clear descriptions, and the intermediate shapes with their sizes under made-up names."""
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for value in (*graph.input, *graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            size.ClearField("dim_param")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _strip(attribute.g)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own workings from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,78 @@
+"""What eager PyTorch makes of the graphs' inputs: the oracle of golden tensors and verification.
+
+Runs the training code's own engine, in any precision; float64 tells how much of a difference is
+rounding. Knows nothing of ONNX.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reptile.data.prepared import UInt8Array
+from reptile.episodes import Task
+from reptile.export.fold import fold
+from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.engine import EagerEngine
+from reptile.learn.inner import InnerState
+from reptile.minibatches import IntArray
+from reptile.models import Model, to_unit, unflatten
+
+Array = npt.NDArray[Any]
+Tensors = dict[str, Array]
+CPU = torch.device("cpu")
+
+
+class SupportSet(NamedTuple):
+    """A task to adapt to, with its mini-batches."""
+
+    images: UInt8Array  # [S, C, H, W], 0..255
+    labels: IntArray  # [S]
+    batches: IntArray  # [K, B], positions in the support set
+
+    def first(self, steps: int) -> "SupportSet":
+        """Return the same task with its first mini-batches only."""
+        return self._replace(batches=self.batches[:steps])
+
+    def feeds(self, checkpoint: Checkpoint) -> Tensors:
+        """Return the inputs of the graph `adapt`."""
+        rate = checkpoint.info.settings.optimizer.learning_rate
+        return {
+            "support_images": self.images.astype(np.float32),
+            "support_labels": self.labels,
+            "batches": self.batches,
+            "learning_rate": np.array(rate, dtype=np.float32),
+        }
+
+
+def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
+    """Return the losses [K] and the folded weights, by the names of the graph's outputs."""
+    model, (weights, state), info = checkpoint
+    engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
+    rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
+    inner = InnerState(state.second_moment.to(dtype), state.step)
+    adapted = engine.adapt(
+        weights.to(dtype), inner, [Task(rows, task.labels, none, none, tuple(task.batches))]
+    )
+    with torch.no_grad():
+        params = unflatten(model, adapted.weights[0])
+        folded = fold(model, params, engine.images(rows).to(dtype))
+    losses = {"losses": adapted.losses[0]}
+    return {name: value.numpy() for name, value in (losses | folded).items()}
+
+
+@torch.no_grad()
+def predict(checkpoint: Checkpoint, images: UInt8Array, dtype: torch.dtype) -> Array:
+    """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
+    params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
+    logits = checkpoint.model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
+    return np.asarray(logits.numpy())
+
+
+@torch.no_grad()
+def predict_adapted(model: Model, folded: Tensors, images: UInt8Array, dtype: torch.dtype) -> Array:
+    """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
+    params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
+    logits = model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
+    return np.asarray(logits.numpy())

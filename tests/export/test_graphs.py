@@ -1,0 +1,208 @@
+"""The exported graphs in ONNX Runtime against the eager engine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from reptile.config import ModelSettings, OptimizerSettings
+from reptile.export import reference
+from reptile.export.fold import fold
+from reptile.export.graphs import Adapt, build_graphs
+from reptile.export.reference import SupportSet
+from reptile.learn.checkpoint import Checkpoint
+from reptile.models import to_unit, unflatten
+
+MAX_STEPS = 12
+CASES: dict[str, tuple[ModelSettings, tuple[int, int, int], OptimizerSettings]] = {
+    "conv4 stride, odd RGB, adam with decay": (
+        ModelSettings(filters=8),
+        (3, 13, 10),
+        OptimizerSettings(weight_decay=0.99),
+    ),
+    "conv4 pool, odd grey, sgd": (
+        ModelSettings(filters=8, downsampling="pool"),
+        (1, 15, 13),
+        OptimizerSettings(name="sgd", learning_rate=0.1),
+    ),
+    "mlp, adam": (
+        ModelSettings(name="mlp", hidden=16),
+        (1, 6, 6),
+        OptimizerSettings(learning_rate=0.01),
+    ),
+}
+Run = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+class Exported:
+    """One case: its checkpoint, and its graphs in ONNX Runtime."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.graphs = build_graphs(checkpoint, MAX_STEPS)
+        self.sessions = {
+            name: ort.InferenceSession(
+                graph.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            for name, graph in self.graphs.items()
+        }
+
+    def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
+        session = self.sessions[graph]
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Checkpoint]) -> Exported:
+    return Exported(make_checkpoint(*CASES[request.param]))
+
+
+@pytest.fixture(scope="module")
+def tiny(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
+    return make_checkpoint(*CASES["mlp, adam"])
+
+
+def close(found: Any, wanted: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=False)
+
+
+def test_adapt_equals_the_eager_engine(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    shape = case.checkpoint.model.image_shape
+    for size, steps, batch in ((1, 3, 2), (5, 1, 4), (9, 8, 5), (30, 4, 30)):
+        task = make_task(shape, size, steps, batch, seed=size)
+        found = case.run("adapt", task.feeds(case.checkpoint))
+        wanted = reference.adapt(case.checkpoint, task, torch.float64)
+        assert found["finite"]
+        assert set(found) == {*wanted, "finite"}
+        for name, value in wanted.items():
+            close(found[name], value)
+
+
+def test_no_step_gives_the_initialisation_folded_with_the_support_set(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    model, state, _ = case.checkpoint
+    task = make_task(model.image_shape, 6, 0)
+    found = case.run("adapt", task.feeds(case.checkpoint))
+    images = to_unit(torch.from_numpy(task.images))
+    for name, value in fold(model, unflatten(model, state.weights), images).items():
+        close(found[name], value)
+    assert found["losses"].shape == (0,) and found["finite"]
+
+
+def test_predicting_equals_the_model_and_few_shot_joins_the_two(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    model = case.checkpoint.model
+    task = make_task(model.image_shape, 6, 5)
+    images = make_task(model.image_shape, 4, 0, seed=3).images
+    pixels = images.astype(np.float32)
+    close(
+        case.run("predict", {"images": pixels})["logits"],
+        reference.predict(case.checkpoint, images, torch.float64),
+    )
+    feeds = task.feeds(case.checkpoint)
+    adapted = case.run("adapt", feeds)
+    weights = {name: adapted[name] for name in adapted if name not in ("losses", "finite")}
+    logits = case.run("predict_adapted", {"images": pixels} | weights)["logits"]
+    close(logits, reference.predict_adapted(model, weights, images, torch.float64))
+    both = case.run("few_shot", feeds | {"query_images": pixels})
+    close(both["logits"], logits)
+    close(both["losses"], adapted["losses"])
+
+
+def test_folding_equals_batch_norm_with_the_support_sets_statistics(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    model, state, _ = case.checkpoint
+    support, queries = (
+        to_unit(torch.from_numpy(make_task(model.image_shape, 6, 0, seed=seed).images)).double()
+        for seed in (1, 2)
+    )
+    params = unflatten(model, state.weights.double())
+    frozen = model.logits(params, queries, model.statistics(params, support))
+    torch.testing.assert_close(model.logits(fold(model, params, support), queries), frozen)
+
+
+def test_wild_labels_positions_and_step_counts_are_clamped(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    ways = case.checkpoint.model.ways
+    task = make_task(case.checkpoint.model.image_shape, 6, MAX_STEPS + 5)
+    feeds = task.feeds(case.checkpoint)
+    wanted = case.run("adapt", task.first(MAX_STEPS).feeds(case.checkpoint))
+    wild = {
+        "support_labels": np.select(
+            [task.labels == 0, task.labels == ways - 1], [-5, 99], task.labels
+        ),
+        "batches": np.select(
+            [task.batches == 0, task.batches == 5], [-(2**40), 2**40], task.batches
+        ),
+    }
+    found = case.run("adapt", feeds | wild)
+    assert found["losses"].shape == (MAX_STEPS,)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_numbers_that_diverge_are_reported(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    feeds = make_task(case.checkpoint.model.image_shape, 6, 3).feeds(case.checkpoint)
+    for name, value in (
+        ("learning_rate", np.array(np.inf, dtype=np.float32)),
+        ("support_images", np.full_like(feeds["support_images"], np.nan)),
+    ):
+        assert not case.run("adapt", feeds | {name: value})["finite"]
+
+
+def test_a_zero_gradient_moves_nothing_even_with_no_second_moment(
+    case: Exported, make_task: Callable[..., SupportSet]
+) -> None:
+    """Adam without its epsilon would divide zero by zero here."""
+    graph = onnx.ModelProto.FromString(case.graphs["adapt"].SerializeToString())
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for name in ("initial_weights", "second_moment"):
+        if name in tensors:
+            zero = np.zeros(tensors[name].dims, dtype=np.float32)
+            tensors[name].CopyFrom(onnx.numpy_helper.from_array(zero, name))
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    task = make_task(case.checkpoint.model.image_shape, 3, 4)
+    _, finite, first, *_ = session.run(None, task.feeds(case.checkpoint))
+    assert finite
+    np.testing.assert_array_equal(first, 0)
+
+
+def test_bias_corrections_are_exact_for_young_and_old_states(
+    tiny: Checkpoint, make_task: Callable[..., SupportSet]
+) -> None:
+    task = make_task(tiny.model.image_shape, 4, 3)
+    feeds = [torch.from_numpy(value) for value in task.feeds(tiny).values()]
+    for step in (0, 1, 10_000, 2**24 + 1):
+        inner = tiny.state.inner._replace(step=step)
+        old = tiny._replace(state=tiny.state._replace(inner=inner))
+        _, _, weight, *_ = Adapt(old, MAX_STEPS)(*feeds)
+        close(weight, reference.adapt(old, task, torch.float64)["hidden.weight"])
+
+
+def test_exporting_twice_gives_the_same_bytes(tiny: Checkpoint) -> None:
+    first, second = build_graphs(tiny, MAX_STEPS), build_graphs(tiny, MAX_STEPS)
+    for name, graph in first.items():
+        bytes_of = [g.SerializeToString(deterministic=True) for g in (graph, second[name])]
+        assert bytes_of[0] == bytes_of[1]
+
+
+def test_plain_sgd_carries_no_second_moment(case: Exported) -> None:
+    sizes = {
+        t.name: onnx.numpy_helper.to_array(t).size for t in case.graphs["adapt"].graph.initializer
+    }
+    sgd = case.checkpoint.info.settings.optimizer.name == "sgd"
+    assert ("epsilon" in sizes) is not sgd
+    assert sum(size > 100 for size in sizes.values()) == (1 if sgd else 2)
