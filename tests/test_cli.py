@@ -1,7 +1,9 @@
-"""The command line as a person meets it: the whole pipeline, and one clear line for each mistake."""
+"""The command line as a person meets it: the whole pipeline, and one line for each mistake."""
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -260,3 +262,20 @@ def test_usage_errors_and_help_need_no_params(here: Path, run: Run) -> None:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"reptile {command}" in out, "the help has an example"
+
+
+def test_the_readmes_consumer_script_runs_as_it_stands(here: Path, root: Path) -> None:
+    script = (root / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(script.splitlines()) <= 15
+    images = np.load(here / "artifacts/prepared/images.npy")[:, 0]
+    np.savez(here / "letters.npz", support=images[:30:6], queries=images[1:30:6])
+    # As a consumer has it: a process of its own, in which none of the training packages is loaded.
+    unwanted = "torch", "onnx", "pydantic", "PIL", "sklearn", "typer"
+    watched = f"{script}\nimport sys\nassert not set(sys.modules) & {set(unwanted)}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", watched], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert names <= {"alef", "bet", "gimel", "dalet", "he"}
+    assert (here / "hebrew.task").is_file()

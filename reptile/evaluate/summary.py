@@ -17,7 +17,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     )
     for heading in ("data", "shots", "batch norm"):
         table.add_column(heading)
-    for heading in ("meta-trained", "random start", "nearest mean"):
+    for heading in ("trained", "random start", "nearest mean"):
         table.add_column(heading, justify="right")
     for dataset, by_shots in metrics.items():
         for shots, methods in by_shots.items():

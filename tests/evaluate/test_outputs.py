@@ -149,7 +149,13 @@ def test_the_same_inputs_give_the_same_bytes(
 ) -> None:
     write_evaluation(run(data), tmp_path)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["accuracy_by_step.csv", "confusion.csv", "metrics.json", "report.html"]
+    assert names == [
+        "accuracy_by_step.csv",
+        "confusion.csv",
+        "metrics.json",
+        "report.html",
+        "settings.json",
+    ]
     for name in names:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -196,7 +202,7 @@ def test_summary_table_has_a_row_for_each_mode(evaluation: Evaluation) -> None:
     with console.capture() as captured:
         console.print(summary_table(metrics(evaluation)))
     text = captured.get()
-    for word in ("patterns", "other", *BATCH_NORM_MODES, "meta-trained", "±"):
+    for word in ("patterns", "other", *BATCH_NORM_MODES, "trained", "±"):
         assert word in text
 
 

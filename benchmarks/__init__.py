@@ -1,0 +1,1 @@
+"""Measurements of this project against plain references; run by hand, never by tests."""

@@ -1,0 +1,259 @@
+"""The native engine: whole inner loops in one call of a compiled kernel, float32 on the CPU.
+
+The kernel knows its own weight layout and threads; here arguments are checked before it runs. The
+eager engine is its oracle. Not for other devices, and not for prediction.
+"""
+
+import ctypes
+import math
+import os
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reptile.config import OptimizerSettings
+from reptile.data.prepared import UInt8Array
+from reptile.episodes import Task
+from reptile.errors import InputError
+from reptile.learn.engine import Adapted
+from reptile.learn.inner import BETA2, EPSILON, InnerState
+from reptile.learn.native.build import BuildError, load_kernel
+from reptile.minibatches import IntArray
+from reptile.models import Model, size, to_unit
+
+__all__ = ["BuildError", "NativeEngine", "available_cpus"]
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (
+        ("network", ctypes.c_int32),
+        ("ways", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("units", ctypes.c_int32),
+        ("adam", ctypes.c_int32),
+        ("learning_rate", ctypes.c_float),
+        ("weight_decay", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("beta2", ctypes.c_double),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("pixels", ctypes.c_void_p),
+        ("tasks", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("moment", ctypes.c_void_p),
+        ("start_step", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("updates", ctypes.c_int64),
+        ("out_weights", ctypes.c_void_p),
+        ("out_moment", ctypes.c_void_p),
+        ("losses", ctypes.c_void_p),
+    )
+
+
+_NETWORKS = {("conv4", "stride"): 0, ("conv4", "pool"): 1, ("mlp", ""): 2}
+
+
+@cache
+def _kernel() -> ctypes.CDLL:
+    kernel = load_kernel()
+    engine, threads = ctypes.c_void_p, ctypes.c_int
+    kernel.reptile_create.argtypes = [ctypes.POINTER(_Settings)]
+    kernel.reptile_create.restype = engine
+    kernel.reptile_destroy.argtypes = [engine]
+    kernel.reptile_destroy.restype = None
+    kernel.reptile_adapt.argtypes = [engine, threads, ctypes.POINTER(_Call)]
+    kernel.reptile_adapt.restype = ctypes.c_int
+    return kernel
+
+
+class NativeEngine:
+    """Runs inner loops in the compiled kernel; a drop-in for `EagerEngine` on the CPU.
+
+    The results do not depend on the number of threads, and equal calls give equal bits.
+
+    Args:
+        model: the network.
+        optimizer: of the inner loop.
+        pixels: prepared images, uint8 [N, C, H, W]; read in place, a memory map stays one.
+        threads: at most this many; by default torch's number, within what the system grants.
+
+    Raises:
+        BuildError: the kernel cannot be built or loaded here.
+        InputError: images that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: OptimizerSettings,
+        pixels: UInt8Array,
+        threads: int | None = None,
+    ) -> None:
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != model.image_shape:
+            raise InputError(
+                f"images are {pixels.dtype} {list(pixels.shape)}; this model takes uint8 "
+                f"[N, {', '.join(map(str, model.image_shape))}]"
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.threads = threads or min(torch.get_num_threads(), available_cpus())
+        self.name = f"native on cpu, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self._pixels = np.ascontiguousarray(pixels)  # no copy of a contiguous array
+        self._size = size(model)
+        self._kernel = _kernel()
+        self._handle = self._kernel.reptile_create(_settings(model, optimizer))
+        if not self._handle:
+            raise MemoryError("no memory for the native engine")
+        weakref.finalize(self, self._kernel.reptile_destroy, self._handle)
+
+    def images(self, rows: IntArray) -> Tensor:
+        """See `Engine.images`."""
+        return to_unit(torch.from_numpy(np.asarray(self._pixels[rows])))
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt`.
+
+        Raises:
+            InputError: weights that are not float32 [P] or [T, P] on the CPU, tasks with unequal
+                numbers of mini-batches, or rows, labels or positions out of range.
+        """
+        weights, stride = self._checked(weights, len(tasks), "weights")
+        moment, moment_stride = self._checked(state.second_moment, len(tasks), "second_moment")
+        if stride != moment_stride:  # one shared, one a task
+            shape = (len(tasks), self._size)
+            weights, moment = weights.expand(shape).contiguous(), moment.expand(shape).contiguous()
+            stride = self._size
+        work = _work(tasks, len(self._pixels), self.model.ways)
+        adapted = torch.empty(len(tasks), self._size)
+        moved = torch.empty(len(tasks), self._size)
+        losses = torch.empty(len(tasks), work.steps)
+        call = _Call(
+            self._pixels.ctypes.data,
+            len(tasks),
+            work.steps,
+            work.starts.ctypes.data,
+            work.rows.ctypes.data,
+            work.labels.ctypes.data,
+            weights.data_ptr(),
+            moment.data_ptr(),
+            stride,
+            self._size,
+            state.step,
+            adapted.data_ptr(),
+            moved.data_ptr(),
+            losses.data_ptr(),
+        )
+        if self._kernel.reptile_adapt(self._handle, self.threads, call):
+            raise MemoryError("no memory for the native engine's activations")
+        steps = work.steps if self.optimizer.name == "adam" else 0
+        return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+
+    def _checked(self, vector: Tensor, tasks: int, name: str) -> tuple[Tensor, int]:
+        """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
+        shapes = {(self._size,), (tasks, self._size)}
+        if vector.shape not in shapes or vector.dtype != torch.float32 or vector.is_cuda:
+            raise InputError(
+                f"{name}: the native engine takes float32 [{self._size}] or "
+                f"[{tasks}, {self._size}] on the cpu, not {vector.dtype} {list(vector.shape)} "
+                f"on {vector.device}; use `engine: eager` for others"
+            )
+        return vector.detach().contiguous(), self._size * (vector.dim() - 1)
+
+
+class _Work(NamedTuple):
+    """The mini-batches of all tasks, one after another."""
+
+    steps: int  # K
+    starts: IntArray  # [T·K + 1] where each begins in the arrays below
+    rows: IntArray
+    labels: IntArray
+
+
+def _work(tasks: Sequence[Task], images: int, ways: int) -> _Work:
+    if not tasks:
+        raise InputError("no tasks to adapt to: give at least one")
+    steps = len(tasks[0].batches)
+    if any(len(task.batches) != steps for task in tasks):
+        raise InputError("tasks of one call need equally many mini-batches")
+    nothing = np.empty(0, dtype=np.int64)
+    rows, labels = [nothing], [nothing]
+    for task in tasks:
+        positions = np.concatenate([nothing, *task.batches])
+        _check_range(positions, len(task.support), "position in the support set")
+        rows.append(task.support[positions])
+        labels.append(task.support_labels[positions])
+    sizes = np.array([len(batch) for task in tasks for batch in task.batches], dtype=np.int64)
+    if (sizes < 1).any():
+        raise InputError("a mini-batch is empty: each needs at least one image")
+    work = _Work(
+        steps,
+        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        np.concatenate(rows).astype(np.int64),
+        np.concatenate(labels).astype(np.int64),
+    )
+    _check_range(work.rows, images, "row of the images")
+    _check_range(work.labels, ways, "label")
+    return work
+
+
+def _check_range(values: IntArray, end: int, what: str) -> None:
+    if values.size and (values.min() < 0 or values.max() >= end):
+        bad = values[(values < 0) | (values >= end)][0]
+        raise InputError(f"{what} {bad}: must be in 0..{end - 1}")
+
+
+def _settings(model: Model, optimizer: OptimizerSettings) -> _Settings:
+    settings = model.settings
+    mlp = settings.name == "mlp"
+    return _Settings(
+        _NETWORKS[settings.name, "" if mlp else settings.downsampling],
+        model.ways,
+        *model.image_shape,
+        settings.hidden if mlp else settings.filters,
+        optimizer.name == "adam",
+        optimizer.learning_rate,
+        optimizer.weight_decay,
+        EPSILON,
+        BETA2,
+    )
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may keep busy: its affinity and its cgroup's quota.
+
+    torch's default number of threads knows nothing of the quota, and a container that runs more
+    threads than its quota is stopped for most of the time.
+    """
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cpus = os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            values = Path(quota_file).read_text().split()
+            if period_file:
+                values += Path(period_file).read_text().split()
+            quota, period = (int(value) for value in values)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cpus, math.ceil(quota / period)))
+    return cpus
