@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the `rep
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from reptile.config import ModelSettings, OptimizerSettings
@@ -44,14 +43,12 @@ class Case(NamedTuple):
     tasks: int
 
 
-CONV = ModelSettings()
+CONV, MLP = ModelSettings(), ModelSettings(name="mlp")
 POOL = ModelSettings(filters=32, downsampling="pool")
 CASES = {
     "omniglot-5way": Case(CONV, (1, 28, 28), ways=5, shots=10, batch=10, steps=5, tasks=5),
     "omniglot-20way": Case(CONV, (1, 28, 28), ways=20, shots=10, batch=20, steps=10, tasks=5),
-    "article-mlp": Case(
-        ModelSettings(name="mlp"), (1, 28, 28), ways=5, shots=10, batch=10, steps=5, tasks=5
-    ),
+    "article-mlp": Case(MLP, (1, 28, 28), ways=5, shots=10, batch=10, steps=5, tasks=5),
     "mini-imagenet": Case(POOL, (3, 84, 84), ways=5, shots=15, batch=10, steps=8, tasks=5),
     "evaluate-1shot": Case(CONV, (1, 28, 28), ways=5, shots=1, batch=5, steps=50, tasks=32),
 }
@@ -62,12 +59,9 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (IMAGES, *case.image_shape), dtype=np.uint8)
     labels, nothing = np.repeat(np.arange(case.ways), case.shots), np.empty(0, dtype=np.int64)
-    tasks = []
-    for _ in range(case.tasks):
-        batches = tuple(mini_batches(rng, labels.size, case.batch, case.steps))
-        tasks.append(
-            Task(rng.permutation(IMAGES)[: labels.size], labels, nothing, nothing, batches)
-        )
+    rows = [rng.permutation(IMAGES)[: labels.size] for _ in range(case.tasks)]
+    batches = tuple(mini_batches(rng, labels.size, case.batch, case.steps))
+    tasks = [Task(own, labels, nothing, nothing, batches) for own in rows]
     model, optimizer = build_model(case.model, case.ways, case.image_shape), OptimizerSettings()
     weights = initialise(model, 0)
     state = InnerState(torch.full_like(weights, 1e-4), 1000)
@@ -84,7 +78,7 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
         "native, tasks together": lambda: adapt(native, len(tasks)),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in track(range(rounds + 1), description="", transient=True):
+    for number in range(rounds + 1):
         for name, run in ways.items():
             start = perf_counter()
             run()
@@ -100,26 +94,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write every time to this file")
     chosen = parser.parse_args()
-    if unknown := set(chosen.cases) - set(CASES):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    if chosen.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if chosen.rounds < 1 or not CASES.keys() >= set(chosen.cases):
+        parser.error(f"give at least one round, and cases of {', '.join(CASES)}")
 
-    table = Table(title=f"One meta-batch, {torch.get_num_threads()} threads: median ms (quartiles)")
-    table.add_column("setting")
+    table = Table("setting", "engine", "ms", "quartiles", "speed", title="One meta-batch")
+    for column in table.columns[2:]:
+        column.justify = "right"
     found: dict[str, Any] = {}
     for name in chosen.cases or CASES:
         found[name] = times = measure(CASES[name], chosen.rounds)
-        if not table.rows:
-            for way in times:
-                table.add_column(way, justify="right")
-        cells = []
-        for own in times.values():
+        for way, own in times.items():
             ratio = statistics.median(a / b for a, b in zip(times["eager"], own, strict=True))
             low, middle, high = np.quantile(own, (0.25, 0.5, 0.75))
-            cells.append(f"{middle:.1f} ({low:.1f}-{high:.1f})  x{ratio:.1f}")
-        table.add_row(name, *cells)
-    Console().print(table)
+            spread = f"{low:.1f}-{high:.1f}"
+            table.add_row(name, way, f"{middle:.1f}", spread, f"x{ratio:.1f}")
+        table.add_section()
+    Console().print(table, f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
     if chosen.json:
         write_json(chosen.json, {"threads": torch.get_num_threads(), "milliseconds": found})
 

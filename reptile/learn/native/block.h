@@ -153,8 +153,8 @@ struct Patch {
   size_t x_line, x_step, d_line;
 };
 
-// out[r][16] += Σ over a patch of x_r · d[16]: R rows of a weight gradient. Row r of a deep input is
-// its channel x[0] + r; of a shallow one, wherever x[r] points.
+// out[r][16] += Σ over a patch of x_r · d[16]: R rows of a weight gradient. Row r of a deep input
+// is its channel x[0] + r; of a shallow one, wherever x[r] points.
 template <int R, bool Deep>
 void gradient_tile(const Patch& patch, const float* const* x, const float* d, float* out) {
   Block sums[R] = {};
@@ -218,7 +218,8 @@ void gradient(const Patch& patch, const float* const* x, const float* d, int row
         part.positions = 1;
       }
       const size_t x_skip = line * patch.x_line + position * patch.x_step;
-      const size_t d_skip = line * patch.d_line + static_cast<size_t>(position) * patch.batch * WIDTH;
+      const size_t d_step = static_cast<size_t>(patch.batch) * WIDTH;
+      const size_t d_skip = line * patch.d_line + position * d_step;
       in_tiles(rows, [&](int row, int count) {
         const float* from[TILE_ROWS];
         for (int r = 0; r < count; r++) from[r] = (Deep ? x[0] + row + r : x[row + r]) + x_skip;
