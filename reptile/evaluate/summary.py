@@ -16,8 +16,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         title="few-shot accuracy, % ± 95 % interval", title_justify="left", box=box.SIMPLE
     )
     for heading in ("data", "shots", "batch norm"):
-        table.add_column(heading)
-    for heading in ("trained", "random start", "nearest mean"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("trained", "random", "nearest mean"):
         table.add_column(heading, justify="right")
     for dataset, by_shots in metrics.items():
         for shots, methods in by_shots.items():
