@@ -47,14 +47,9 @@ def sample_rows(rng: np.random.Generator, classes: ClassRange, ways: int, images
         rows [ways, images]: row w holds images of the class that gets label w, so each call is
         also a fresh random map from classes to labels.
     """
-    chosen = rng.permutation(len(classes.start))[:ways]
-    counts = classes.count[chosen]
-    if (counts == counts[0]).all():
-        # The first columns of a random order of each row, in one vectorised draw.
-        picks = rng.random((ways, int(counts[0]))).argsort(axis=1)[:, :images]
-    else:
-        picks = np.stack([rng.permutation(int(count))[:images] for count in counts])
-    return classes.start[chosen][:, None] + picks
+    chosen = rng.choice(len(classes.start), ways, replace=False)
+    picks = [rng.choice(count, images, replace=False) for count in classes.count[chosen]]
+    return classes.start[chosen][:, None] + np.stack(picks)
 
 
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
@@ -108,7 +103,7 @@ class FewShotProtocol(NamedTuple):
         return cls(ways, shots, settings.queries, settings.steps, settings.batch)
 
 
-def test_task(rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol) -> Task:
+def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol) -> Task:
     """Draw a test task: `shots` support and `queries` query images of each class, all different."""
     ways, shots, queries, steps, batch = protocol
     rows = sample_rows(rng, classes, ways, shots + queries)

@@ -7,14 +7,12 @@ from reptile.episodes import (
     FewShotProtocol,
     Purpose,
     check_classes,
+    held_out_task,
     random_stream,
     sample_rows,
-    test_task,
     training_task,
 )
 from reptile.errors import InputError
-
-test_task.__test__ = False  # type: ignore[attr-defined]  # it samples a test task; it is no test
 
 
 def class_of(rows: np.ndarray, data: PreparedData) -> np.ndarray:
@@ -24,7 +22,7 @@ def class_of(rows: np.ndarray, data: PreparedData) -> np.ndarray:
 def test_task_holds_different_images_of_the_right_classes(data: PreparedData) -> None:
     classes = data.split("test")
     protocol = FewShotProtocol(ways=5, shots=3, queries=2, steps=4, batch=5)
-    task = test_task(random_stream(0, Purpose.EVALUATE, 0), classes, protocol)
+    task = held_out_task(random_stream(0, Purpose.EVALUATE, 0), classes, protocol)
     rows = np.concatenate([task.support, task.query])
     labels = np.concatenate([task.support_labels, task.query_labels])
     assert len(set(rows)) == 5 * (3 + 2)

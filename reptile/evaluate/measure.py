@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from reptile.config import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
@@ -22,18 +21,18 @@ from reptile.episodes import (
     Purpose,
     Task,
     check_classes,
+    held_out_task,
     random_stream,
-    test_task,
 )
 from reptile.errors import InputError
+from reptile.learn.accuracy import TASKS_AT_ONCE
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engine import Engine, make_engine
 from reptile.learn.inner import fresh_state
 from reptile.learn.meta import MetaState
-from reptile.learn.predict import TASKS_AT_ONCE, query_logits
 from reptile.learn.train import choose_device
 from reptile.minibatches import IntArray
-from reptile.models import Params, initialise, unflatten
+from reptile.models import initialise
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +214,9 @@ class _Runner:
         protocol = FewShotProtocol.of(settings, ways, shots)
         classes = self._data.split("test")
         tasks = [
-            test_task(random_stream(settings.seed, Purpose.EVALUATE, shots, i), classes, protocol)
+            held_out_task(
+                random_stream(settings.seed, Purpose.EVALUATE, shots, i), classes, protocol
+            )
             for i in range(settings.tasks)
         ]
         labels = np.stack([task.query_labels for task in tasks[:PATH_TASKS]])
@@ -241,24 +242,13 @@ class _Runner:
         for first in range(0, len(tasks), TASKS_AT_ONCE):
             chunk = tasks[first : first + TASKS_AT_ONCE]
             yield [
-                self._predict(weights, chunk, BATCH_NORM_MODES if step == path[-1] else PATH_MODES)
+                {
+                    mode: self._engine.predict(weights, chunk, mode).double().cpu().numpy()
+                    for mode in (BATCH_NORM_MODES if step == path[-1] else PATH_MODES)
+                }
                 for step, weights in adapt_along(self._engine, state, chunk, path)
             ]
             self._count(len(chunk))
-
-    @torch.no_grad()
-    def _predict(
-        self, weights: Tensor, tasks: Sequence[Task], modes: tuple[BatchNormMode, ...]
-    ) -> dict[BatchNormMode, FloatArray]:
-        """Return the logits [T, Q, ways] of all queries in each mode, given weights [T, P]."""
-        engine = self._engine
-        found: dict[BatchNormMode, list[Tensor]] = {mode: [] for mode in modes}
-        for task, flat in zip(tasks, weights, strict=True):
-            params: Params = unflatten(engine.model, flat)
-            support, query = engine.images(task.support), engine.images(task.query)
-            for mode in modes:
-                found[mode].append(query_logits(engine.model, params, support, query, mode))
-        return {mode: torch.stack(rows).double().cpu().numpy() for mode, rows in found.items()}
 
 
 def adapt_along(

@@ -20,8 +20,8 @@ from reptile.episodes import (
     FewShotProtocol,
     Purpose,
     check_classes,
+    held_out_task,
     random_stream,
-    test_task,
 )
 from reptile.errors import InputError
 from reptile.export import reference
@@ -180,7 +180,7 @@ def _write_golden(
     classes = data.split("test")
     check_classes(classes, ways, 2, f"test split of {data.name}")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
-    task = test_task(
+    task = held_out_task(
         random_stream(0, Purpose.EXPORT),
         classes,
         FewShotProtocol(ways, shots=1, queries=1, steps=steps[-1], batch=protocol.batch),

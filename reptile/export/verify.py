@@ -19,15 +19,22 @@ import torch
 
 from reptile.config import VerifySettings
 from reptile.data.prepared import PreparedData, UInt8Array
-from reptile.episodes import FewShotProtocol, Purpose, Task, check_classes, random_stream, test_task
+from reptile.episodes import (
+    FewShotProtocol,
+    Purpose,
+    Task,
+    check_classes,
+    held_out_task,
+    random_stream,
+)
 from reptile.errors import InputError
 from reptile.export import reference
 from reptile.export.bundle import GOLDEN_FILE, GOLDEN_FOLDER, MANIFEST_FILE
 from reptile.export.conformance import Check, check_files, check_graph
 from reptile.export.reference import Array, SupportSet, Tensors
+from reptile.learn.accuracy import adapted_in_chunks
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engine import EagerEngine
-from reptile.learn.predict import adapted_in_chunks, predict
 from reptile.minibatches import IntArray, mini_batches
 from reptile.provenance import versions
 from reptile.runtime import FewShotModel
@@ -317,7 +324,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
     steps = subject.allowed(settings.steps)
     protocol = FewShotProtocol(model.ways, settings.shots, queries=1, steps=steps, batch=batch)
     streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.episodes))
-    tasks = [test_task(stream, data.split("test"), protocol) for stream in streams]
+    tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
     engine = EagerEngine(model, info.settings.optimizer, data.images, reference.CPU)
     session = subject.session("few_shot")
 
@@ -331,12 +338,12 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
     right, same = [], []
     with ThreadPoolExecutor(1) as beside:  # ONNX Runtime on one core, PyTorch on another
         answers = beside.map(answer, tasks)
-        adapted = adapted_in_chunks(engine, state, tasks)
-        for (task, weights), found in zip(adapted, answers, strict=True):
-            eager = predict(engine, weights, task, "frozen").argmax(1).numpy()
-            labels = task.query_labels
-            right.append([(found == labels).mean(), (eager == labels).mean()])
-            same.append((found == eager).mean())
+        for chunk, weights in adapted_in_chunks(engine, state, tasks):
+            predicted = engine.predict(weights, chunk, "frozen").argmax(-1).numpy()
+            for task, eager, found in zip(chunk, predicted, answers, strict=False):
+                labels = task.query_labels
+                right.append([(found == labels).mean(), (eager == labels).mean()])
+                same.append((found == eager).mean())
     onnx, torch_ = np.mean(right, axis=0)
     interval = 1.96 * np.std(right, axis=0, ddof=1)[1] / math.sqrt(len(right))
     detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(right)} episodes"

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reptile.config import OptimizerSettings
+from reptile.config import BatchNormMode, OptimizerSettings
 from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
 from reptile.errors import InputError
 from reptile.learn.inner import InnerState, decay, update
+from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
 
@@ -50,6 +51,15 @@ class Engine(Protocol):
             weights: where to start: [P] for all tasks, or [T, P].
             state: the optimiser's state at the start; its second moment is shaped as `weights`.
             tasks: T tasks of equally many mini-batches.
+        """
+
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """Return the logits [T, Q, ways] of each task's queries under its weights [T, P].
+
+        Args:
+            weights: adapted weights, one row a task.
+            tasks: T tasks of equally many support and of equally many query images.
+            mode: what batch norm sees, see `predict`.
         """
 
 
@@ -89,6 +99,18 @@ class EagerEngine:
             ),
             torch.stack([losses for _, _, losses in results]),
         )
+
+    @torch.no_grad()
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """See `Engine.predict`."""
+        found = []
+        for own, task in zip(weights, tasks, strict=True):
+            support = self.images(task.support).to(own.dtype)
+            queries = self.images(task.query).to(own.dtype)
+            found.append(
+                query_logits(self.model, unflatten(self.model, own), support, queries, mode)
+            )
+        return torch.stack(found)
 
     def _adapt_one(
         self, weights: Tensor, state: InnerState, task: Task

@@ -19,11 +19,12 @@ from reptile.episodes import (
     Purpose,
     Task,
     check_classes,
+    held_out_task,
     random_stream,
-    test_task,
     training_task,
 )
 from reptile.errors import InputError
+from reptile.learn.accuracy import accuracy
 from reptile.learn.checkpoint import (
     Checkpoint,
     CheckpointInfo,
@@ -34,7 +35,6 @@ from reptile.learn.checkpoint import (
 from reptile.learn.engine import make_engine
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step, step_size
-from reptile.learn.predict import accuracy
 from reptile.models import build_model, initialise
 from reptile.provenance import code_sha256, settings_sha256, versions
 
@@ -150,7 +150,7 @@ def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]
     protocol = FewShotProtocol(settings.ways, 1, 1, VALIDATION_STEPS, VALIDATION_BATCH)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, "validation split")
     return [
-        test_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
+        held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
         for number in range(settings.validation_tasks)
     ]
 

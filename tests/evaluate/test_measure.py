@@ -11,8 +11,7 @@ from sklearn.neighbors import NearestCentroid
 
 from reptile.config import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
 from reptile.data.prepared import ClassRange, PreparedData
-from reptile.episodes import FewShotProtocol, Task
-from reptile.episodes import test_task as draw_test_task
+from reptile.episodes import FewShotProtocol, Task, held_out_task
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation, Score, evaluate, measure
 from reptile.evaluate.confusions import confusions, hardest
@@ -117,7 +116,7 @@ def test_nearest_mean_agrees_with_scikit_learn() -> None:
     flat = pixels.reshape(160, -1) / 255
     for number in range(20):
         protocol = FewShotProtocol(ways=3, shots=5, queries=4, steps=0, batch=1)
-        task = draw_test_task(np.random.default_rng(number), classes, protocol)
+        task = held_out_task(np.random.default_rng(number), classes, protocol)
         oracle = NearestCentroid().fit(flat[task.support], task.support_labels)
         np.testing.assert_array_equal(
             nearest_mean(pixels, task, 3), oracle.predict(flat[task.query])

@@ -15,17 +15,15 @@ from reptile.episodes import (
     FewShotProtocol,
     Purpose,
     Task,
+    held_out_task,
     random_stream,
-    test_task,
     training_task,
 )
+from reptile.learn.accuracy import accuracy
 from reptile.learn.engine import EagerEngine, make_engine
 from reptile.learn.inner import BETA2, EPSILON, InnerState, fresh_state, merge
 from reptile.learn.meta import MetaState, meta_step, step_size
-from reptile.learn.predict import accuracy
 from reptile.models import build_model, initialise, unflatten
-
-test_task.__test__ = False  # type: ignore[attr-defined]  # it samples a test task
 
 WARM = 1e-2  # a second moment far from zero: a cold first step is the gradient's sign
 
@@ -261,7 +259,9 @@ def test_meta_training_beats_its_random_start_on_unseen_alphabets() -> None:
     model = build_model(settings.model, settings.ways, (1, 28, 28))
     engine = make_engine("auto", model, settings.optimizer, pixels, torch.device("cpu"))
     protocol = FewShotProtocol(ways=5, shots=1, queries=3, steps=20, batch=5)
-    tests = [test_task(random_stream(0, Purpose.EVALUATE, i), unseen, protocol) for i in range(80)]
+    tests = [
+        held_out_task(random_stream(0, Purpose.EVALUATE, i), unseen, protocol) for i in range(80)
+    ]
     theta = initialise(model, 0)
     before = state = MetaState(theta, fresh_state(theta))
     for iteration in range(settings.meta_iterations):

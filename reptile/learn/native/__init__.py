@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reptile.config import OptimizerSettings
+from reptile.config import BatchNormMode, OptimizerSettings
 from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted
+from reptile.learn.engine import Adapted, EagerEngine
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
@@ -162,6 +162,11 @@ class NativeEngine:
             raise MemoryError("no memory for the native engine's activations")
         steps = work.steps if self.optimizer.name == "adam" else 0
         return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """See `Engine.predict`."""
+        eager = EagerEngine(self.model, self.optimizer, self._pixels, torch.device("cpu"))
+        return eager.predict(weights, tasks, mode)
 
     def _checked(self, vector: Tensor, tasks: int, name: str) -> tuple[Tensor, int]:
         """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
