@@ -49,7 +49,7 @@ def sample_rows(rng: np.random.Generator, classes: ClassRange, ways: int, images
     """
     chosen = rng.choice(len(classes.start), ways, replace=False)
     picks = [rng.choice(count, images, replace=False) for count in classes.count[chosen]]
-    return classes.start[chosen][:, None] + np.stack(picks)
+    return np.asarray(classes.start[chosen][:, None] + np.stack(picks))
 
 
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
