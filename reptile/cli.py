@@ -5,6 +5,7 @@ It shows progress and results to a person; all work is done by `reptile.stages`.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,6 +221,7 @@ def run() -> None:
     """Run the command line and turn foreseeable errors into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
     try:
         app()
     except InputError as error:

@@ -4,6 +4,8 @@ Every task has its own random stream, keyed by (seed, purpose, iteration, number
 be drawn again without drawing those before it. No image is touched here.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -86,6 +88,25 @@ def training_task(
         batches += (positions[:, : settings.tail_shots].ravel(),)
     nothing = np.empty(0, dtype=np.int64)
     return Task(rows.ravel(), labels, nothing, nothing, batches)
+
+
+def meta_batches(
+    classes: ClassRange, settings: TrainSettings, iterations: range
+) -> Iterator[list[Task]]:
+    """Yield the tasks of each meta-iteration; the next are drawn while these are learnt."""
+
+    def draw(iteration: int) -> list[Task]:
+        return [
+            training_task(classes, settings, iteration, number)
+            for number in range(settings.meta_batch)
+        ]
+
+    with ThreadPoolExecutor(1, "sampling") as sampler:
+        drawn = sampler.submit(draw, iterations.start)
+        for iteration in iterations:
+            tasks = drawn.result()
+            drawn = sampler.submit(draw, iteration + 1)
+            yield tasks
 
 
 class FewShotProtocol(NamedTuple):

@@ -28,7 +28,8 @@ from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.curves import CurveWriter
-from reptile.learn.train import Progress, run_folder
+from reptile.learn.processes import join
+from reptile.learn.train import Progress, choose_device, run_folder
 from reptile.learn.train import train as meta_train
 
 Counted = Callable[[int, int], None]
@@ -54,20 +55,26 @@ def train(
 ) -> Checkpoint:
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
-    `work` holds unfinished runs, so that `resume` can go on from them.
+    `work` holds unfinished runs, so that `resume` can go on from them. Started by torchrun, the
+    processes share the work, and the first alone writes.
     """
-    with CurveWriter(curves) as writer:
-
-        def observe(progress: Progress) -> None:
-            writer.write(progress.curve)
-            on_progress(progress)
-
+    with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
-        result = meta_train(settings, data, work, resume=resume, on_progress=observe)
-        writer.write(result.info.curve)
-    save_checkpoint(checkpoint, result)
-    shutil.rmtree(run_folder(work, result.info), ignore_errors=True)
-    return result
+        if not processes.first:
+            return meta_train(settings, data, work, resume=resume, processes=processes)
+        with CurveWriter(curves) as writer:
+
+            def observe(progress: Progress) -> None:
+                writer.write(progress.curve)
+                on_progress(progress)
+
+            result = meta_train(
+                settings, data, work, resume=resume, processes=processes, on_progress=observe
+            )
+            writer.write(result.info.curve)
+        save_checkpoint(checkpoint, result)
+        shutil.rmtree(run_folder(work, result.info), ignore_errors=True)
+        return result
 
 
 def evaluate(

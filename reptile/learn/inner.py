@@ -17,7 +17,7 @@ EPSILON = 1e-8
 
 
 class InnerState(NamedTuple):
-    """State of the inner optimiser; plain SGD leaves it as it is."""
+    """State of the inner optimiser; plain SGD has no second moment and leaves it as it is."""
 
     second_moment: Tensor  # [P], or [T, P] for a batch of tasks
     step: int  # updates taken so far
@@ -37,9 +37,9 @@ def update(
     weights: Tensor, gradient: Tensor, state: InnerState, optimizer: OptimizerSettings
 ) -> tuple[Tensor, InnerState]:
     """Take one step of SGD or of Adam with beta1 = 0 (Kingma and Ba, algorithm 1)."""
-    if optimizer.name == "sgd":
-        return weights - optimizer.learning_rate * gradient, state
     step = state.step + 1
+    if optimizer.name == "sgd":
+        return weights - optimizer.learning_rate * gradient, state._replace(step=step)
     second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
     corrected = second_moment.sqrt() / math.sqrt(1 - BETA2**step)
     moved = weights - optimizer.learning_rate * gradient / (corrected + EPSILON)

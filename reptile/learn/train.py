@@ -4,6 +4,8 @@ The loop is meant to be read beside the paper's algorithm box. What one meta-ste
 `meta`; how it is shown to a person is the caller's business.
 """
 
+import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,8 +22,8 @@ from reptile.episodes import (
     Task,
     check_classes,
     held_out_task,
+    meta_batches,
     random_stream,
-    training_task,
 )
 from reptile.errors import InputError
 from reptile.learn.accuracy import accuracy
@@ -35,9 +37,13 @@ from reptile.learn.checkpoint import (
 from reptile.learn.engine import make_engine
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step, step_size
+from reptile.learn.processes import Processes
 from reptile.models import build_model, initialise
 from reptile.provenance import code_sha256, settings_sha256, versions
 
+log = logging.getLogger(__name__)
+
+ALONE = Processes()
 VALIDATION_STEPS = 50  # the paper's eval_iters, on batches of 5
 VALIDATION_BATCH = 5
 
@@ -57,6 +63,7 @@ def train(
     work: Path,
     *,
     resume: bool = False,
+    processes: Processes = ALONE,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Checkpoint:
     """Meta-train an initialisation.
@@ -68,30 +75,36 @@ def train(
             settings, data, code and packages; the latest checkpoint there is always whole.
         resume: go on from this run's latest checkpoint, if there is one; on the CPU the result is
             bit for bit that of an uninterrupted run.
+        processes: those that share the tasks of each meta-batch; all return the same, and the
+            first one alone uses `work`.
         on_progress: called after each meta-iteration.
 
     Raises:
-        InputError: the data cannot make the tasks, or the loss is no longer finite.
+        InputError: the data cannot make the tasks, the loss is no longer finite, or another
+            process has gone or runs something else.
     """
     classes = data.split("train")
     check_classes(classes, settings.ways, settings.train_shots, "training split")
     validation = _validation_tasks(settings, data)
     start = _start(settings, data)
     run = run_folder(work, start.info)
-    if not resume:
+    if processes.first and not resume:
         shutil.rmtree(run, ignore_errors=True)
-    kept = _kept(run)
-    model, state, info = load_checkpoint(kept[-1]) if kept else start
-
+    kept = _kept(run) if processes.first else []
+    if processes.first and processes.size > 1 and settings.optimizer.state == "sequential":
+        log.warning(
+            "train.optimizer.state = sequential: tasks run one after another, so %d processes are "
+            "no faster than one; use parallel",
+            processes.size,
+        )
     device = choose_device(settings.device)
-    state = _to(state, device)
-    engine = make_engine(settings.engine, model, settings.optimizer, data.images, device)
+    model, state, info = _agree(load_checkpoint(kept[-1]) if kept else start, processes, device)
+    engine = processes.share(
+        make_engine(settings.engine, model, settings.optimizer, data.images, device)
+    )
     losses: list[float] = []
-    for iteration in range(info.iteration, settings.meta_iterations):
-        tasks = [
-            training_task(classes, settings, iteration, number)
-            for number in range(settings.meta_batch)
-        ]
+    iterations = range(info.iteration, settings.meta_iterations)
+    for iteration, tasks in enumerate(meta_batches(classes, settings, iterations), info.iteration):
         epsilon = step_size(settings, iteration)
         state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
         if not (task_losses.isfinite().all() and state.weights.isfinite().all()):
@@ -109,7 +122,8 @@ def train(
             )
             losses = []
             info = info.model_copy(update={"curve": (*info.curve, point)})
-            _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
+            if processes.first:
+                _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
         on_progress(Progress(iteration + 1, settings.meta_iterations, engine.name, info.curve))
     return Checkpoint(model, _to(state, torch.device("cpu")), info)
 
@@ -118,9 +132,9 @@ def choose_device(name: str) -> torch.device:
     """Return the device that the settings name; `auto` is CUDA where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's, one a device
 
 
 def run_folder(work: Path, info: CheckpointInfo) -> Path:
@@ -143,6 +157,22 @@ def _start(settings: TrainSettings, data: PreparedData) -> Checkpoint:
         versions=versions("torch", "numpy"),
     )
     return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
+
+
+def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -> Checkpoint:
+    """Return the first process's start on this process's device."""
+    model, state, info = checkpoint
+    ours = run_folder(Path(), info)
+    info = CheckpointInfo.model_validate_json(processes.tell(info.model_dump_json(), device))
+    if run_folder(Path(), info) != ours:
+        raise InputError(
+            f"process {processes.rank} has other settings, data, code or packages than process 0; "
+            "all of one run need the same"
+        )
+    weights, inner = _to(state, device)
+    step = int(processes.broadcast(torch.tensor(inner.step, device=device)))
+    inner = InnerState(processes.broadcast(inner.second_moment), step)
+    return Checkpoint(model, MetaState(processes.broadcast(weights), inner), info)
 
 
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:

@@ -160,8 +160,7 @@ class NativeEngine:
         )
         if self._kernel.reptile_adapt(self._handle, self.threads, call):
             raise MemoryError("no memory for the native engine's activations")
-        steps = work.steps if self.optimizer.name == "adam" else 0
-        return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+        return Adapted(adapted, InnerState(moved, state.step + work.steps), losses)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""
