@@ -213,12 +213,12 @@ def test_no_steps_leave_everything_as_it_was(settings: ModelSettings) -> None:
         assert found.losses.shape == (2, 0)
 
 
-def test_sgd_leaves_the_inner_state_alone() -> None:
+def test_sgd_counts_its_steps_and_leaves_the_second_moment_alone() -> None:
     model = build_model(STRIDE, 5, (1, 15, 15))
     weights = start(model)
     found = native(model, SGD, weights, warm(weights), task(0, 5, [10]))
     assert torch.equal(found.state.second_moment[0], warm(weights).second_moment)
-    assert found.state.step == 1000
+    assert found.state.step == 1001
 
 
 @ALL
