@@ -1,11 +1,10 @@
 """Entry point of the `reptile` command: the environment, then the command line."""
 
-import os
 import sys
 
-# Before torch is loaded: OpenMP threads that spin at a barrier slow everything down a hundredfold
-# when another process shares the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from reptile.cpus import settle_threads
+
+settle_threads()
 
 
 def main() -> None:

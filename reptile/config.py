@@ -86,7 +86,7 @@ class TrainSettings(Section):
 
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine: Literal["auto", "eager", "native"] = "auto"
+    engine: Literal["auto", "eager", "native", "batched"] = "auto"
     model: ModelSettings = ModelSettings()
     algorithm: Literal["reptile", "fomaml"] = "reptile"
     tail_shots: Annotated[int, Field(ge=0)] = 0

@@ -6,8 +6,8 @@ Nothing here knows about tasks or learning.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -79,6 +79,8 @@ class Conv4:
     ways: int
     image_shape: tuple[int, int, int]
     settings: ModelSettings
+    convolve: Callable[..., Tensor] = field(default=F.conv2d, repr=False, compare=False)
+    """How a convolution is computed: `F.conv2d`, or another form of it."""
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -121,10 +123,10 @@ class Conv4:
     def _convolve(self, params: Params, x: Tensor, layer: int) -> Tensor:
         weight, bias = params[f"conv{layer}.weight"], params.get(f"conv{layer}.bias")
         if self.settings.downsampling == "pool":
-            return F.conv2d(x, weight, bias, padding=1)
+            return self.convolve(x, weight, bias, padding=1)
         # SAME padding at stride 2 puts an odd total on the far side: (0, 1) for even sizes.
         left, top = x.shape[-1] % 2, x.shape[-2] % 2
-        return F.conv2d(F.pad(x, (left, 1, top, 1)), weight, bias, stride=2)
+        return self.convolve(F.pad(x, (left, 1, top, 1)), weight, bias, stride=2)
 
     def _normalise(
         self, params: Params, x: Tensor, layer: int, mean: Tensor | None, variance: Tensor | None

@@ -8,7 +8,7 @@ import pytest
 
 # Each room may import those before it, and itself.
 ORDER = [
-    {"errors", "files", "minibatches", "config", "provenance"},
+    {"errors", "files", "minibatches", "config", "provenance", "cpus"},
     {"data"},
     {"models", "episodes"},
     {"learn"},

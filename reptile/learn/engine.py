@@ -50,7 +50,7 @@ class Engine(Protocol):
         Args:
             weights: where to start: [P] for all tasks, or [T, P].
             state: the optimiser's state at the start; its second moment is shaped as `weights`.
-            tasks: T tasks of equally many mini-batches.
+            tasks: T tasks of equally many support images, and mini-batches of equal sizes.
         """
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
@@ -81,7 +81,7 @@ class EagerEngine:
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return to_unit(torch.from_numpy(np.asarray(self._pixels[rows])).to(self.device))
+        return gather(self._pixels, rows, self.device)
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
@@ -130,6 +130,11 @@ class EagerEngine:
         return weights.detach(), state, torch.cat(losses)
 
 
+def gather(pixels: UInt8Array, rows: IntArray, device: torch.device) -> Tensor:
+    """Return the images of `rows` [...] in 0..1, [..., C, H, W]."""
+    return to_unit(torch.from_numpy(np.asarray(pixels[rows])).to(device))
+
+
 def make_engine(
     kind: str,
     model: Model,
@@ -142,11 +147,15 @@ def make_engine(
     Raises:
         InputError: `native` is asked for, and it does not run on this device or machine.
     """
-    if kind == "eager" or (kind == "auto" and device.type != "cpu"):
+    from reptile.learn.batched import BatchedEngine  # both need this module's Adapted
+
+    if kind == "eager":
         return EagerEngine(model, optimizer, pixels, device)
+    if kind == "batched" or (kind == "auto" and device.type != "cpu"):
+        return BatchedEngine(model, optimizer, pixels, device)
     if device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
-    from reptile.learn.native import BuildError, NativeEngine  # it needs this module's Adapted
+    from reptile.learn.native import BuildError, NativeEngine
 
     try:
         return NativeEngine(model, optimizer, pixels)

@@ -4,7 +4,6 @@ Adam with beta1 = 0 keeps two things, the second moment and the number of steps 
 of what meta-training learns. Written once, for a single task [P] and a batch of tasks [T, P].
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ class InnerState(NamedTuple):
     """State of the inner optimiser; plain SGD has no second moment and leaves it as it is."""
 
     second_moment: Tensor  # [P], or [T, P] for a batch of tasks
-    step: int  # updates taken so far
+    step: int  # updates taken so far; a float64 tensor inside a captured loop
 
 
 def fresh_state(weights: Tensor) -> InnerState:
@@ -41,7 +40,7 @@ def update(
     if optimizer.name == "sgd":
         return weights - optimizer.learning_rate * gradient, state._replace(step=step)
     second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
-    corrected = second_moment.sqrt() / math.sqrt(1 - BETA2**step)
+    corrected = second_moment.sqrt() / (1 - BETA2**step) ** 0.5
     moved = weights - optimizer.learning_rate * gradient / (corrected + EPSILON)
     return moved, InnerState(second_moment, step)
 

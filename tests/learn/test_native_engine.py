@@ -17,7 +17,7 @@ from reptile.episodes import Task
 from reptile.errors import InputError
 from reptile.learn.engine import Adapted, EagerEngine, make_engine
 from reptile.learn.inner import InnerState, fresh_state
-from reptile.learn.native import BuildError, NativeEngine, available_cpus, build
+from reptile.learn.native import BuildError, NativeEngine, build
 from reptile.models import Model, build_model, initialise, size
 
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05)
@@ -397,7 +397,3 @@ def test_two_processes_build_one_library_between_them(empty_cache: Path) -> None
     assert [run.wait(timeout=60) for run in runs] == [0, 0]
     assert len(log.read_text()) == 1  # lines: one compilation
     assert len(libraries(empty_cache)) == 1
-
-
-def test_available_cpus_stay_within_the_machine() -> None:
-    assert 1 <= available_cpus() <= (os.cpu_count() or 1)

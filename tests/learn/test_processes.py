@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import make_data
+from patterns import make_data
 
 from reptile.config import TrainSettings
 from reptile.data.prepared import PreparedData

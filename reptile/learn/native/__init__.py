@@ -5,12 +5,9 @@ eager engine is its oracle. Not for other devices, and not for prediction.
 """
 
 import ctypes
-import math
-import os
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +15,17 @@ import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
+from reptile.cpus import available_cpus
 from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine
+from reptile.learn.engine import Adapted, EagerEngine, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
-from reptile.models import Model, size, to_unit
+from reptile.models import Model, size
 
-__all__ = ["BuildError", "NativeEngine", "available_cpus"]
+__all__ = ["BuildError", "NativeEngine"]
 
 
 class _Settings(ctypes.Structure):
@@ -123,7 +121,7 @@ class NativeEngine:
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return to_unit(torch.from_numpy(np.asarray(self._pixels[rows])))
+        return gather(self._pixels, rows, torch.device("cpu"))
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`.
@@ -235,29 +233,3 @@ def _settings(model: Model, optimizer: OptimizerSettings) -> _Settings:
         EPSILON,
         BETA2,
     )
-
-
-def available_cpus() -> int:
-    """Return how many processors this process may keep busy: its affinity and its cgroup's quota.
-
-    torch's default number of threads knows nothing of the quota, and a container that runs more
-    threads than its quota is stopped for most of the time.
-    """
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cpus = os.cpu_count() or 1
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            values = Path(quota_file).read_text().split()
-            if period_file:
-                values += Path(period_file).read_text().split()
-            quota, period = (int(value) for value in values)
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        if quota > 0 and period > 0:
-            return max(1, min(cpus, math.ceil(quota / period)))
-    return cpus

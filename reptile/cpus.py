@@ -1,0 +1,44 @@
+"""How many processors there are for us, and threads that behave on shared ones.
+
+To be imported before torch, so nothing here imports it.
+"""
+
+import math
+import os
+from pathlib import Path
+
+
+def settle_threads() -> None:
+    """Set the defaults of OpenMP, which torch reads when it is loaded; the environment wins.
+
+    As many threads as this process may keep busy, and threads that sleep at a barrier: spinning
+    ones slow everything down a hundredfold when another process shares the cores.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may keep busy: its affinity and its cgroup's quota.
+
+    torch's default number of threads knows nothing of the quota, and a container that runs more
+    threads than its quota is stopped for most of the time.
+    """
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cpus = os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            values = Path(quota_file).read_text().split()
+            if period_file:
+                values += Path(period_file).read_text().split()
+            quota, period = (int(value) for value in values)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cpus, math.ceil(quota / period)))
+    return cpus

@@ -1,0 +1,37 @@
+"""Threads by default: what the system grants, and what the environment says first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from reptile.cpus import available_cpus
+
+THREADS = "from reptile.cpus import settle_threads; settle_threads(); import torch; {}"
+
+
+def test_available_cpus_stay_within_the_machine() -> None:
+    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_available_cpus_follow_the_affinity() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), (None, available_cpus())])
+def test_torch_gets_the_environments_threads_or_all_that_are_granted(
+    said: str | None, threads: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if said:
+        environment["OMP_NUM_THREADS"] = said
+    script = THREADS.format("print(torch.get_num_threads())")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert int(done.stdout) == threads
