@@ -25,7 +25,7 @@ def test_available_cpus_follow_the_affinity() -> None:
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize(("said", "threads"), [("3", 3), (None, available_cpus())])
+@pytest.mark.parametrize(("said", "threads"), [("1", 1), (None, available_cpus())])
 def test_torch_gets_the_environments_threads_or_all_that_are_granted(
     said: str | None, threads: int
 ) -> None:
