@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -123,11 +124,17 @@ def evaluate(
     from reptile.evaluate import summary_table
 
     folder = artifacts / "evaluation"
+    start = perf_counter()
     with _counting("evaluating") as count:
-        stages.evaluate(
+        result = stages.evaluate(
             settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
         )
+    seconds = perf_counter() - start
     console.print(summary_table(stages.read_metrics(folder)))
+    console.print(
+        f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
+        f"{result.adaptations / seconds:.0f} tasks/s"
+    )
     console.print(f"report: {folder / 'report.html'}")
 
 

@@ -103,6 +103,11 @@ class Evaluation:
     has_batch_norm: bool
 
     @property
+    def adaptations(self) -> int:
+        """How many tasks were adapted to, from each start."""
+        return len(STARTS) * sum(len(measured.tasks) for measured in self.measurements)
+
+    @property
     def held_out(self) -> tuple[Measurement, ...]:
         """The measurements on held-out classes of the training data."""
         return self.of(next(iter(self.data)))
