@@ -8,7 +8,7 @@ import pytest
 
 # Each room may import those before it, and itself.
 ORDER = [
-    {"errors", "files", "minibatches", "config", "provenance", "cpus"},
+    {"errors", "files", "minibatches", "config", "provenance", "cpus", "images"},
     {"data"},
     {"models", "episodes"},
     {"learn"},

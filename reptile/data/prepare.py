@@ -34,6 +34,7 @@ from reptile.data.prepared import (
 from reptile.data.sources import Source, open_source
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
+from reptile.images import fit
 
 CHUNK = 256  # images in flight: bounds memory, and how late an error stops the work
 ROTATIONS: tuple[Literal[0, 90, 180, 270], ...] = (0, 90, 180, 270)
@@ -194,10 +195,7 @@ def _write(
                 f"{source.name}: {files[0]} is {kinds[target]} and {files[row]} is "
                 f"{kinds[image.mode]}; set channels: grey or channels: rgb"
             )
-        # Lanczos averages over all pixels it drops, so that strokes thinner than the step (a pen
-        # of 2 to 3 pixels in Omniglot's 105) stay whole and dark, and it enlarges smoothly too.
-        small = image.convert(target).resize((size, size), Image.Resampling.LANCZOS)
-        images[row] = np.asarray(small).reshape(size, size, -1).transpose(2, 0, 1)
+        images[row] = fit(image, shape)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), CHUNK):

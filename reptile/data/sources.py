@@ -11,23 +11,20 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from reptile.data.glyphs import draw_glyphs, glyph_name
 from reptile.errors import InputError
+from reptile.images import decode
 
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 50_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg")
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}  # and whatever starts with a dot
-
-_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB"}
 
 
 @dataclass(frozen=True)
@@ -216,27 +213,11 @@ def _read_image(label: str, opened: Callable[[], IO[bytes]]) -> Image.Image:
     try:
         with opened() as file:
             content = file.read(MAX_BYTES + 1)  # whatever size the file claims to have
-        if len(content) > MAX_BYTES:
-            raise InputError(f"{label}: more than {MAX_BYTES // 2**20} MiB; too large an image")
-        with Image.open(BytesIO(content), formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{label}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,}"
-                )
-            if image.mode not in _MODES:
-                raise InputError(
-                    f"{label}: pixels of type {image.mode}; save it as 8-bit grey or RGB"
-                )
-            return _on_paper(ImageOps.exif_transpose(image), _MODES[image.mode])
     except InputError:
         raise
-    except Exception as error:  # Pillow and zipfile document no closed set for broken files
+    except Exception as error:  # zipfile documents no closed set for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{label}: cannot be read as a PNG or JPEG image ({reason})") from error
-
-
-def _on_paper(image: Image.Image, mode: str) -> Image.Image:
-    if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return image.convert(mode)
+        raise InputError(f"{label}: cannot be read ({reason})") from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{label}: more than {MAX_BYTES // 2**20} MiB; too large an image")
+    return decode(label, content)
