@@ -103,7 +103,7 @@ def run_within(
     if seconds is None:
         return list(session.run(outputs, feeds))
     if seconds <= 0:
-        raise TimeoutError("the time was up before the run could start")
+        raise TimeoutError(f"not done within {seconds:g} s")
     options = load_onnxruntime().RunOptions()
     timer = Timer(seconds, setattr, (options, "terminate", True))
     timer.daemon = True
