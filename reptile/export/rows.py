@@ -115,9 +115,9 @@ def _conv4(
         outputs = len(forward) // 9
         patches = _Gather.apply(x, forward, backward).reshape(-1, 9 * x.shape[-1])
         rows = patches @ params[f"conv{layer}.weight"].t()
-        scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
-        rows, *_ = _BatchNorm.apply(rows, scale, shift, share / outputs)  # 1 / (B · outputs)
         x = rows.reshape(-1, outputs, rows.shape[-1])
+        scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+        x, *_ = _BatchNorm.apply(x, scale, shift, share / outputs)
         if model.settings.downsampling == "pool":
             x, *_ = _MaxPool.apply(x, next(index), next(index))
         x = F.relu(x)
@@ -187,15 +187,20 @@ class _Gather(torch.autograd.Function):
         return read.view(-1, *index.shape, read.shape[-1]).sum(1), None, None
 
 
+def _total(rows: Tensor) -> Tensor:
+    """Sum rows [B, positions, F] in two stages: ONNX Runtime adds one after another."""
+    return rows.sum(1).sum(0)
+
+
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm of rows [N, F] on themselves; `share` is 1/N, []."""
+    """Batch norm of rows [B, positions, F] on themselves; `share` is 1/(B · positions), []."""
 
     @staticmethod
     def forward(
         x: Tensor, scale: Tensor, shift: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        off = x - x.sum(0) * share
-        inverse = torch.rsqrt((off * off).sum(0) * share + BATCH_NORM_EPSILON)
+        off = x - _total(x) * share
+        inverse = torch.rsqrt(_total(off * off) * share + BATCH_NORM_EPSILON)
         return off * (inverse * scale) + shift, off, inverse
 
     @staticmethod
@@ -207,8 +212,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         off, inverse, scale, share = ctx.saved_tensors
-        to_shift = gradient.sum(0)
-        to_scale = (gradient * off).sum(0) * inverse
+        to_shift = _total(gradient)
+        to_scale = _total(gradient * off) * inverse
         centred = gradient - to_shift * share - off * (inverse * to_scale * share)
         return centred * (inverse * scale), to_scale, to_shift, None
 
