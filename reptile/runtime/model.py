@@ -17,6 +17,7 @@ from reptile.minibatches import mini_batches
 from reptile.runtime.bundle import Bundle, open_bundle
 from reptile.runtime.golden import check_golden
 from reptile.runtime.inputs import check_images, check_integer, check_labels, check_learning_rate
+from reptile.runtime.provider import run_within
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
 _CHUNK = 256  # images a run: bounds memory; queries do not depend on one another
@@ -154,6 +155,7 @@ class FewShotModel:
         steps: int | None = None,
         learning_rate: float | None = None,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> AdaptedModel:
         """Learn a new task from a few labelled images, on mini-batches as the paper draws them.
 
@@ -166,9 +168,11 @@ class FewShotModel:
             steps: inner steps; None takes the bundle's.
             learning_rate: of the inner steps; None takes the bundle's.
             seed: chooses the mini-batches.
+            timeout: seconds after which to give up; None takes as long as it takes.
 
         Raises:
             InputError: an argument that cannot be used, or an adaptation that diverged.
+            TimeoutError: not done in time.
         """
         bundle = self.bundle
         array = check_images(images, bundle.image_shape)
@@ -190,7 +194,7 @@ class FewShotModel:
             "learning_rate": np.array(rate, dtype=np.float32),
         }
         outputs = ["finite", "losses", *bundle.weights]
-        finite, losses, *weights = self._adapt.run(outputs, feeds)
+        finite, losses, *weights = run_within(self._adapt, outputs, feeds, timeout)
         if not finite:
             raise InputError(
                 f"adaptation diverged: its numbers are no longer finite after {count} steps at "

@@ -4,8 +4,9 @@ Not for what the graphs mean. The only module of the runtime that imports onnxru
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from threading import Timer
 from typing import Any
 
 from reptile.errors import InputError
@@ -83,6 +84,38 @@ def open_session(
             f"driver, CUDA and cuDNN versions must match this build): mend that, or use {CPU}"
         )
     return session
+
+
+def run_within(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], seconds: float | None
+) -> list[Any]:
+    """Run a session, and stop it when the time is up.
+
+    Args:
+        session: what `open_session` returned.
+        outputs: names of the outputs wanted.
+        feeds: arrays by input name.
+        seconds: how long it may take; None for as long as it takes.
+
+    Raises:
+        TimeoutError: the time is up.
+    """
+    if seconds is None:
+        return list(session.run(outputs, feeds))
+    if seconds <= 0:
+        raise TimeoutError(f"not done within {seconds:g} s")
+    options = load_onnxruntime().RunOptions()
+    timer = Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        return list(session.run(outputs, feeds, options))
+    except Exception as error:
+        if options.terminate:
+            raise TimeoutError(f"not done within {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def _wanted_providers(providers: Sequence[str] | None, available: Sequence[str]) -> list[str]:

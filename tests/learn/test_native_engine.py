@@ -15,6 +15,7 @@ from torch import Tensor
 from reptile.config import ModelSettings, OptimizerSettings
 from reptile.episodes import Task
 from reptile.errors import InputError
+from reptile.learn.batched import BatchedEngine
 from reptile.learn.engine import Adapted, EagerEngine, make_engine
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.native import BuildError, NativeEngine, build
@@ -306,7 +307,7 @@ def test_auto_takes_the_native_engine_and_eager_stays_eager() -> None:
     assert make_engine("native", model, SGD, pixels, CPU).name.startswith("native")
     assert make_engine("eager", model, SGD, pixels, CPU).name == "eager on cpu"
     cuda = torch.device("cuda")
-    assert isinstance(make_engine("auto", model, SGD, pixels, cuda), EagerEngine)
+    assert isinstance(make_engine("auto", model, SGD, pixels, cuda), BatchedEngine)
     with pytest.raises(InputError, match="not on cuda"):
         make_engine("native", model, SGD, pixels, cuda)
 

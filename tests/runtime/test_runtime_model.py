@@ -289,3 +289,14 @@ def test_the_models_facts_are_the_manifests(model: FewShotModel, bundle: Path) -
 def test_objects_show_what_they_are(model: FewShotModel, images: np.ndarray, bundle: Path) -> None:
     assert repr(model) == f"FewShotModel({str(bundle)!r}, ways=4, image_shape=(1, 3, 5))"
     assert repr(model.adapt(images, FOUR)) == "AdaptedModel(labels=['ox', 'hen', 'cat', 'dog'])"
+
+
+def test_an_adaptation_is_refused_when_its_time_is_up(
+    model: FewShotModel, images: np.ndarray
+) -> None:
+    images, labels = images[:4], ["a", "a", "b", "b"]
+    in_time = model.adapt(images, labels, steps=3, timeout=60)
+    unhurried = model.adapt(images, labels, steps=3)
+    np.testing.assert_array_equal(in_time.losses, unhurried.losses)
+    with pytest.raises(TimeoutError, match="not done within"):
+        model.adapt(images, labels, steps=20, timeout=0)

@@ -1,7 +1,7 @@
-"""The native engine: whole inner loops in one call of a compiled kernel, float32 on the CPU.
+"""The native engine: whole inner loops, and predictions, in one call of a compiled kernel.
 
 The kernel knows its own weight layout and threads; here arguments are checked before it runs. The
-eager engine is its oracle. Not for other devices, and not for prediction.
+eager engine is its oracle. Not for other devices.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from reptile.cpus import available_cpus
 from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine, gather
+from reptile.learn.engine import Adapted, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
@@ -63,6 +63,20 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Prediction(ctypes.Structure):
+    _fields_ = (
+        ("pixels", ctypes.c_void_p),
+        ("tasks", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("images", ctypes.c_int64),
+        ("measured", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+    )
+
+
 _NETWORKS = {("conv4", "stride"): 0, ("conv4", "pool"): 1, ("mlp", ""): 2}
 
 
@@ -76,6 +90,8 @@ def _kernel() -> ctypes.CDLL:
     kernel.reptile_destroy.restype = None
     kernel.reptile_adapt.argtypes = [engine, threads, ctypes.POINTER(_Call)]
     kernel.reptile_adapt.restype = ctypes.c_int
+    kernel.reptile_predict.argtypes = [engine, threads, ctypes.POINTER(_Prediction)]
+    kernel.reptile_predict.restype = ctypes.c_int
     return kernel
 
 
@@ -113,6 +129,7 @@ class NativeEngine:
         self.name = f"native on cpu, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self._pixels = np.ascontiguousarray(pixels)  # no copy of a contiguous array
         self._size = size(model)
+        self._has_batch_norm = model.settings.name == "conv4"
         self._kernel = _kernel()
         self._handle = self._kernel.reptile_create(_settings(model, optimizer))
         if not self._handle:
@@ -161,9 +178,30 @@ class NativeEngine:
         return Adapted(adapted, InnerState(moved, state.step + work.steps), losses)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`."""
-        eager = EagerEngine(self.model, self.optimizer, self._pixels, torch.device("cpu"))
-        return eager.predict(weights, tasks, mode)
+        """See `Engine.predict`.
+
+        Raises:
+            InputError: weights that are not float32 [T, P] on the CPU, tasks with unequal numbers
+                of images or none, or rows out of range.
+        """
+        weights, stride = self._checked(weights, len(tasks), "weights")
+        if not stride:
+            weights = weights.expand(len(tasks), self._size).contiguous()
+        groups = _groups(tasks, mode if self._has_batch_norm else "transductive")
+        _check_range(groups.rows, len(self._pixels), "row of the images")
+        logits = torch.empty(*groups.rows.shape, self.model.ways)
+        call = _Prediction(
+            self._pixels.ctypes.data,
+            *groups.rows.shape,
+            groups.measured,
+            groups.rows.ctypes.data,
+            weights.data_ptr(),
+            self._size,
+            logits.data_ptr(),
+        )
+        if self._kernel.reptile_predict(self._handle, self.threads, call):
+            raise MemoryError("no memory for the native engine's activations")
+        return logits[:, :, groups.queries :].flatten(1, 2)
 
     def _checked(self, vector: Tensor, tasks: int, name: str) -> tuple[Tensor, int]:
         """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
@@ -211,6 +249,29 @@ def _work(tasks: Sequence[Task], images: int, ways: int) -> _Work:
     _check_range(work.rows, images, "row of the images")
     _check_range(work.labels, ways, "label")
     return work
+
+
+class _Groups(NamedTuple):
+    """The forward passes of all tasks; batch norm uses the statistics of the first rows of each."""
+
+    rows: IntArray  # [T, groups, images]
+    measured: int
+    queries: int  # where the queries begin among the images of a group
+
+
+def _groups(tasks: Sequence[Task], mode: BatchNormMode) -> _Groups:
+    sizes = {(len(task.support), len(task.query)) for task in tasks}
+    if len(sizes) != 1 or 0 in next(iter(sizes)):
+        raise InputError("tasks of one call need equally many support and query images, not none")
+    support = np.stack([task.support for task in tasks]).astype(np.int64)
+    query = np.stack([task.query for task in tasks]).astype(np.int64)
+    if mode == "transductive":
+        return _Groups(query[:, None], query.shape[1], 0)
+    seen = support.shape[1]
+    if mode == "frozen":
+        return _Groups(np.concatenate([support, query], axis=1)[:, None], seen, seen)
+    each = np.repeat(support[:, None], query.shape[1], axis=1)
+    return _Groups(np.concatenate([each, query[:, :, None]], axis=2), seen + 1, seen)
 
 
 def _check_range(values: IntArray, end: int, what: str) -> None:

@@ -1,4 +1,5 @@
-// Inner loops of the small networks on a CPU: gather images, forward, backward, update, in float32.
+// Inner loops of the small networks on a CPU: gather images, forward, backward, update, in float32;
+// and predictions with their weights.
 //
 // The networks are so small that a framework spends its time between operations. Here a whole inner
 // loop is one call, and the working set of a task stays in the caches.
@@ -61,6 +62,17 @@ struct Call {
   float* losses;
 };
 
+// The arguments of a call that predicts; mirrored in __init__.py. Every task has as many groups of
+// images; a group is one forward pass, in which batch norm uses the statistics of its first images.
+struct Prediction {
+  const uint8_t* pixels;
+  int64_t tasks, groups, images, measured;
+  const int64_t* rows;   // [tasks, groups, images]
+  const float* weights;  // [tasks, size]
+  int64_t size;
+  float* logits;  // [tasks, groups, images, ways]
+};
+
 namespace {
 
 constexpr float NORM_EPSILON = 1e-3f;  // models.BATCH_NORM_EPSILON
@@ -83,7 +95,7 @@ class InnerLoop {
 
   void pack(const float* weights, const float* moment) {
     shape_.pack(weights, work_.weights, team_);
-    shape_.pack(moment, work_.moment, team_);
+    if (moment) shape_.pack(moment, work_.moment, team_);
     team_.wait();
   }
   void unpack(float* weights, float* moment) const {
@@ -95,13 +107,14 @@ class InnerLoop {
   // One step; `number` counts the optimiser's updates from 1. The loss is the one before it.
   void step(const Batch& batch, int64_t number, float* loss) {
     batch_ = batch;
-    size_ = batch.size;
+    size_ = measured_ = batch.size;
     unbias_ = static_cast<float>(1 / std::sqrt(1 - std::pow(settings_.beta2, number)));
     if (settings_.weight_decay != 1) decay();
     gather();
     team_.wait();
     if (settings_.network == MLP) {
-      mlp_step();
+      mlp_forward();
+      mlp_backward();
     } else {
       for (int i = 0; i < 4; i++) forward(i);
       head_forward(work_.layers[3].out, work_.layers[3].out_gradient);
@@ -118,6 +131,23 @@ class InnerLoop {
       for (int b = 0; b < size_; b++) sum += work_.losses[b];
       *loss = static_cast<float>(sum / size_);
     }
+    team_.wait();
+  }
+
+  // A forward pass; batch norm's statistics are those of the first `measured` images.
+  void predict(const Batch& batch, int measured, float* logits) {
+    batch_ = batch;
+    size_ = batch.size;
+    measured_ = measured;
+    gather();
+    team_.wait();
+    if (settings_.network == MLP)
+      mlp_forward();
+    else
+      for (int i = 0; i < 4; i++) forward(i);
+    const float* features = work_.layers[settings_.network == MLP ? 0 : 3].out;
+    const auto [begin, end] = team_.share(size_);
+    for (size_t b = begin; b < end; b++) head_logits(features, b, logits + b * settings_.ways);
     team_.wait();
   }
 
@@ -238,23 +268,32 @@ class InnerLoop {
     return work_.layers[i].rows + (block * rows + row) * 2 * WIDTH;
   }
 
-  // A row's mean and squared deviations from it.
+  // A row's mean and squared deviations from it, over the images that batch norm measures.
   void measure(int i, int block, int row) {
     const Layer& layer = shape_.layers[i];
     const float* y = work_.layers[i].conv + at(block, layer.y.out, row, layer.x.out, 0);
-    const int n = layer.x.out * size_;
-    const Block mean = sum(n, [=](int j) { return load(y + j * WIDTH); }) * (1.f / n);
+    const int columns = layer.x.out;
     float* to = partial(i, block, row);
+    const Block mean = row_sum(y, columns, [](const Block& value) { return value; }) *
+                       (1.f / (columns * measured_));
     store(to, mean);
-    store(to + WIDTH, sum(n, [&](int j) {
-            const Block off = load(y + j * WIDTH) - mean;
+    store(to + WIDTH, row_sum(y, columns, [&](const Block& value) {
+            const Block off = value - mean;
             return off * off;
           }));
+  }
+  template <class F>
+  INLINE Block row_sum(const float* y, int columns, F f) const {
+    if (measured_ == size_)
+      return sum(columns * size_, [&](int j) { return f(load(y + j * WIDTH)); });
+    return sum(columns, [&](int x) {
+      return sum(measured_, [&](int b) { return f(load(y + (x * size_ + b) * WIDTH)); });
+    });
   }
 
   Norm join(int i, int block) const {
     const Layer& layer = shape_.layers[i];
-    const int rows = layer.y.out, n = layer.x.out * size_;
+    const int rows = layer.y.out, n = layer.x.out * measured_;
     const float* row = partial(i, block, 0);
     Norm norm;
     norm.mean = sum(rows, [=](int j) { return load(row + j * 2 * WIDTH); }) * (1.f / rows);
@@ -331,23 +370,28 @@ class InnerLoop {
 
   // -- Head: logits, softmax, cross-entropy
 
+  void head_logits(const float* features, size_t b, float* logits) const {
+    const size_t ways = settings_.ways, blocks = shape_.head_blocks();
+    const float* weights = work_.weights + shape_.head;
+    const float* bias = work_.weights + shape_.head_bias;
+    for (size_t way = 0; way < ways; way++)
+      logits[way] = bias[way] + total(sum(blocks, [&](size_t f) {
+                      return load(weights + (way * blocks + f) * WIDTH) *
+                             load(features + (f * size_ + b) * WIDTH);
+                    }));
+  }
+
   // Logits and loss of each image, and the gradient of the features.
   void head_forward(const float* features, float* gradient) {
     const size_t ways = settings_.ways, blocks = shape_.head_blocks();
     const float* weights = work_.weights + shape_.head;
-    const float* bias = work_.weights + shape_.head_bias;
     const auto [begin, end] = team_.share(size_);
     for (size_t b = begin; b < end; b++) {
       float* logits = work_.logits + b * ways;
+      head_logits(features, b, logits);
       const size_t label = batch_.labels[b];
-      float largest = -INFINITY, scale = 0;
-      for (size_t way = 0; way < ways; way++) {
-        logits[way] = bias[way] + total(sum(blocks, [&](size_t f) {
-                        return load(weights + (way * blocks + f) * WIDTH) *
-                               load(features + (f * size_ + b) * WIDTH);
-                      }));
-        largest = std::max(largest, logits[way]);
-      }
+      const float largest = *std::max_element(logits, logits + ways);
+      float scale = 0;
       for (size_t way = 0; way < ways; way++) scale += std::exp(logits[way] - largest);
       work_.losses[b] = std::log(scale) + largest - logits[label];
       for (size_t way = 0; way < ways; way++)
@@ -537,7 +581,7 @@ class InnerLoop {
 
   // -- The MLP: one product with all pixels as planes of a single tap
 
-  void mlp_step() {
+  void mlp_forward() {
     LayerBuffers& hidden = work_.layers[0];
     const int inputs = shape_.inputs();
     const size_t block_size = static_cast<size_t>(inputs) * WIDTH;
@@ -554,6 +598,13 @@ class InnerLoop {
       for (int b = 0; b < size_; b++) store(out + b * WIDTH, relu(load(out + b * WIDTH) + bias));
     }
     team_.wait();
+  }
+
+  void mlp_backward() {
+    LayerBuffers& hidden = work_.layers[0];
+    const int inputs = shape_.inputs();
+    const size_t block_size = static_cast<size_t>(inputs) * WIDTH;
+    const auto [begin, end] = team_.share(shape_.blocks);
     head_forward(hidden.out, hidden.out_gradient);
     team_.wait();
     head_update(hidden.out);
@@ -589,6 +640,7 @@ class InnerLoop {
   const Team team_;
   Batch batch_{};
   int size_ = 0;      // images in the mini-batch
+  int measured_ = 0;  // the first of them, whose statistics batch norm uses: all when learning
   float unbias_ = 1;  // Adam's correction of the second moment, 1 / sqrt(1 - beta2^number)
   float unit_[256];
 };
@@ -607,6 +659,17 @@ void run_task(const Shape& shape, Workspace& work, const Call& call, int64_t tas
   loop.unpack(call.out_weights + task * call.size, call.out_moment + task * call.size);
 }
 
+void predict_task(const Shape& shape, Workspace& work, const Prediction& call, int64_t task,
+                  Team team) {
+  InnerLoop loop(shape, work, call.pixels, team);
+  loop.pack(call.weights + task * call.size, nullptr);
+  for (int64_t group = task * call.groups; group < (task + 1) * call.groups; group++) {
+    const Batch batch{call.rows + group * call.images, nullptr, static_cast<int>(call.images)};
+    loop.predict(batch, static_cast<int>(call.measured),
+                 call.logits + group * call.images * shape.settings.ways);
+  }
+}
+
 struct Engine {
   explicit Engine(const Settings& settings) : shape(settings) {}
 
@@ -615,29 +678,47 @@ struct Engine {
   std::mutex mutex;  // the workspaces serve one call at a time
 
   void adapt(const Call& call, int threads) {
-    const std::lock_guard<std::mutex> lock(mutex);
     int batch = 1;
     for (int64_t i = 0; i < call.tasks * call.steps; i++)
       batch = std::max(batch, static_cast<int>(call.starts[i + 1] - call.starts[i]));
-    while (static_cast<int64_t>(workspaces.size()) < std::min<int64_t>(threads, call.tasks))
+    run(call.tasks, batch, threads, [&](Workspace& work, int64_t task, Team team) {
+      run_task(shape, work, call, task, team);
+    });
+  }
+
+  void predict(const Prediction& call, int threads) {
+    run(call.tasks, static_cast<int>(call.images), threads,
+        [&](Workspace& work, int64_t task, Team team) {
+          predict_task(shape, work, call, task, team);
+        });
+  }
+
+ private:
+  // Multiply-adds in a forward pass, below which waiting for each other costs more than it saves.
+  static constexpr double WORTH_SHARING = 1e6;
+
+  // Run `one` for every task, with workspaces for `batch` images.
+  template <class F>
+  void run(int64_t tasks, int batch, int threads, F one) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    while (static_cast<int64_t>(workspaces.size()) < std::min<int64_t>(threads, tasks))
       workspaces.push_back(std::make_unique<Workspace>());
     for (auto& workspace : workspaces) workspace->reserve(shape, batch);
 
     const bool apart = batch * shape.cost() < WORTH_SHARING;
-    if (apart) threads = static_cast<int>(std::min<int64_t>(threads, call.tasks));
+    if (apart) threads = static_cast<int>(std::min<int64_t>(threads, tasks));
     std::atomic<int64_t> next{0};
     Barrier barrier;
     const auto work = [&](int index) {
       const Team team{index, barrier.count(), &barrier};
       // Tasks left over are shared by the whole team, unless they would keep most of it busy.
-      const int64_t rest = call.tasks % team.count;
-      const int64_t whole = apart || rest * 2 > team.count ? call.tasks : call.tasks - rest;
+      const int64_t rest = tasks % team.count;
+      const int64_t whole = apart || rest * 2 > team.count ? tasks : tasks - rest;
       if (index < static_cast<int>(workspaces.size()))
         for (int64_t task; (task = next.fetch_add(1)) < whole;)
-          run_task(shape, *workspaces[index], call, task, {});
+          one(*workspaces[index], task, Team{});
       team.wait();
-      for (int64_t task = whole; task < call.tasks; task++)
-        run_task(shape, *workspaces[0], call, task, team);
+      for (int64_t task = whole; task < tasks; task++) one(*workspaces[0], task, team);
     };
     std::vector<std::thread> helpers;
     helpers.reserve(threads);
@@ -651,10 +732,6 @@ struct Engine {
     work(0);
     for (auto& helper : helpers) helper.join();
   }
-
- private:
-  // Multiply-adds in a forward pass, below which waiting for each other costs more than it saves.
-  static constexpr double WORTH_SHARING = 1e6;
 };
 
 }  // namespace
@@ -679,6 +756,16 @@ EXPORT void reptile_destroy(void* engine) { delete static_cast<reptile::Engine*>
 EXPORT int reptile_adapt(void* engine, int threads, const reptile::Call* call) {
   try {
     static_cast<reptile::Engine*>(engine)->adapt(*call, threads);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Returns 0, or 1 if there is no memory. All sizes and indices have been checked by the caller.
+EXPORT int reptile_predict(void* engine, int threads, const reptile::Prediction* call) {
+  try {
+    static_cast<reptile::Engine*>(engine)->predict(*call, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
