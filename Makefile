@@ -15,7 +15,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
 	@echo "make lint       run ruff and mypy"
-	@echo "make bench      time the engines side by side"
+	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
 	@echo "make clean      remove the environment and all artifacts"
 
 setup: $(INSTALLED)
@@ -43,7 +43,7 @@ lint: setup
 	mypy
 
 bench: setup
-	python -m benchmarks.engine
+	python -m benchmarks $(ROWS)
 
 clean:
 	rm -rf $(VENV) artifacts
