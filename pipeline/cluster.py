@@ -318,9 +318,7 @@ class Cluster:
                 pipelineid=pipeline,
             )
 
-    def _named(
-        self, listing: Callable[..., Any], field: str, name: str, **where: str | None
-    ) -> list[Any]:
+    def _named(self, listing: Callable[..., Any], field: str, name: str, **where: Any) -> list[Any]:
         """Return everything of that very name, from all pages."""
         predicate = {"operation": "EQUALS", "key": "display_name", "string_value": name}
         found, page = [], ""

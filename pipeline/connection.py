@@ -10,7 +10,6 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def _is_loopback(hostname: str) -> bool:
 
 
 def call(
-    function: Callable[..., Any],
+    function: Any,
     *arguments: Any,
     repeatable: bool = True,
     attempts: int = 5,

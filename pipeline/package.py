@@ -47,7 +47,8 @@ def load_package(path: Path, caching: bool | None = None) -> Package:
             # kfp.Client overrides tasks of the root alone, and nothing for an uploaded version;
             # the tasks in conditions, loops and exit handlers are in the components.
             for task in (t for g in graphs for t in g.get("dag", {}).get("tasks", {}).values()):
-                task["cachingOptions"] = {"enableCache": True} if caching else {}
+                if "cachingOptions" in task:  # groups of tasks have none
+                    task["cachingOptions"] = {"enableCache": True} if caching else {}
             text = yaml.safe_dump_all(documents).encode()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; run `python -m pipeline compile`") from None
