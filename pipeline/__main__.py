@@ -17,8 +17,7 @@ from reptile.config import Settings, load_settings
 from reptile.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster, RunOptions
-    from pipeline.package import Package
+    from pipeline.cluster import Cluster
 
 app = typer.Typer(
     help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export.",
@@ -67,6 +66,11 @@ TokenOption = Annotated[
 CertificateOption = Annotated[
     Path | None, typer.Option("--ca-cert", help="PEM file of the host's certificate authority.")
 ]
+_STATES = {
+    "RUNTIME_STATE_UNSPECIFIED": "accepted",
+    "CANCELING": "cancelling",
+    "CANCELED": "cancelled",
+}
 COMPILED = Path(__file__).parent / "reptile.yaml"
 
 
@@ -99,12 +103,13 @@ def submit(
 
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
-    from pipeline.cluster import Cluster
+    from pipeline.cluster import Cluster, RunOptions
     from pipeline.connection import connect
+    from pipeline.package import load_package, run_parameters
 
-    package, options = _run(
-        pipeline, params, changes, param, inputs, experiment, cache, pipeline_root, service_account
-    )
+    package = load_package(pipeline, cache)
+    parameters = run_parameters(package, _given(params, changes, inputs, param))
+    options = RunOptions(parameters, experiment, pipeline_root, service_account)
     cluster = Cluster(connect(host, namespace, token_file, ca_cert))
     run_id = cluster.submit(
         package, options, name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
@@ -145,13 +150,14 @@ def schedule(
 
     Example: python -m pipeline schedule nightly '0 0 2 * * *' --inputs nightly.yaml
     """
-    from pipeline.cluster import Cluster, Timetable
+    from pipeline.cluster import Cluster, RunOptions, Timetable
     from pipeline.connection import connect
     from pipeline.cron import parse_cron
+    from pipeline.package import load_package, run_parameters
 
-    package, options = _run(
-        pipeline, params, changes, param, inputs, experiment, cache, pipeline_root, service_account
-    )
+    package = load_package(pipeline, cache)
+    parameters = run_parameters(package, _given(params, changes, inputs, param))
+    options = RunOptions(parameters, experiment, pipeline_root, service_account)
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)
     times = timetable.times(now, 3)
@@ -190,22 +196,10 @@ def unschedule(
     )
 
 
-def _run(
-    pipeline: Path,
-    params: Path | None,
-    changes: list[str] | None,
-    param: list[str] | None,
-    inputs: Path | None,
-    experiment: str,
-    cache: bool | None,
-    pipeline_root: str | None,
-    service_account: str | None,
-) -> "tuple[Package, RunOptions]":
-    """Return what to run and how, from the options that submit and schedule share."""
-    from pipeline.cluster import RunOptions
-    from pipeline.package import load_package, run_parameters
-
-    package = load_package(pipeline, cache)
+def _given(
+    params: Path | None, changes: list[str] | None, inputs: Path | None, param: list[str] | None
+) -> dict[str, Any]:
+    """Return the run parameters that were given: settings first, then the file, then the pairs."""
     given: dict[str, Any] = {}
     if params or changes:
         given |= settings_arguments(load_settings(params or PARAMS, changes or ()))
@@ -216,8 +210,7 @@ def _run(
         if not equals:
             raise InputError(f"--param {pair!r} is not NAME=VALUE")
         given[key] = value
-    parameters = run_parameters(package, given)
-    return package, RunOptions(parameters, experiment, pipeline_root, service_account)
+    return given
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -254,7 +247,7 @@ def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float)
     try:
         with console.status("waiting"):
             for run in cluster.follow(run_id, timeout, poll):
-                state = (run.state or "waiting").lower().replace("canceled", "cancelled")
+                state = _STATES.get(run.state, (run.state or "unknown").lower())
                 console.print(f"{datetime.now(UTC):%H:%M:%S} {state}", highlight=False)
     except KeyboardInterrupt:
         typer.echo(f"no longer waiting; {later}", err=True)

@@ -7,12 +7,14 @@ do not know is answered by 418, which no test expects.
 import inspect
 import json
 import re
+import ssl
 import threading
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -81,12 +83,13 @@ def checked(value: Any, kind: str, where: str) -> Any:
 class KubeflowServer:
     """State and behaviour; `faults` are (name of function, status, how often)."""
 
-    def __init__(self, *, multi_user: bool = False):
+    def __init__(self, *, multi_user: bool = False, certificate: tuple[Path, Path] | None = None):
         self.multi_user = multi_user
         self.experiments: dict[str, dict[str, Any]] = {}
         self.pipelines: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, bytes] = {}  # by version
+        self.specs: dict[str, Any] = {}  # the same, read
         self.runs: dict[str, dict[str, Any]] = {}
         self.schedules: dict[str, dict[str, Any]] = {}
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]  # of a run, one a look; the last stays
@@ -103,6 +106,11 @@ class KubeflowServer:
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # a client that hangs up
         self.address = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            self.address = self.address.replace("http:", "https:")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
@@ -263,10 +271,8 @@ class KubeflowServer:
         }
         self.versions[made["pipeline_version_id"]] = made
         self.uploads[made["pipeline_version_id"]] = content
+        self.specs[made["pipeline_version_id"]] = next(yaml.safe_load_all(content))
         return made
-
-    def spec(self, version: str) -> Any:
-        return next(iter(yaml.safe_load_all(self.uploads[version])))
 
     def _runnable(self, body: dict[str, Any]) -> None:
         if body["experiment_id"] not in self.experiments:
@@ -275,7 +281,7 @@ class KubeflowServer:
         version = self.versions[reference["pipeline_version_id"]]
         if version["pipeline_id"] != reference["pipeline_id"]:
             raise ContractError("version and pipeline do not belong together")
-        spec = self.spec(version["pipeline_version_id"])
+        spec = self.specs[version["pipeline_version_id"]]
         known = spec["root"]["inputDefinitions"]["parameters"]
         given = body["runtime_config"]["parameters"]
         if set(given) - set(known):

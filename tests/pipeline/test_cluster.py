@@ -1,6 +1,7 @@
 """The real kfp.Client against a server that checks each request and holds what was asked of it."""
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -151,22 +152,22 @@ def test_the_right_experiment_is_found_on_a_later_page(
 
 
 @pytest.mark.parametrize(
-    ("states", "code"),
+    ("states", "shown", "code"),
     [
-        (["PENDING", "RUNNING", "SUCCEEDED"], 0),
-        (["RUNNING", "FAILED"], 1),
-        (["RUNNING", "CANCELING", "CANCELED"], 4),  # kfp's own wait would never end
-        (["RUNTIME_STATE_UNSPECIFIED", "SKIPPED"], 0),
+        ("PENDING RUNNING SUCCEEDED", "pending running succeeded", 0),
+        ("RUNNING FAILED", "running failed", 1),
+        # kfp's own wait would never end here
+        ("RUNNING CANCELING CANCELED", "running cancelling cancelled", 4),
+        ("RUNTIME_STATE_UNSPECIFIED SKIPPED", "accepted skipped", 0),
     ],
 )
 def test_the_exit_code_is_the_outcome(
-    run: Callable[..., Result], server: KubeflowServer, states: list[str], code: int
+    run: Callable[..., Result], server: KubeflowServer, states: str, shown: str, code: int
 ) -> None:
-    server.states = [state for state in states for _ in range(2)]
+    server.states = [state for state in states.split() for _ in range(2)]
     result = run(*submitted("--wait"))
     assert result.code == code
-    shown = re.findall(r"^[\d:]{8} (\w+)$", result.out, re.MULTILINE)
-    assert [s.upper().replace("CANCELLED", "CANCELED") for s in shown] == states
+    assert re.findall(r"^[\d:]{8} (\w+)$", result.out, re.MULTILINE) == shown.split()
 
 
 def test_a_failed_run_says_which_task_failed(
@@ -317,7 +318,7 @@ def test_caching_is_set_for_every_task_also_in_conditions(
     run: Callable[..., Result], server: KubeflowServer, compiled: Path, cache: bool
 ) -> None:
     assert run(*submitted("--cache" if cache else "--no-cache")).code == 0
-    spec = server.spec(only(server.versions)["pipeline_version_id"])
+    spec = only(server.specs)
     graphs = [spec["root"], *spec["components"].values()]
     tasks = [task for g in graphs for task in g.get("dag", {}).get("tasks", {}).values()]
     options = [task.pop("cachingOptions") for task in tasks if "cachingOptions" in task]
@@ -735,3 +736,27 @@ def test_a_missing_certificate_is_named(run: Callable[..., Result], tmp_path: Pa
     result = run(*submitted("--ca-cert", str(tmp_path / "ca.pem")))
     assert result.code == 2
     assert "ca.pem" in result.error
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_a_certificate_is_checked_against_the_given_authority(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=kubeflow"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "s3cr3t")
+    server = KubeflowServer(certificate=(certificate, key))
+    try:
+        refused = run(*submitted(), host=server.address)
+        assert (refused.code, server.heard) == (2, [])
+        assert "--ca-cert" in refused.error
+        assert run(*submitted("--ca-cert", str(certificate)), host=server.address).code == 0
+    finally:
+        server.close()

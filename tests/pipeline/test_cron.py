@@ -71,7 +71,7 @@ def test_the_next_times_are_those_found_by_looking_at_every_day() -> None:
     rng = random.Random(0)
     bounds = [(0, 59, []), (0, 59, []), (0, 23, []), (1, 28, []), (1, 12, MONTHS), (0, 6, DAYS)]
     agreed = 0
-    for _ in range(400):
+    for _ in range(200):
         expression = " ".join(
             "*"
             if rng.random() < 0.3
@@ -85,7 +85,7 @@ def test_the_next_times_are_those_found_by_looking_at_every_day() -> None:
             continue
         assert cron.times(NOW, 3) == times_by_hand(expression, NOW, 3), expression
         agreed += 1
-    assert agreed > 300
+    assert agreed > 150
 
 
 @pytest.mark.parametrize(
