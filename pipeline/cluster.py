@@ -150,7 +150,7 @@ class Cluster:
 
         Raises:
             InputError: a schedule of that name was made by other means.
-            ClusterError: the API refused; whatever was scheduled before still is.
+            ClusterError: the API refused or failed; said so if the schedule is half replaced.
         """
         version = self._upload(package)
         experiment = self._experiment(options.experiment)
@@ -211,20 +211,26 @@ class Cluster:
         if not old:
             return "created"
         runs = self._client.recurring_runs
-        for schedule in old:
+        try:
+            for schedule in old:
+                call(
+                    runs.recurring_run_service_disable_recurring_run,
+                    recurring_run_id=schedule.recurring_run_id,
+                )
             call(
-                runs.recurring_run_service_disable_recurring_run,
-                recurring_run_id=schedule.recurring_run_id,
+                runs.recurring_run_service_enable_recurring_run,
+                recurring_run_id=made.recurring_run_id,
             )
-        call(
-            runs.recurring_run_service_enable_recurring_run,
-            recurring_run_id=made.recurring_run_id,
-        )
-        self._remove(old)
+            self._remove(old)
+        except ClusterError as error:
+            raise ClusterError(
+                f"schedule {name!r} is half replaced, run the same command again: {error}",
+                error.status,
+            ) from None
         return "replaced"
 
     def unschedule(self, name: str, *, every: bool = False) -> int:
-        """Remove the schedule of that name; return how many were removed, 0 or 1.
+        """Remove the schedule of that name; return how many were removed.
 
         Raises:
             InputError: there are several, and not `every` one is to go.
@@ -292,7 +298,7 @@ class Cluster:
                 pipeline=api.V2beta1Pipeline(display_name=package.name, namespace=self._namespace),
             ),
         ).pipeline_id
-        name = f"sha256-{package.sha256[:32]}"  # the API allows fewer characters than SHA-256 has
+        name = f"sha256-{package.sha256[:32]}"  # short enough for a Kubernetes label
         version = _ensured(
             lambda: self._named(
                 pipelines.pipeline_service_list_pipeline_versions,

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,9 +201,10 @@ def test_the_deadline_holds_for_a_server_that_does_not_answer(
 ) -> None:
     released = threading.Event()
     server.before["run_service_get_run"] = lambda: released.wait(20) and None
+    start = time.monotonic()
     result = run(*submitted("--wait", "--timeout", "0.5"))
+    assert (result.code, time.monotonic() - start < 10) == (5, True)
     released.set()
-    assert result.code == 5
 
 
 def test_passing_failures_do_not_end_the_wait(
@@ -210,6 +212,14 @@ def test_passing_failures_do_not_end_the_wait(
 ) -> None:
     server.faults["run_service_get_run"] = [503, 502, 0, 500, 429]
     assert run(*submitted("--wait")).code == 0
+
+
+def test_a_refusal_ends_the_wait(run: Callable[..., Result], server: KubeflowServer) -> None:
+    server.faults["run_service_get_run"] = [0, 403]
+    result = run(*submitted("--wait"))
+    assert result.code == 5
+    assert "403" in result.error
+    assert "the run goes on" in result.error
 
 
 def test_lost_contact_ends_the_wait(
@@ -441,7 +451,9 @@ def test_an_interrupted_change_is_completed_by_the_next_attempt(
 ) -> None:
     run(*NIGHTLY)
     server.faults[step] = [403]
-    assert run(*NIGHTLY, "-P", "seed=2").code == 2
+    result = run(*NIGHTLY, "-P", "seed=2")
+    assert result.code == 2
+    assert "run the same command again" in result.error
     assert len(server.schedules) == 2
     assert run(*NIGHTLY, "-P", "seed=2").code == 0
     assert only(server.schedules)["mode"] == "ENABLE"
