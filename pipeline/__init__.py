@@ -1,0 +1,1 @@
+"""The Kubeflow pipeline: its graph, and running it, here or on a cluster. Holds no stage's work."""
