@@ -4,17 +4,19 @@ Each is a typed signature and one call into `reptile.kubeflow`, as only its own 
 it runs in the project's image, which has everything else. How they are joined is in `pipeline`.
 """
 
-from components.control import conclude, gate, refuse, summarise
-from components.stages import evaluate, export, prepare, train, verify
+from components.control import conclude, gate, refuse, summarise, tabulate
+from components.stages import evaluate, export, measure, prepare, train, verify
 
 __all__ = [
     "conclude",
     "evaluate",
     "export",
     "gate",
+    "measure",
     "prepare",
     "refuse",
     "summarise",
+    "tabulate",
     "train",
     "verify",
 ]

@@ -1,4 +1,7 @@
-"""The five stages. Settings travel as JSON text, so that large seeds and nested values survive."""
+"""The five stages, and evaluation at single points.
+
+Settings travel as JSON text, so that large seeds and nested values survive.
+"""
 
 from kfp.dsl import HTML, Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
 
@@ -48,6 +51,14 @@ def evaluate(
     from reptile import kubeflow
 
     kubeflow.evaluate(settings, prepared, checkpoint, evaluation, confusion, report)
+
+
+@component
+def measure(settings: str, point: str, prepared: Input[Dataset], checkpoint: Input[Model]) -> str:
+    """Measure held-out accuracy at one point, such as `3-way 1-shot frozen`: a row of a table."""
+    from reptile import kubeflow
+
+    return kubeflow.measure(settings, point, prepared, checkpoint)
 
 
 @component

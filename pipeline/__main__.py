@@ -51,6 +51,10 @@ def run_local(
     champion: Annotated[
         Path | None, typer.Option(help="manifest.json of the bundle in use, for the gate.")
     ] = None,
+    points: Annotated[
+        list[str] | None,
+        typer.Option("--point", help="Measure here too: `3-way 1-shot frozen`; may be repeated."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("artifacts/kubeflow"),
     work: Annotated[
         Path, typer.Option(help="Folder of unfinished training runs, which are gone on with.")
@@ -65,6 +69,7 @@ def run_local(
     settings = load_settings(params, changes or ())
     from components.image import IMAGE
     from pipeline import local
+    from pipeline.graph import POINTS
     from pipeline.revisions import code_commit, pinned_data
 
     repository = repository.absolute()
@@ -78,6 +83,7 @@ def run_local(
         "champion": _text(champion) if champion else "",
         "work": str(work.absolute()),
         "image": (image or IMAGE) if docker else "",
+        "points": points or list(POINTS),
         **settings_arguments(settings),
     }
     run = local.run_local(arguments, output, (image or IMAGE) if docker else None)

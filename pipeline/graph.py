@@ -16,6 +16,8 @@ from reptile.config import load_settings
 
 ROOT = Path(__file__).parent.parent
 WORK = "/work"  # where the volume for unfinished training runs is mounted
+# In the mode that the bundle runs in, down to the fewest classes that it takes.
+POINTS = ("2-way 1-shot frozen", "3-way 1-shot frozen", "5-way 1-shot frozen")
 
 # Kubernetes secret with the DVC remote's credentials, as the environment variables of that name.
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
@@ -50,6 +52,7 @@ def reptile(
     evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
     export_settings: str = _SETTINGS.export.model_dump_json(),
     verify_settings: str = _SETTINGS.verify.model_dump_json(),
+    points: list[str] = list(POINTS),  # noqa: B006 - KFP reads it, nothing changes it
     work: str = WORK,
     work_volume: str = "reptile-work",
     data_secret: str = "reptile-data",
@@ -57,7 +60,7 @@ def reptile(
     accelerators: str = "0",
     cpu: str = "4",
     memory: str = "8Gi",
-    node_selector: dict[str, str] = {},  # noqa: B006 - KFP reads it, nothing changes it
+    node_selector: dict[str, str] = {},  # noqa: B006
     tolerations: list[dict[str, Any]] = [],  # noqa: B006
 ) -> None:
     """Fetch, prepare, train, evaluate, and export what passes the gate.
@@ -76,6 +79,7 @@ def reptile(
         evaluate_settings: see above.
         export_settings: see above; its gate decides.
         verify_settings: see above.
+        points: where accuracy is measured besides, each by a task of its own; at least one.
         work: folder for unfinished training runs, on the volume below.
         work_volume: persistent volume claim that is mounted for training.
         data_secret: Kubernetes secret with the credentials of the DVC remote; may be missing.
@@ -126,6 +130,14 @@ def reptile(
             # KFP 2.17 forgets to hand these on into a group of tasks such as an exit handler.
             task.register_pipeline_channels([cpu, memory])
         evaluation = evaluated.outputs["evaluation"]
+
+        with dsl.ParallelFor(points, name="points") as point:
+            measured = components.measure(
+                settings=evaluate_settings, point=point, prepared=dataset, checkpoint=checkpoint
+            )
+            _place(measured, image, hours=6)
+        table = components.tabulate(rows=dsl.Collected(measured.output))
+        _place(table, image)
 
         verdict = components.gate(
             settings=export_settings,

@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
     outcome: Outcome
     folder: Path
-    results: tuple[Result, ...]  # of the five stages and the gate, in their order
+    results: tuple[Result, ...]  # of the stages and what is between them, in their order
     message: str  # why nothing was delivered
 
 
@@ -128,6 +128,11 @@ def _evaluated(folder: Path) -> str:
     return f"{name} {value:.3f}"
 
 
+def _measured(folder: Path) -> str:
+    lines = (folder / "tabulate/table").read_text(encoding="utf-8").splitlines()[2:]
+    return "\n".join(line.strip("| ").replace(" | ", ": ", 1) for line in lines)
+
+
 def _judged(folder: Path) -> str:
     values = _output(folder, "gate", "parameterValues")
     return "passed" if values["passed"] else str(values["reason"])
@@ -153,6 +158,7 @@ _LOOKS: dict[str, Callable[[Path], str]] = {
     "prepare": _prepared,
     "train": _trained,
     "evaluate": _evaluated,
+    "measure": _measured,
     "gate": _judged,
     "export": _exported,
     "verify": _verified,

@@ -6,6 +6,7 @@ business, and the graph that joins them is in `pipeline/`.
 
 import csv
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from reptile import stages
 from reptile.config import (
+    BATCH_NORM_MODES,
     EvaluateSettings,
     ExportSettings,
     PrepareSettings,
@@ -25,6 +27,7 @@ from reptile.config import (
     parse_settings,
 )
 from reptile.data.fetch import fetch
+from reptile.errors import InputError
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.train import Progress
@@ -78,7 +81,7 @@ def prepare(
         fetch(repository, revision, path, md5, Path(folder))
         with chdir(folder):
             data = stages.prepare(chosen, target)
-    prepared.metadata |= _plain(
+    prepared.metadata |= finite(
         {
             "data_repository": repository,
             "data_revision": revision,
@@ -113,7 +116,7 @@ def train(
         "validation_accuracy": result.info.curve[-1].accuracy,
         "accuracy": result.info.curve[-1].accuracy,
     }
-    checkpoint.metadata |= _inherit(prepared) | _plain(own)
+    checkpoint.metadata |= _inherit(prepared) | finite(own)
     curves.metadata |= checkpoint.metadata
 
 
@@ -132,13 +135,46 @@ def evaluate(
     scores = flatten(stages.read_metrics(folder))
     # The first is of the held-out data, at the fewest shots, transductive: as the curve's points.
     own = {"evaluate_settings_sha256": _hash(chosen), "accuracy": next(iter(scores.values()))}
-    lineage = _inherit(checkpoint) | _plain(own)
-    evaluation.metadata |= lineage | _plain(scores)
+    lineage = _inherit(checkpoint) | finite(own)
+    evaluation.metadata |= lineage | finite(scores)
     categories, matrix = confusion_matrix(folder / "confusion.csv")
     confusion.log_confusion_matrix(categories, matrix)
     confusion.metadata |= lineage
     shutil.copyfile(folder / "report.html", report.path)
     report.metadata |= lineage
+
+
+def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact) -> str:
+    """Measure held-out accuracy at one point; return it as a row of the table below.
+
+    What cannot be measured is a row too, which says why, as the other points can.
+
+    Args:
+        settings: of `evaluate`; its shots do not matter here.
+        point: such as `3-way 1-shot frozen`.
+        prepared: the dataset.
+        checkpoint: trained on it, for as many ways or more.
+
+    Raises:
+        InputError: `point` is not written as above.
+    """
+    found = re.fullmatch(rf"([1-9]\d*)-way ([1-9]\d*)-shot ({'|'.join(BATCH_NORM_MODES)})", point)
+    if not found:
+        modes = ", ".join(BATCH_NORM_MODES)
+        raise InputError(f"point {point!r}: write it as `5-way 1-shot frozen`; modes are {modes}")
+    ways, shots, mode = int(found[1]), int(found[2]), found[3]
+    chosen = parse_settings(EvaluateSettings, settings).model_copy(update={"shots": (shots,)})
+    try:
+        scores = stages.measure(chosen, Path(prepared.path), Path(checkpoint.path), ways)
+    except InputError as error:
+        return f"| {point} | {error} | |"
+    (by_shots,) = scores.values()
+    score = by_shots[f"{shots}-shot"][mode]
+    trained, random = (
+        f"{100 * score[f'{start}accuracy']:.1f} ± {100 * score[f'{start}interval']:.1f}"
+        for start in ("", "random_")
+    )
+    return f"| {point} | {trained} | {random} |"
 
 
 def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifact) -> Verdict:
@@ -172,7 +208,7 @@ def export(
         "accuracy": scores[f"{chosen.gate.shots}-shot"][chosen.gate.mode]["accuracy"],
         "interval": scores[f"{chosen.gate.shots}-shot"][chosen.gate.mode]["interval"],
     }
-    bundle.metadata |= _inherit(evaluation) | _plain(own)
+    bundle.metadata |= _inherit(evaluation) | finite(own)
 
 
 def verify(
@@ -192,7 +228,7 @@ def verify(
         Path(verification.path),
     )
     own = {"verify_settings_sha256": _hash(chosen), "checks_passed": len(report["checks"])}
-    verification.metadata |= _inherit(bundle) | _plain(own)
+    verification.metadata |= _inherit(bundle) | finite(own)
     return sha256_file(Path(bundle.path) / "manifest.json")
 
 
@@ -214,6 +250,13 @@ def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:
         pairs = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(file))
     categories = sorted({name for pair in pairs for name in pair})
     return categories, [[pairs[actual, guess] for guess in categories] for actual in categories]
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not finite and say so: JSON, and so Kubeflow's store, has no NaN."""
+    bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
+    kept = {name: value for name, value in values.items() if name not in bad}
+    return kept | ({"not_finite": ", ".join(bad)} if bad else {})
 
 
 class _Log:
@@ -256,13 +299,6 @@ def _inherit(artifact: Artifact) -> dict[str, Any]:
         for name, value in artifact.metadata.items()
         if name in _LINEAGE or name.endswith("_settings_sha256")
     }
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is not finite and say so: JSON, and so Kubeflow's store, has no NaN."""
-    bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
-    kept = {name: value for name, value in values.items() if name not in bad}
-    return kept | ({"not_finite": ", ".join(bad)} if bad else {})
 
 
 def _hash(settings: Section) -> str:

@@ -23,6 +23,7 @@ from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.evaluate.outputs import metrics
 from reptile.export.bundle import export_bundle
 from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
@@ -85,6 +86,16 @@ def evaluate(
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
     return result
+
+
+def measure(
+    settings: EvaluateSettings, prepared: Path, checkpoint: Path, ways: int
+) -> dict[str, Any]:
+    """Measure accuracy on held-out classes in tasks of so many ways; return it as metrics.json."""
+    trained = load_checkpoint(checkpoint)
+    data = load_prepared(prepared)
+    check_same_data(trained, data)
+    return metrics(evaluate_checkpoint(settings, trained, data, {}, ways=ways))
 
 
 def export(

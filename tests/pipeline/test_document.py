@@ -65,6 +65,9 @@ def walk(
                 if origin:
                     traced[kind][key] = origin
         if "dag" in component:
+            if "parameterIterator" in task:
+                item = task["parameterIterator"]["itemInput"]
+                traced["parameters"][item] = Origin(name, "item")
             declared = component.get("inputDefinitions", {})
             assert {k: set(v) for k, v in traced.items() if v} == {
                 k: set(v) for k, v in declared.items()
@@ -170,7 +173,7 @@ def test_training_is_retried_with_back_off_and_finds_its_work_again(
 
 def test_the_graph_has_dvcs_stages_and_edges(root: Path, tasks: dict[str, Task]) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    control = {"gate", "refuse", "conclude", "summarise"}
+    control = {"measure", "tabulate", "gate", "refuse", "conclude", "summarise"}
     assert set(tasks) - control == set(stages)
     made = {out: name for name, stage in stages.items() for out in stage["outs"]}
     ours = {(o.task, o.name, t.name) for t in tasks.values() for o in t.artifacts.values()}
@@ -226,3 +229,13 @@ def test_export_stands_behind_the_gate_and_a_check_follows(
     assert all("gate-passed" in condition for condition in conditions)
     assert tasks["conclude"].parameters["verified"].task.startswith("condition-branches")
     assert tasks["refuse"].parameters["reason"] == Origin("gate", "reason")
+
+
+def test_points_are_measured_each_by_a_task_of_its_own(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    assert tasks["measure"].parameters["point"].name == "item"
+    assert tasks["tabulate"].parameters["rows"].task.startswith("for-loop")
+    points = documents[0]["root"]["inputDefinitions"]["parameters"]["points"]["defaultValue"]
+    assert points, "kfp cannot collect from nothing"
+    assert all(isinstance(point, str) for point in points), "numbers would become floats"
