@@ -5,7 +5,7 @@ it runs in the project's image, which has everything else. How they are joined i
 """
 
 from components.control import conclude, gate, refuse, summarise, tabulate
-from components.stages import evaluate, export, measure, prepare, train, verify
+from components.stages import evaluate, export, measure, prepare, publish, train, verify
 
 __all__ = [
     "conclude",
@@ -14,6 +14,7 @@ __all__ = [
     "gate",
     "measure",
     "prepare",
+    "publish",
     "refuse",
     "summarise",
     "tabulate",

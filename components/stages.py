@@ -1,4 +1,4 @@
-"""The five stages, and evaluation at single points.
+"""The five stages, evaluation at single points, and publishing.
 
 Settings travel as JSON text, so that large seeds and nested values survive.
 """
@@ -87,3 +87,11 @@ def verify(
     from reptile import kubeflow
 
     return kubeflow.verify(settings, prepared, checkpoint, bundle, verification)
+
+
+@component
+def publish(bundle: Input[Model], remote: str, pointer: Output[Artifact]) -> None:
+    """Push the bundle to a DVC remote; its .dvc file, to be committed, is the pointer."""
+    from reptile import kubeflow
+
+    kubeflow.publish(bundle, remote, pointer)

@@ -55,6 +55,9 @@ def run_local(
         list[str] | None,
         typer.Option("--point", help="Measure here too: `3-way 1-shot frozen`; may be repeated."),
     ] = None,
+    bundle_remote: Annotated[
+        str, typer.Option(help="DVC remote that a verified bundle is pushed to.")
+    ] = "",
     output: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("artifacts/kubeflow"),
     work: Annotated[
         Path, typer.Option(help="Folder of unfinished training runs, which are gone on with.")
@@ -81,6 +84,7 @@ def run_local(
         "data_md5": data.md5,
         "git_commit": code_commit(Path(__file__).parent.parent),
         "champion": _text(champion) if champion else "",
+        "bundle_remote": _absolute(bundle_remote),
         "work": str(work.absolute()),
         "image": (image or IMAGE) if docker else "",
         "points": points or list(POINTS),
@@ -102,6 +106,11 @@ def settings_arguments(settings: Settings) -> dict[str, str]:
     return {f"{name}_settings": section.model_dump_json() for name, section in settings}
 
 
+def _absolute(remote: str) -> str:
+    """Return a remote's address, a folder's as an absolute path."""
+    return remote if not remote or "://" in remote else str(Path(remote).absolute())
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -109,7 +118,7 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def run() -> None:
+def main() -> None:
     """Run the command line and turn foreseeable errors into one line and exit code 2."""
     try:
         app()
@@ -120,4 +129,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main()

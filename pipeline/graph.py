@@ -31,6 +31,10 @@ def _place(task: PipelineTask, image: str, hours: int = 1) -> PipelineTask:
     return kubernetes.set_timeout(task, hours * 60 * 60)
 
 
+def _give_secret(task: PipelineTask, name: str) -> None:
+    kubernetes.use_secret_as_env(task, name, {key: key for key in SECRET_KEYS}, optional=True)
+
+
 _SETTINGS = load_settings(ROOT / "params.yaml")
 
 
@@ -47,6 +51,7 @@ def reptile(
     git_commit: str = "",
     image: str = IMAGE,
     champion: str = "",
+    bundle_remote: str = "",
     prepare_settings: str = _SETTINGS.prepare.model_dump_json(),
     train_settings: str = _SETTINGS.train.model_dump_json(),
     evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
@@ -74,6 +79,7 @@ def reptile(
         image: the project's image for training, best by digest.
         champion: text of the manifest.json of the bundle in use, which the new one must not be
             worse than; empty for none.
+        bundle_remote: address of a DVC remote that a verified bundle is pushed to; empty for none.
         prepare_settings: this and the next four: the sections of params.yaml, as JSON.
         train_settings: see above.
         evaluate_settings: see above.
@@ -105,9 +111,7 @@ def reptile(
         )
         _place(prepared, image)
         prepared.set_retry(3, backoff_duration="30s", backoff_factor=2.0)
-        kubernetes.use_secret_as_env(
-            prepared, data_secret, {key: key for key in SECRET_KEYS}, optional=True
-        )
+        _give_secret(prepared, data_secret)
         dataset = prepared.outputs["prepared"]
 
         trained = components.train(settings=train_settings, work=work, prepared=dataset)
@@ -162,6 +166,13 @@ def reptile(
                 bundle=exported.outputs["bundle"],
             )
             _place(verified, image)
+            with dsl.If(bundle_remote != "", name="publish"):
+                published = components.publish(
+                    bundle=exported.outputs["bundle"], remote=bundle_remote
+                ).after(verified)
+                _place(published, image)
+                published.set_retry(3, backoff_duration="30s", backoff_factor=2.0)
+                _give_secret(published, data_secret)
         with dsl.Else(name="refused"):
             refused = components.refuse(reason=verdict.outputs["reason"])
             _place(refused, image)

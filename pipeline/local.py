@@ -17,6 +17,8 @@ from kfp import local
 from kfp.components import load_component_from_text
 
 from pipeline.document import for_this_machine
+from pipeline.revisions import data_md5
+from reptile.data.fetch import content_md5
 from reptile.data.prepared import load_prepared
 from reptile.errors import InputError
 from reptile.files import sha256_file
@@ -75,14 +77,20 @@ def run_local(arguments: dict[str, Any], output: Path, image: str | None = None)
         except RuntimeError as error:
             failure = str(error)
     (folder,) = set(output.iterdir()) - before
-    return examine(folder, failure)
+    return examine(folder, failure, publishes=bool(arguments["bundle_remote"]))
 
 
-def examine(folder: Path, failure: str = "") -> Run:
-    """Judge a run by its folder; `failure` is what the runner says of it, if anything."""
+def examine(folder: Path, failure: str = "", *, publishes: bool = False) -> Run:
+    """Judge a run by what is in its folder.
+
+    Args:
+        folder: of the run.
+        failure: what the runner says of it, if anything.
+        publishes: whether the bundle was to be pushed to a DVC remote.
+    """
     found: dict[str, str] = {}
     problems = [failure] if failure else []
-    for stage, look in _LOOKS.items():
+    for stage, look in (_LOOKS | ({"publish": _published} if publishes else {})).items():
         try:
             found[stage] = look(folder)
         except (InputError, OSError, ValueError, KeyError) as error:
@@ -152,6 +160,13 @@ def _verified(folder: Path) -> str:
     if passed < len(checks) or not checks:
         raise InputError(f"only {passed} of {len(checks)} checks passed")
     return f"{passed} checks passed"
+
+
+def _published(folder: Path) -> str:
+    md5 = data_md5((folder / "publish/pointer").read_text(encoding="utf-8"))
+    if md5 != content_md5(folder / "export/bundle"):
+        raise InputError("the pointer is not the exported bundle's")
+    return f"md5 {md5}"
 
 
 _LOOKS: dict[str, Callable[[Path], str]] = {

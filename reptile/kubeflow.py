@@ -28,6 +28,7 @@ from reptile.config import (
 )
 from reptile.data.fetch import fetch
 from reptile.errors import InputError
+from reptile.export.publish import publish as publish_bundle
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.train import Progress
@@ -230,6 +231,15 @@ def verify(
     own = {"verify_settings_sha256": _hash(chosen), "checks_passed": len(report["checks"])}
     verification.metadata |= _inherit(bundle) | finite(own)
     return sha256_file(Path(bundle.path) / "manifest.json")
+
+
+def publish(bundle: Artifact, remote: str, pointer: Artifact) -> None:
+    """Push the bundle to a DVC remote; its .dvc file is the pointer."""
+    publish_bundle(Path(bundle.path), remote, Path(pointer.path))
+    pointer.metadata |= _inherit(bundle) | {
+        "remote": remote,
+        "manifest_sha256": bundle.metadata["manifest_sha256"],
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -121,4 +121,5 @@ def pipeline(clone: Path, tmp_path: Path) -> Pipeline:
 def delivered(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     """A run in which nothing goes wrong."""
     points = ("--point", "2-way 1-shot frozen", "--point", "5-way 2-shot frozen")
-    return Pipeline(clone, tmp_path_factory.mktemp("delivered"))(*points)
+    folder = tmp_path_factory.mktemp("delivered")
+    return Pipeline(clone, folder)(*points, "--bundle-remote", str(folder / "remote"))

@@ -136,7 +136,7 @@ def test_a_pod_gets_its_gpu_secret_volume_and_place_from_the_run(
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     wanted = {"node_selector", "tolerations", "work_volume"}
     assert tasks["train"].platform == wanted
-    assert tasks["prepare"].platform == {"data_secret"}
+    assert tasks["prepare"].platform == tasks["publish"].platform == {"data_secret"}
     assert pods["exec-train"]["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
     resources = executors["exec-train"]["container"]["resources"]
     placeholder = "{{{{$.inputs.parameters['pipelinechannel--{}']}}}}"
@@ -173,7 +173,7 @@ def test_training_is_retried_with_back_off_and_finds_its_work_again(
 
 def test_the_graph_has_dvcs_stages_and_edges(root: Path, tasks: dict[str, Task]) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    control = {"measure", "tabulate", "gate", "refuse", "conclude", "summarise"}
+    control = {"measure", "tabulate", "publish", "gate", "refuse", "conclude", "summarise"}
     assert set(tasks) - control == set(stages)
     made = {out: name for name, stage in stages.items() for out in stage["outs"]}
     ours = {(o.task, o.name, t.name) for t in tasks.values() for o in t.artifacts.values()}
@@ -218,15 +218,14 @@ def test_export_stands_behind_the_gate_and_a_check_follows(
 ) -> None:
     components = documents[0]["components"]
     (branch,) = [c for c in components.values() if "export" in c.get("dag", {}).get("tasks", {})]
-    assert set(branch["dag"]["tasks"]) == {"export", "verify"}
+    assert {"export", "verify"} < set(branch["dag"]["tasks"])
     conditions = [
         task["triggerPolicy"]["condition"]
         for c in components.values()
         for task in c.get("dag", {}).get("tasks", {}).values()
         if "condition" in task.get("triggerPolicy", {})
     ]
-    assert len(conditions) == 2
-    assert all("gate-passed" in condition for condition in conditions)
+    assert ["gate-passed" in condition for condition in sorted(conditions)].count(True) == 2
     assert tasks["conclude"].parameters["verified"].task.startswith("condition-branches")
     assert tasks["refuse"].parameters["reason"] == Origin("gate", "reason")
 

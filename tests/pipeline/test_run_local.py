@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
+from pipeline.local import Outcome, examine
 from reptile.config import load_settings
+from reptile.data.fetch import content_md5
 from reptile.provenance import settings_sha256
 from reptile.runtime import FewShotModel
 
@@ -110,6 +112,15 @@ def test_points_are_measured_and_collected(delivered: Ended) -> None:
     expected = f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}"
     assert same[1].strip() == expected, "the same tasks as the whole evaluation's"
     assert easier[1].strip() in printed
+
+
+def test_the_bundle_is_pushed_and_its_pointer_given(delivered: Ended) -> None:
+    _, _, folder = delivered
+    (out,) = yaml.safe_load((folder / "publish/pointer").read_text())["outs"]
+    assert out["md5"] == content_md5(folder / "export/bundle")
+    remote = folder.parent.parent / "remote/files/md5"
+    assert (remote / out["md5"][:2] / out["md5"][2:]).is_file()
+    assert left_by(folder, "publish")["pointer"]["remote"] == str(folder.parent.parent / "remote")
 
 
 @pytest.mark.slow
@@ -219,3 +230,24 @@ def test_a_killed_training_goes_on_where_it_stopped(pipeline: Pipeline, tmp_path
     for name in ("weights.safetensors", "checkpoint.json"):
         ours = (resumed / "train/checkpoint" / name).read_bytes()
         assert ours == (whole / "train/checkpoint" / name).read_bytes()
+
+
+def test_a_run_is_judged_by_what_it_left_not_by_its_status(
+    delivered: Ended, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(delivered[2], copy)
+    assert examine(copy, publishes=True).outcome is Outcome.DELIVERED
+    for path, content in {
+        "verify/verification": '{"checks": []}',
+        "export/bundle/MODEL_CARD.md": "better",
+        "publish/pointer": "outs: [{md5: 0}]",
+        "tabulate/table": None,
+    }.items():
+        before = (copy / path).read_bytes()
+        (copy / path).unlink() if content is None else (copy / path).write_text(content)
+        run = examine(copy, publishes=True)
+        assert run.outcome is Outcome.FAILED, path
+        assert run.message
+        (copy / path).write_bytes(before)
+    assert examine(copy, "Docker says so").outcome is Outcome.FAILED
