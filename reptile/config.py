@@ -6,7 +6,7 @@ value and the limit. Nothing here touches data or models.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,9 @@ class Section(BaseModel):
     """Base of all settings: immutable, and unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class PrepareSettings(Section):
@@ -195,6 +198,19 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {line}" for line in describe(error))) from None
+
+
+def parse_settings(section: type[AnySection], text: str) -> AnySection:
+    """Read one stage's settings from JSON text, as Kubeflow hands them over.
+
+    Raises:
+        InputError: not JSON, or a setting that is unknown or out of range.
+    """
+    try:
+        return section.model_validate_json(text)
+    except ValidationError as error:
+        name = section.__name__
+        raise InputError("\n".join(f"{name}: {line}" for line in describe(error))) from None
 
 
 def describe(error: ValidationError) -> list[str]:
