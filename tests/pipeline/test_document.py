@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
-from pipeline.document import COMPILED
+from pipeline import COMPILED
 from reptile.config import load_settings
 
 Document = dict[str, Any]
