@@ -74,9 +74,13 @@ def run_local(arguments: dict[str, Any], output: Path, image: str | None = None)
     with warnings.catch_warnings(action="ignore"):
         try:
             load_component_from_text(for_this_machine(image or "python"))(**arguments)
-        except RuntimeError as error:
-            failure = str(error)
-    (folder,) = set(output.iterdir()) - before
+        except Exception as error:  # whatever it is, the run has failed and its folder tells more
+            failure = str(error) or type(error).__name__
+    made = set(output.iterdir()) - before
+    if len(made) != 1:
+        more = "several runs at once; give each an --output of its own" if made else "no task ran"
+        raise InputError(f"{output}: {more}" + (f" ({failure})" if failure else ""))
+    (folder,) = made
     return examine(folder, failure, publishes=bool(arguments["bundle_remote"]))
 
 
@@ -107,9 +111,14 @@ def examine(folder: Path, failure: str = "", *, publishes: bool = False) -> Run:
 
 def _docker(arguments: dict[str, Any]) -> local.DockerRunner:
     try:
+        import docker
         from docker.types import Mount
+
+        docker.from_env().ping()
     except ModuleNotFoundError:
         raise InputError("--docker needs the docker package: pip install docker") from None
+    except docker.errors.DockerException as error:
+        raise InputError(f"--docker needs a Docker engine: {error}") from None
     needed = arguments["repository"], arguments["work"]
     return local.DockerRunner(
         # As oneself, or the outputs would belong to another user.
