@@ -215,7 +215,7 @@ class _Runner:
 
     def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
         """Run all tasks at one number of shots; take the accuracy along `path` on the first."""
-        settings, ways = self._settings, self._engine.model.ways
+        settings, ways = self._settings, self._engine.model.outputs
         protocol = FewShotProtocol.of(settings, ways, shots)
         classes = self._data.split("test")
         tasks = [
