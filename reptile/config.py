@@ -18,6 +18,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Ways = Annotated[int, Field(ge=2, le=1000)]
+Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
@@ -69,8 +70,10 @@ class ModelSettings(Section):
     """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet)."""
     downsampling: Literal["stride", "pool"] = "stride"
     """conv4: stride-2 convolutions (Omniglot), or max-pooling (mini-ImageNet)."""
-    hidden: Annotated[int, Field(ge=1, le=65536)] = 64
-    """mlp: width of the hidden layer."""
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=4)] = (64,)
+    """mlp: width of each hidden layer; one to four."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """mlp: what follows each hidden layer."""
 
 
 class OptimizerSettings(Section):

@@ -56,7 +56,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     trace = {"losses": Spec(torch.float32, ("steps",)), "finite": Spec(torch.bool, ())}
     weights = folded_specs(model)
     images = {"images": _images(model, "images")}
-    logits = {"logits": Spec(torch.float32, ("images", model.ways))}
+    logits = {"logits": Spec(torch.float32, ("images", model.outputs))}
     graphs = {
         "predict": _to_onnx("predict", Predict(checkpoint), images, logits),
         "adapt": _to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
@@ -65,7 +65,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
         ),
     }
     queries = {"query_images": _images(model, "queries")}
-    answers = trace | {"logits": Spec(torch.float32, ("queries", model.ways))}
+    answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
     return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
 
@@ -119,7 +119,7 @@ class Adapt(nn.Module):
         images = to_unit(support_images)
         losses, packed = self._loop(
             images,
-            torch.eye(self.model.ways)[support_labels.clamp(0, self.model.ways - 1)],
+            torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)],
             batches.clamp(0, images.shape[0] - 1),
             learning_rate,
         )

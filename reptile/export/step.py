@@ -54,7 +54,7 @@ def trace_gradient(model: Model, layout: Layout) -> GraphModule:
     example = (
         fake(torch.zeros(size(model)), DimDynamic.STATIC),
         fake(torch.zeros(batch, *model.image_shape), DimDynamic.DYNAMIC),
-        fake(torch.zeros(batch, model.ways), DimDynamic.DYNAMIC),
+        fake(torch.zeros(batch, model.outputs), DimDynamic.DYNAMIC),
         fake(torch.zeros(()), DimDynamic.STATIC),
         *(fake(index, DimDynamic.STATIC) for index in indices(model)),
     )

@@ -29,7 +29,7 @@ SETTINGS = EvaluateSettings(tasks=6, shots=(1, 2), queries=2, steps=4, batch=3)
 
 def make_checkpoint(data: PreparedData, name: str = "conv4", ways: int = 3) -> Checkpoint:
     """Weights that no training made, with a warm optimiser state."""
-    model_settings = ModelSettings(name=name, filters=4, hidden=16)
+    model_settings = ModelSettings(name=name, filters=4, hidden=(16,))
     settings = TrainSettings(model=model_settings, ways=ways, engine="eager", device="cpu")
     model = build_model(model_settings, ways, data.image_shape)
     weights = initialise(model, 99)

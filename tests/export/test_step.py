@@ -26,7 +26,7 @@ MODELS = {
     "stride, odd sizes, RGB": (ModelSettings(filters=4), (3, 13, 11)),
     "pool, even sizes": (ModelSettings(filters=4, downsampling="pool"), (1, 12, 8)),
     "pool, odd sizes, RGB": (ModelSettings(filters=4, downsampling="pool"), (3, 11, 13)),
-    "mlp": (ModelSettings(name="mlp", hidden=7), (1, 5, 4)),
+    "mlp": (ModelSettings(name="mlp", hidden=(7,)), (1, 5, 4)),
 }
 
 
@@ -40,7 +40,7 @@ def traced_gradient(model: Model) -> Gradient:
 
     def run(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         share = torch.tensor(1 / len(images))
-        targets = F.one_hot(labels, model.ways).double()
+        targets = F.one_hot(labels, model.outputs).double()
         gradient, loss = graph(layout.pack(weights), images, targets, share, *indices(model))
         return layout.unpack(gradient), loss
 

@@ -16,7 +16,8 @@ MODELS = {
     "stride": (ModelSettings(), (1, 28, 28)),
     "odd": (ModelSettings(filters=20), (3, 15, 22)),
     "pool": (ModelSettings(filters=9, downsampling="pool"), (3, 21, 18)),
-    "mlp": (ModelSettings(name="mlp", hidden=40), (1, 9, 9)),
+    "mlp": (ModelSettings(name="mlp", hidden=(40,)), (1, 9, 9)),
+    "deep": (ModelSettings(name="mlp", hidden=(20, 40, 3), activation="tanh"), (1, 9, 9)),
 }
 CLASSES = ClassRange(np.arange(8) * 12, np.full(8, 12))
 OPTIMIZER = OptimizerSettings()

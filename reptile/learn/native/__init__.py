@@ -8,34 +8,40 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
 from reptile.cpus import available_cpus
-from reptile.data.prepared import UInt8Array
-from reptile.episodes import Task
+from reptile.episodes import Targets, Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, gather
+from reptile.learn.engine import Adapted, Inputs, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
-from reptile.models import Model, size
+from reptile.models import CONV_LAYERS, Model, size
 
 __all__ = ["BuildError", "NativeEngine"]
+
+MAX_LAYERS = 4  # as in shape.h
 
 
 class _Settings(ctypes.Structure):
     _fields_ = (
         ("network", ctypes.c_int32),
-        ("ways", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
         ("channels", ctypes.c_int32),
         ("height", ctypes.c_int32),
         ("width", ctypes.c_int32),
-        ("units", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
+        ("units", ctypes.c_int32 * MAX_LAYERS),
+        ("tanh", ctypes.c_int32),
+        ("squared_error", ctypes.c_int32),
+        ("values", ctypes.c_int32),
         ("adam", ctypes.c_int32),
         ("learning_rate", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
@@ -46,12 +52,13 @@ class _Settings(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        ("pixels", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
         ("tasks", ctypes.c_int64),
         ("steps", ctypes.c_int64),
         ("starts", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("labels", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("moment", ctypes.c_void_p),
         ("start_step", ctypes.c_int64),
@@ -65,7 +72,7 @@ class _Call(ctypes.Structure):
 
 class _Prediction(ctypes.Structure):
     _fields_ = (
-        ("pixels", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
         ("tasks", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("images", ctypes.c_int64),
@@ -103,7 +110,8 @@ class NativeEngine:
     Args:
         model: the network.
         optimizer: of the inner loop.
-        pixels: prepared images, uint8 [N, C, H, W]; read in place, a memory map stays one.
+        inputs: prepared images, uint8 [N, C, H, W], or values, float32 [N, C, H, W]; read in
+            place, a memory map stays one.
         threads: at most this many; by default torch's number, within what the system grants.
 
     Raises:
@@ -115,37 +123,40 @@ class NativeEngine:
         self,
         model: Model,
         optimizer: OptimizerSettings,
-        pixels: UInt8Array,
+        inputs: Inputs,
         threads: int | None = None,
     ) -> None:
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != model.image_shape:
+        if inputs.dtype not in (np.uint8, np.float32) or inputs.shape[1:] != model.image_shape:
             raise InputError(
-                f"images are {pixels.dtype} {list(pixels.shape)}; this model takes uint8 "
-                f"[N, {', '.join(map(str, model.image_shape))}]"
+                f"inputs are {inputs.dtype} {list(inputs.shape)}; this model takes uint8 or "
+                f"float32 [N, {', '.join(map(str, model.image_shape))}]"
             )
         self.model = model
         self.optimizer = optimizer
         self.threads = threads or min(torch.get_num_threads(), available_cpus())
         self.name = f"native on cpu, {self.threads} thread{'s' if self.threads > 1 else ''}"
-        self._pixels = np.ascontiguousarray(pixels)  # no copy of a contiguous array
+        self._inputs: npt.NDArray[Any] = np.ascontiguousarray(
+            inputs
+        )  # no copy of a contiguous array
         self._size = size(model)
         self._has_batch_norm = model.settings.name == "conv4"
         self._kernel = _kernel()
-        self._handle = self._kernel.reptile_create(_settings(model, optimizer))
+        self._handle = self._kernel.reptile_create(_settings(model, optimizer, inputs))
         if not self._handle:
             raise MemoryError("no memory for the native engine")
         weakref.finalize(self, self._kernel.reptile_destroy, self._handle)
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return gather(self._pixels, rows, torch.device("cpu"))
+        return gather(self._inputs, rows, torch.device("cpu"))
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`.
 
         Raises:
             InputError: weights that are not float32 [P] or [T, P] on the CPU, tasks with unequal
-                numbers of mini-batches, or rows, labels or positions out of range.
+                numbers of mini-batches, rows, labels or positions out of range, or targets that
+                do not fit the model.
         """
         weights, stride = self._checked(weights, len(tasks), "weights")
         moment, moment_stride = self._checked(state.second_moment, len(tasks), "second_moment")
@@ -153,17 +164,19 @@ class NativeEngine:
             shape = (len(tasks), self._size)
             weights, moment = weights.expand(shape).contiguous(), moment.expand(shape).contiguous()
             stride = self._size
-        work = _work(tasks, len(self._pixels), self.model.ways)
+        work = _work(tasks, len(self._inputs), self.model)
         adapted = torch.empty(len(tasks), self._size)
         moved = torch.empty(len(tasks), self._size)
         losses = torch.empty(len(tasks), work.steps)
+        regression = self.model.objective == "squared_error"
         call = _Call(
-            self._pixels.ctypes.data,
+            self._inputs.ctypes.data,
             len(tasks),
             work.steps,
             work.starts.ctypes.data,
             work.rows.ctypes.data,
-            work.labels.ctypes.data,
+            None if regression else work.targets.ctypes.data,
+            work.targets.ctypes.data if regression else None,
             weights.data_ptr(),
             moment.data_ptr(),
             stride,
@@ -188,10 +201,10 @@ class NativeEngine:
         if not stride:
             weights = weights.expand(len(tasks), self._size).contiguous()
         groups = _groups(tasks, mode if self._has_batch_norm else "transductive")
-        _check_range(groups.rows, len(self._pixels), "row of the images")
-        logits = torch.empty(*groups.rows.shape, self.model.ways)
+        _check_range(groups.rows, len(self._inputs), "row of the images")
+        logits = torch.empty(*groups.rows.shape, self.model.outputs)
         call = _Prediction(
-            self._pixels.ctypes.data,
+            self._inputs.ctypes.data,
             *groups.rows.shape,
             groups.measured,
             groups.rows.ctypes.data,
@@ -221,22 +234,22 @@ class _Work(NamedTuple):
     steps: int  # K
     starts: IntArray  # [T·K + 1] where each begins in the arrays below
     rows: IntArray
-    labels: IntArray
+    targets: Targets  # labels, int64; or values, float32 [rows, outputs]
 
 
-def _work(tasks: Sequence[Task], images: int, ways: int) -> _Work:
+def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
     if not tasks:
         raise InputError("no tasks to adapt to: give at least one")
     steps = len(tasks[0].batches)
     if any(len(task.batches) != steps for task in tasks):
         raise InputError("tasks of one call need equally many mini-batches")
     nothing = np.empty(0, dtype=np.int64)
-    rows, labels = [nothing], [nothing]
+    rows, targets = [nothing], []
     for task in tasks:
         positions = np.concatenate([nothing, *task.batches])
         _check_range(positions, len(task.support), "position in the support set")
         rows.append(task.support[positions])
-        labels.append(task.support_labels[positions])
+        targets.append(_targets(task, model)[positions])
     sizes = np.array([len(batch) for task in tasks for batch in task.batches], dtype=np.int64)
     if (sizes < 1).any():
         raise InputError("a mini-batch is empty: each needs at least one image")
@@ -244,11 +257,31 @@ def _work(tasks: Sequence[Task], images: int, ways: int) -> _Work:
         steps,
         np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         np.concatenate(rows).astype(np.int64),
-        np.concatenate(labels).astype(np.int64),
+        np.concatenate(targets),
     )
     _check_range(work.rows, images, "row of the images")
-    _check_range(work.labels, ways, "label")
     return work
+
+
+def _targets(task: Task, model: Model) -> Targets:
+    """Return a task's targets in the form that the kernel reads."""
+    targets, size, outputs = task.support_labels, len(task.support), model.outputs
+    if model.objective == "cross_entropy":
+        if targets.dtype.kind not in "iu" or targets.shape != (size,):
+            raise InputError(
+                f"support labels are {targets.dtype} {list(targets.shape)}; a classifier takes "
+                f"integers [{size}], one for each support image"
+            )
+        _check_range(targets, outputs, "label")
+        return targets.astype(np.int64)
+    if targets.shape == (size,) and outputs == 1:
+        targets = targets[:, None]
+    if targets.dtype.kind != "f" or targets.shape != (size, outputs):
+        raise InputError(
+            f"support targets are {targets.dtype} {list(targets.shape)}; this regressor takes "
+            f"floating point [{size}, {outputs}], one row for each support input"
+        )
+    return targets.astype(np.float32)
 
 
 class _Groups(NamedTuple):
@@ -280,14 +313,19 @@ def _check_range(values: IntArray, end: int, what: str) -> None:
         raise InputError(f"{what} {bad}: must be in 0..{end - 1}")
 
 
-def _settings(model: Model, optimizer: OptimizerSettings) -> _Settings:
+def _settings(model: Model, optimizer: OptimizerSettings, inputs: Inputs) -> _Settings:
     settings = model.settings
     mlp = settings.name == "mlp"
+    units = settings.hidden if mlp else (settings.filters,) * CONV_LAYERS
     return _Settings(
         _NETWORKS[settings.name, "" if mlp else settings.downsampling],
-        model.ways,
+        model.outputs,
         *model.image_shape,
-        settings.hidden if mlp else settings.filters,
+        len(units),
+        (ctypes.c_int32 * MAX_LAYERS)(*units),
+        mlp and settings.activation == "tanh",
+        model.objective == "squared_error",
+        inputs.dtype == np.float32,
         optimizer.name == "adam",
         optimizer.learning_rate,
         optimizer.weight_decay,
