@@ -91,6 +91,21 @@ def test_cache_that_others_can_write_to_is_refused(empty_cache: Path) -> None:
         build.load_kernel()
 
 
+def test_library_shipped_beside_its_source_needs_neither_compiler_nor_cache(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPTILE_MARCH", "x86-64-v2")
+    build.load_kernel()
+    (library,) = empty_cache.glob("kernel-*.so")
+    library.rename(build.SOURCE.with_name(library.name))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-such-place")  # nobody can write here
+    assert build.load_kernel().one() == 1
+    build.SOURCE.write_text(f"{build.SOURCE.read_text()}// changed since\n")
+    with pytest.raises(BuildError):
+        build.load_kernel()
+
+
 def test_failing_compiler_falls_back_to_eager_with_one_line(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
