@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from benchmarks.bundle import adapting, predicting
 from benchmarks.cases import CASES, Work, class_range
 from benchmarks.results import Line, Point, Row, compared
 from benchmarks.timing import Effort, Measure, interleave, paired, stopwatch
@@ -172,6 +173,8 @@ ROWS: dict[str, Callable[[Effort], Row]] = {
     **{name: partial(meta_iteration, name) for name in CASES},
     "evaluate-1shot": partial(evaluation, 1),
     "evaluate-5shot": partial(evaluation, 5),
+    **{f"onnx-adapt-{threads}": partial(adapting, threads) for threads in (1, 2)},
+    **{f"onnx-predict-{threads}": partial(predicting, threads) for threads in (1, 2)},
     "overhead": overhead,
     "sampling": sampling,
     "tasks": task_scaling,
