@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow lint bench clean
+.PHONY: help setup repro test test-slow test-images lint bench images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
+	@echo "make images     build the container image (deploy/build-image --help); make test-images tries it"
+	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"
 
 setup: $(INSTALLED)
@@ -44,6 +46,27 @@ lint: setup
 
 bench: setup
 	python -m benchmarks $(ROWS)
+
+images:
+	@deploy/build-image
+
+test-images: setup
+	pytest -m images
+
+# The existing locks' hashes are taken over, so this is quick unless much has changed.
+lock:
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet --upgrade pip pip-tools
+	for lock in build cpu gpu; do \
+		case $$lock in \
+			build) set -- --output-file requirements/build.txt requirements/build.in ;; \
+			*) set -- --constraint constraints.txt --extra $$lock,train,dvc,kubeflow \
+				--output-file requirements/train-$$lock.txt pyproject.toml ;; \
+		esac; \
+		CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/lock/bin/pip-compile --quiet --generate-hashes \
+			--no-emit-index-url --strip-extras --allow-unsafe "$$@" || exit; \
+	done
+	rm -rf $(VENV)/lock
 
 clean:
 	rm -rf $(VENV) artifacts
