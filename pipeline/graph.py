@@ -15,7 +15,7 @@ from pipeline.revisions import DATA_FILE, data_md5
 from reptile.config import load_settings
 
 ROOT = Path(__file__).parent.parent
-WORK = "/work"  # where the volume for unfinished training runs is mounted
+WORK = "/workspace"  # where the volume for unfinished training runs is mounted
 # In the mode that the bundle runs in, down to the fewest classes that it takes.
 POINTS = ("2-way 1-shot frozen", "3-way 1-shot frozen", "5-way 1-shot frozen")
 

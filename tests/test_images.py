@@ -84,8 +84,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             confined(
                 *("reptile", stage, "--params", "/opt/reptile/params.yaml", *SMALL),
                 options=(
-                    *("--volume", f"{data}:/work/data:ro"),
-                    *("--volume", f"{results}:/work/artifacts"),
+                    *("--volume", f"{data}:/workspace/data:ro"),
+                    *("--volume", f"{results}:/workspace/artifacts"),
                 ),
             )
         )
