@@ -56,6 +56,10 @@ def confined(*command: str, options: tuple[str, ...] = (), image: str = IMAGE) -
     )
 
 
+def as_root(*command: str, image: str = IMAGE) -> str:
+    return engine("run", "--rm", "--user", "0", "--network", "none", image, *command)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def image() -> dict:
     if not ENGINE:
@@ -72,8 +76,8 @@ def image() -> dict:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """All five stages on the starter data, which is mounted read-only."""
     data, results = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("artifacts")
-    os.chown(results, -1, 0)
-    results.chmod(0o2770)
+    data.chmod(0o755)
+    results.chmod(0o777)
     (data / "glyphs.zip").write_bytes(starter_data())
     for stage in ("prepare", "train", "evaluate", "export", "verify"):
         print(
@@ -152,23 +156,18 @@ def test_image_is_nobody_s_in_particular_and_says_what_it_is(image: dict) -> Non
 def test_nothing_that_the_build_was_given_for_itself_stays(image: dict) -> None:
     history = engine("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
     told = history + "\n".join(image["Config"]["Env"])
-    # The build's own index, password and certificates; an address with a password in it.
-    assert not re.search(r"pip\.conf|PIP_|certificates\.pem|INDEX|TOKEN|PASSWORD|://\S+:\S+@", told)
-    assert (
-        confined(
-            *("sh", "-c", "ls -d /build /opt/tools /root/.pip /root/.config /etc/pip.conf; true"),
-        ).count("No such file")
-        == 5
-    )
+    assert not re.search(r"pip\.conf|PIP_|\.pem|INDEX|TOKEN|PASSWORD|://\S+:\S+@", told)
+    assert as_root("sh", "-c", "ls -d /build /opt/tools 2> /dev/null; true") == ""
     base = image["Config"]["Labels"]["org.opencontainers.image.base.name"]
     if "No such image" in engine("image", "inspect", base, check=False):
         pytest.skip(f"the base {base} is not here to compare certificates with")
-    listing = (
-        "find / -xdev ( -name *.pem -o -name *.crt ) -not -path /opt/venv/* -not -path /proc/*"
-    )
-    sums = ("sh", "-fc", f"{listing} -type f -exec sha256sum {{}} + | sort")
-    certificates = confined(*sums)
-    assert certificates == confined(*sums, image=base)
+    # All but certifi's, which pip installed by its hash.
+    names = r"\( -name '*.pem' -o -name '*.crt' -o -name pip.conf \)"
+    listing = f"find / -xdev {names} -not -path '/opt/venv/*' -type f -exec sha256sum {{}} +"
+    command = ("sh", "-c", f"{listing} | sort")
+    certificates = as_root(*command, image=base)
+    assert certificates
+    assert as_root(*command) == certificates
 
 
 def test_bill_of_materials_names_what_is_locked_and_the_project() -> None:
