@@ -162,10 +162,12 @@ def test_nothing_that_the_build_was_given_for_itself_stays(image: dict) -> None:
     if "No such image" in engine("image", "inspect", base, check=False):
         pytest.skip(f"the base {base} is not here to compare certificates with")
     # All but certifi's, which pip installed by its hash.
-    names = "( -name *.pem -o -name *.crt -o -name pip.conf )"
-    listing = f"find / -xdev {names} -not -path /opt/venv/* -type f -exec sha256sum {{}} +"
-    command = ("sh", "-fc", f"{listing} | sort")
-    assert as_root(*command) == as_root(*command, image=base)
+    names = r"\( -name '*.pem' -o -name '*.crt' -o -name pip.conf \)"
+    listing = f"find / -xdev {names} -not -path '/opt/venv/*' -type f -exec sha256sum {{}} +"
+    command = ("sh", "-c", f"{listing} | sort")
+    certificates = as_root(*command, image=base)
+    assert certificates
+    assert as_root(*command) == certificates
 
 
 def test_bill_of_materials_names_what_is_locked_and_the_project() -> None:
