@@ -27,6 +27,7 @@ MODELS = {
     "pool, even sizes": (ModelSettings(filters=4, downsampling="pool"), (1, 12, 8)),
     "pool, odd sizes, RGB": (ModelSettings(filters=4, downsampling="pool"), (3, 11, 13)),
     "mlp": (ModelSettings(name="mlp", hidden=(7,)), (1, 5, 4)),
+    "deep": (ModelSettings(name="mlp", hidden=(7, 6), activation="tanh"), (1, 5, 4)),
 }
 
 

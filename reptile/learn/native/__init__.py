@@ -253,35 +253,35 @@ def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
     sizes = np.array([len(batch) for task in tasks for batch in task.batches], dtype=np.int64)
     if (sizes < 1).any():
         raise InputError("a mini-batch is empty: each needs at least one image")
-    work = _Work(
-        steps,
-        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        np.concatenate(rows).astype(np.int64),
-        np.concatenate(targets),
-    )
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    joined = np.concatenate(targets)
+    if model.objective == "cross_entropy":
+        _check_range(joined, model.outputs, "label")
+        joined = joined.astype(np.int64)
+    else:
+        joined = joined.astype(np.float32)
+    work = _Work(steps, starts, np.concatenate(rows).astype(np.int64), joined)
     _check_range(work.rows, images, "row of the images")
     return work
 
 
 def _targets(task: Task, model: Model) -> Targets:
-    """Return a task's targets in the form that the kernel reads."""
+    """Return a classifier's labels [S] or a regressor's values [S, outputs]."""
     targets, size, outputs = task.support_labels, len(task.support), model.outputs
     if model.objective == "cross_entropy":
-        if targets.dtype.kind not in "iu" or targets.shape != (size,):
-            raise InputError(
-                f"support labels are {targets.dtype} {list(targets.shape)}; a classifier takes "
-                f"integers [{size}], one for each support image"
-            )
-        _check_range(targets, outputs, "label")
-        return targets.astype(np.int64)
-    if targets.shape == (size,) and outputs == 1:
-        targets = targets[:, None]
-    if targets.dtype.kind != "f" or targets.shape != (size, outputs):
+        fits = targets.dtype.kind in "iu" and targets.shape == (size,)
+        wanted = f"classifier takes integers [{size}]"
+    else:
+        if outputs == 1 and targets.ndim == 1:
+            targets = targets[:, None]
+        fits = targets.dtype.kind == "f" and targets.shape == (size, outputs)
+        wanted = f"regressor takes floating point [{size}, {outputs}]"
+    if not fits:
         raise InputError(
-            f"support targets are {targets.dtype} {list(targets.shape)}; this regressor takes "
-            f"floating point [{size}, {outputs}], one row for each support input"
+            f"support targets are {targets.dtype} {list(targets.shape)}; this {wanted}, "
+            "one row for each support input"
         )
-    return targets.astype(np.float32)
+    return targets
 
 
 class _Groups(NamedTuple):

@@ -617,6 +617,7 @@ class InnerLoop {
   // Of the first layer: tiles of up to 16 rows, which are the channels of each tap in turn.
   void first_weight_gradients() {
     const Layer& layer = shape_.layers[0];
+    const size_t plane = at(1, layer.y.in, 0, layer.x.in, 0, false);
     const int rows = layer.taps * layer.planes, strips = (rows + WIDTH - 1) / WIDTH;
     const int tiles = layer.blocks * strips;
     for (int item; (item = work_.layers[0].next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
@@ -624,9 +625,10 @@ class InnerLoop {
       const int count = std::min(WIDTH, rows - first);
       alignas(64) float tile[TILE] = {};
       const float* x[WIDTH];
-      for (int r = 0; r < count; r++) {
-        const int tap = (first + r) / layer.planes, channel = (first + r) % layer.planes;
-        x[r] = work_.input + at(channel, layer.y.in, tap / 3, layer.x.in, tap % 3, false);
+      int tap = first / layer.planes, channel = first % layer.planes;
+      for (int r = 0; r < count; tap++, channel = 0) {
+        const float* from = work_.input + at(0, layer.y.in, tap / 3, layer.x.in, tap % 3, false);
+        for (; r < count && channel < layer.planes; channel++) x[r++] = from + channel * plane;
       }
       gradient<false>(patch(layer, layer.y.out, layer.x.out), x,
                       work_.layers[0].conv + at(block, layer.y.out, 0, layer.x.out, 0), count,
