@@ -383,7 +383,12 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
     refused("floating point", weights, state, good)
     refused("floating point", weights, state, with_values(good, 1))
     single = with_values(good, 5)
-    refused("floating", weights, state, single._replace(support_labels=single.support_labels[:, 0]))
+    refused(
+        "floating point",
+        weights,
+        state,
+        single._replace(support_labels=single.support_labels[:, 0]),
+    )
 
 
 def test_images_are_the_eager_engines() -> None:
