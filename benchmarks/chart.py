@@ -82,7 +82,7 @@ def _bars(axes: Axes, bars: Sequence[tuple[Row, Line]]) -> None:
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#0b2533", elinewidth=1.2)
     right = max(spread.high for spread in spreads)
     for (_, line), y, spread in zip(bars, places, spreads, strict=True):
-        axes.text(right * 1.16, y, f"{spread.median:.1f}×", va="center", ha="right")  # noqa: RUF001
+        axes.text(right * 1.16, y, f"{spread.median:.1f}×", va="center", ha="right")
         if line.limit:
             axes.plot([line.limit] * 2, [y - 0.4, y + 0.4], color=LIMIT, linewidth=2)
     if any(line.limit for _, line in bars):

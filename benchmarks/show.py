@@ -75,7 +75,7 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def _ratio(line: Line, value: float) -> str:
-    return f"{100 * value:.1f} %" if line.comparison == "share" else f"{value:.2f}×"  # noqa: RUF001
+    return f"{100 * value:.1f} %" if line.comparison == "share" else f"{value:.2f}×"
 
 
 def _quartiles(line: Line, ratio: Spread) -> str:

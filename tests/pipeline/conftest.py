@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from patterns import draw_letters
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,19 +54,6 @@ def run(folder: Path, *command: str) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-def draw_letters(folder: Path, groups: int = 5, classes: int = 6, images: int = 6) -> None:
-    """Write class folders of noisy copies of a random pattern."""
-    rng = np.random.default_rng(0)
-    for group in range(groups):
-        for number in range(classes):
-            place = folder / f"group{group}" / f"class{number}"
-            place.mkdir(parents=True)
-            pattern = rng.random((14, 14)) < 0.3
-            for image in range(images):
-                pixels = np.where(pattern ^ (rng.random((14, 14)) < 0.05), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{image}.png")
 
 
 @pytest.fixture(scope="session")

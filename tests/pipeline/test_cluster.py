@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import kfp
 import pytest
 import yaml
+from kfp import compiler, dsl
+from kubeflow_server import KubeflowServer
 
-kfp = pytest.importorskip("kfp")
-pytest.importorskip("cronsim")
-
-from kfp import compiler, dsl  # noqa: E402
-from kubeflow_server import KubeflowServer  # noqa: E402
-
-from pipeline import __main__ as command  # noqa: E402
-from pipeline import cluster, connection  # noqa: E402
+from pipeline import __main__ as command
+from pipeline import cluster, connection
 
 NIGHTLY = ("schedule", "nightly", "0 0 2 * * *", "-P", "data_revision=4f2c")
 
