@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
-from reptile.cpus import available_cpus
+from reptile.cpus import available_cpus, warn_of_spinning_threads
 from reptile.episodes import Targets, Task
 from reptile.errors import InputError
 from reptile.learn.engine import Adapted, Inputs, gather
@@ -132,6 +132,7 @@ class NativeEngine:
                 f"inputs are {inputs.dtype} {list(inputs.shape)}; this model takes uint8 or "
                 f"float32 [N, {', '.join(map(str, model.image_shape))}]"
             )
+        warn_of_spinning_threads()
         self.model = model
         self.optimizer = optimizer
         self.threads = threads or min(torch.get_num_threads(), available_cpus())
