@@ -8,14 +8,16 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow lint bench clean
+.PHONY: help setup repro test test-slow test-images lint bench images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
 	@echo "make lint       run ruff and mypy"
-	@echo "make bench      time the engines side by side"
+	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
+	@echo "make images     build the container image (deploy/build-image --help); make test-images tries it"
+	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"
 
 setup: $(INSTALLED)
@@ -24,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"error: Python {v[0]}.{v[1]} is too old, 3.11 is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),train,dvc,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),train,dvc,kubeflow,dev]'
 	touch $@
 
 repro: setup
@@ -43,7 +45,28 @@ lint: setup
 	mypy
 
 bench: setup
-	python -m benchmarks.engine
+	python -m benchmarks $(ROWS)
+
+images:
+	@deploy/build-image
+
+test-images: setup
+	pytest -m images
+
+# The existing locks' hashes are taken over, so this is quick unless much has changed.
+lock:
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet --upgrade pip pip-tools
+	for lock in build cpu gpu; do \
+		case $$lock in \
+			build) set -- --output-file requirements/build.txt requirements/build.in ;; \
+			*) set -- --constraint constraints.txt --extra $$lock,train,dvc,kubeflow \
+				--output-file requirements/train-$$lock.txt pyproject.toml ;; \
+		esac; \
+		CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/lock/bin/pip-compile --quiet --generate-hashes \
+			--no-emit-index-url --strip-extras --allow-unsafe "$$@" || exit; \
+	done
+	rm -rf $(VENV)/lock
 
 clean:
 	rm -rf $(VENV) artifacts

@@ -1,1 +1,5 @@
-"""Measurements of this project against plain references; run by hand, never by tests."""
+"""How fast the library is, each figure measured beside its baseline: `python -m benchmarks`."""
+
+from reptile.cpus import settle_threads
+
+settle_threads()  # before any module here imports torch, as the `reptile` command does

@@ -6,7 +6,7 @@ value and the limit. Nothing here touches data or models.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Ways = Annotated[int, Field(ge=2, le=1000)]
+Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
@@ -27,6 +28,9 @@ class Section(BaseModel):
     """Base of all settings: immutable, and unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class PrepareSettings(Section):
@@ -66,8 +70,10 @@ class ModelSettings(Section):
     """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet)."""
     downsampling: Literal["stride", "pool"] = "stride"
     """conv4: stride-2 convolutions (Omniglot), or max-pooling (mini-ImageNet)."""
-    hidden: Annotated[int, Field(ge=1, le=65536)] = 64
-    """mlp: width of the hidden layer."""
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=4)] = (64,)
+    """mlp: width of each hidden layer; one to four."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """mlp: what follows each hidden layer."""
 
 
 class OptimizerSettings(Section):
@@ -195,6 +201,19 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {line}" for line in describe(error))) from None
+
+
+def parse_settings(section: type[AnySection], text: str) -> AnySection:
+    """Read one stage's settings from JSON text, as Kubeflow hands them over.
+
+    Raises:
+        InputError: not JSON, or a setting that is unknown or out of range.
+    """
+    try:
+        return section.model_validate_json(text)
+    except ValidationError as error:
+        name = section.__name__
+        raise InputError("\n".join(f"{name}: {line}" for line in describe(error))) from None
 
 
 def describe(error: ValidationError) -> list[str]:

@@ -7,21 +7,25 @@ be drawn again without drawing those before it. No image is touched here.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from reptile.config import EvaluateSettings, TrainSettings
 from reptile.data.prepared import ClassRange
 from reptile.errors import InputError
 from reptile.minibatches import IntArray, mini_batches
 
+Targets = npt.NDArray[Any]
+"""Labels, int64 [S]; a regressor's values, float32 or float64 [S] or [S, outputs]."""
+
 
 class Task(NamedTuple):
     """One task. Rows point into the prepared images; labels run over 0..ways-1."""
 
     support: IntArray  # [S] rows
-    support_labels: IntArray  # [S]
+    support_labels: Targets
     query: IntArray  # [Q] rows, none of them in the support set
     query_labels: IntArray  # [Q]
     batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step

@@ -1,4 +1,4 @@
-"""The networks, as pure functions of (weights, images).
+"""The networks, as pure functions of (weights, images), and their losses.
 
 All weights of a network travel as one flat vector [P], so that a meta-step, an optimiser and a
 merge of states are each one line of arithmetic; `unflatten` gives them their names and shapes.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from reptile.config import ModelSettings
 from reptile.errors import InputError
 
 Params = Mapping[str, Tensor]
+Objective = Literal["cross_entropy", "squared_error"]
 
 BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, with which the paper's numbers were made
 CONV_LAYERS = 4
@@ -38,8 +39,12 @@ class Model(Protocol):
     """What every network offers; both models below do."""
 
     @property
-    def ways(self) -> int:
-        """Number of outputs."""
+    def outputs(self) -> int:
+        """Number of outputs: the ways of a classifier, the values that a regressor predicts."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the loss is, which makes the network a classifier or a regressor."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,7 +61,7 @@ class Model(Protocol):
     def logits(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """Map images [B, C, H, W] in 0..1 to logits [B, ways].
+        """Map images [B, C, H, W] in 0..1 to logits, or a regressor's values, [B, outputs].
 
         Batch norm uses the batch's own statistics, or `statistics` where given. Params with batch
         norm folded into the convolutions (`export.fold`) hold biases instead, and skip it.
@@ -65,9 +70,34 @@ class Model(Protocol):
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """Return what each batch norm measures on this batch; empty where there is none."""
 
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss [] of logits [B, outputs].
+
+        Args:
+            logits: what the network gives.
+            targets: a classifier's labels, integers [B]; a regressor's values, floating point
+                [B, outputs], or [B] of a single output.
+        """
+
 
 @dataclass(frozen=True)
-class Conv4:
+class _Network:
+    """What all networks have in common."""
+
+    outputs: int
+    image_shape: tuple[int, int, int]
+    settings: ModelSettings
+    objective: Objective = "cross_entropy"
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `Model.loss`."""
+        if self.objective == "cross_entropy":
+            return F.cross_entropy(logits, targets)
+        return F.mse_loss(logits, targets.to(logits.dtype).reshape(logits.shape))
+
+
+@dataclass(frozen=True)
+class Conv4(_Network):
     """Four 3x3 convolutions with batch norm and ReLU, and a linear head.
 
     `stride`: convolutions of stride 2 (the paper's Omniglot network). `pool`: max-pooling between
@@ -76,15 +106,12 @@ class Conv4:
     would turn the rounding noise of its zero gradient into full steps.
     """
 
-    ways: int
-    image_shape: tuple[int, int, int]
-    settings: ModelSettings
     convolve: Callable[..., Tensor] = field(default=F.conv2d, repr=False, compare=False)
     """How a convolution is computed: `F.conv2d`, or another form of it."""
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """conv1.weight [F, C, 3, 3], norm1.weight [F], norm1.bias [F], …, head.bias [ways]."""
+        """conv1.weight [F, C, 3, 3], norm1.weight [F], norm1.bias [F], …, head.bias [outputs]."""
         filters = self.settings.filters
         channels, height, width = self.image_shape
         shapes: dict[str, torch.Size] = {}
@@ -93,8 +120,8 @@ class Conv4:
             shapes[f"norm{layer}.weight"] = torch.Size((filters,))
             shapes[f"norm{layer}.bias"] = torch.Size((filters,))
             channels, height, width = filters, math.ceil(height / 2), math.ceil(width / 2)
-        shapes["head.weight"] = torch.Size((self.ways, filters * height * width))
-        shapes["head.bias"] = torch.Size((self.ways,))
+        shapes["head.weight"] = torch.Size((self.outputs, filters * height * width))
+        shapes["head.bias"] = torch.Size((self.outputs,))
         return shapes
 
     def logits(
@@ -146,29 +173,35 @@ class Conv4:
 
 
 @dataclass(frozen=True)
-class MLP:
-    """The article's network: pixels → hidden → ReLU → ways."""
+class MLP(_Network):
+    """Hidden layers with ReLU or tanh, and a linear head.
 
-    ways: int
-    image_shape: tuple[int, int, int]
-    settings: ModelSettings
+    One of 64 with ReLU is the article's network; two of 64 with tanh that of its sinusoids.
+    """
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """hidden.weight [hidden, C·H·W], hidden.bias, head.weight [ways, hidden], head.bias."""
-        hidden = self.settings.hidden
-        return {
-            "hidden.weight": torch.Size((hidden, math.prod(self.image_shape))),
-            "hidden.bias": torch.Size((hidden,)),
-            "head.weight": torch.Size((self.ways, hidden)),
-            "head.bias": torch.Size((self.ways,)),
-        }
+        """hidden1.weight [width, C·H·W], hidden1.bias [width], …, head.bias [outputs]."""
+        shapes: dict[str, torch.Size] = {}
+        inputs = math.prod(self.image_shape)
+        for layer, width in enumerate(self.settings.hidden, start=1):
+            shapes[f"hidden{layer}.weight"] = torch.Size((width, inputs))
+            shapes[f"hidden{layer}.bias"] = torch.Size((width,))
+            inputs = width
+        shapes["head.weight"] = torch.Size((self.outputs, inputs))
+        shapes["head.bias"] = torch.Size((self.outputs,))
+        return shapes
 
     def logits(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
         """See `Model.logits`; there is no batch norm."""
-        x = F.relu(F.linear(images.flatten(1), params["hidden.weight"], params["hidden.bias"]))
+        activate = torch.tanh if self.settings.activation == "tanh" else F.relu
+        x = images.flatten(1)
+        for layer in range(1, len(self.settings.hidden) + 1):
+            x = activate(
+                F.linear(x, params[f"hidden{layer}.weight"], params[f"hidden{layer}.bias"])
+            )
         return F.linear(x, params["head.weight"], params["head.bias"])
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
@@ -176,13 +209,25 @@ class MLP:
         return ()
 
 
-def build_model(settings: ModelSettings, ways: int, image_shape: tuple[int, int, int]) -> Model:
-    """Build the network that `settings` names for images of shape (C, H, W)."""
+def build_model(
+    settings: ModelSettings,
+    outputs: int,
+    image_shape: tuple[int, int, int],
+    objective: Objective = "cross_entropy",
+) -> Model:
+    """Build the network that `settings` names.
+
+    Args:
+        settings: its kind and sizes.
+        outputs: a classifier's ways, or the number of values that a regressor predicts.
+        image_shape: (C, H, W) of an input; a point of n coordinates is (n, 1, 1).
+        objective: the loss.
+    """
     if settings.name == "mlp":
-        return MLP(ways, image_shape, settings)
+        return MLP(outputs, image_shape, settings, objective)
     if min(image_shape[1:]) < 2:
         raise InputError(f"conv4 needs images of at least 2x2 pixels, not {image_shape[1:]}")
-    return Conv4(ways, image_shape, settings)
+    return Conv4(outputs, image_shape, settings, objective)
 
 
 def size(model: Model) -> int:

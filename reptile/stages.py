@@ -6,9 +6,9 @@ all. What a stage does lies in the room of its name; this is only where the room
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reptile.config import (
     EvaluateSettings,
@@ -23,6 +23,7 @@ from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.evaluate.outputs import metrics
 from reptile.export.bundle import export_bundle
 from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
@@ -94,6 +95,16 @@ def evaluate(
     return result
 
 
+def measure(
+    settings: EvaluateSettings, prepared: Path, checkpoint: Path, ways: int
+) -> dict[str, Any]:
+    """Measure accuracy on held-out classes in tasks of so many ways; return it as metrics.json."""
+    trained = load_checkpoint(checkpoint)
+    data = load_prepared(prepared)
+    check_same_data(trained, data)
+    return metrics(evaluate_checkpoint(settings, trained, data, {}, ways=ways))
+
+
 def export(
     settings: ExportSettings,
     prepared: Path,
@@ -153,25 +164,125 @@ def read_metrics(evaluation: Path) -> dict[str, Any]:
     return _read_json(evaluation / "metrics.json")
 
 
-def check_gate(gate: GateSettings, dataset: str, metrics: dict[str, Any]) -> None:
-    """Refuse an evaluation below the gate."""
+class Champion(NamedTuple):
+    """The bundle that a new one must not be worse than, as its manifest.json describes it."""
+
+    name: str
+    ways: int
+    dataset: str
+    data_sha256: str
+    splits_sha256: str
+    metrics: dict[str, Any]
+
+
+def read_champion(manifest: str) -> Champion:
+    """Read the manifest.json of an earlier bundle, given as text.
+
+    Raises:
+        InputError: not a manifest.
+    """
     try:
-        result = metrics[dataset][f"{gate.shots}-shot"][gate.mode]
-        accuracy, random_accuracy = result["accuracy"], result["random_accuracy"]
-    except KeyError:
-        raise InputError(
-            f"the gate asks for {gate.shots}-shot {gate.mode} on {dataset}, which was not "
-            "evaluated; change export.gate or evaluate.shots"
-        ) from None
-    what = f"{gate.shots}-shot {gate.mode} accuracy on {dataset}"
-    advice = "train longer, change export.gate, or export with --ignore-gate"
-    if accuracy < gate.accuracy:
-        raise InputError(f"{what} is {accuracy:.4f}, below the gate of {gate.accuracy}; {advice}")
-    if accuracy - random_accuracy < gate.above_random:
-        raise InputError(
-            f"{what} is {accuracy:.4f}, only {accuracy - random_accuracy:.4f} above the random "
-            f"initialisation's; the gate asks for {gate.above_random}; {advice}"
+        values = json.loads(manifest)
+        source = values["provenance"]
+        return Champion(
+            name=values["name"],
+            ways=values["task"]["ways"],
+            dataset=source["dataset"],
+            data_sha256=source["data_sha256"],
+            splits_sha256=source["splits_sha256"],
+            metrics=values["metrics"],
         )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the champion is not a bundle's manifest.json ({error}); give the whole file"
+        ) from None
+
+
+def gate(
+    settings: GateSettings, checkpoint: Path, evaluation: Path, champion: str = ""
+) -> str | None:
+    """Say why a checkpoint may not be exported; None if it may.
+
+    Args:
+        settings: the floor, and which of the metrics counts.
+        checkpoint: what was evaluated.
+        evaluation: its evaluation.
+        champion: the text of an earlier bundle's manifest.json, which the checkpoint must not be
+            worse than; "" for none.
+
+    Raises:
+        InputError: the metric was not evaluated, or the champion was tested on other data.
+    """
+    info = load_checkpoint(checkpoint).info
+    best = read_champion(champion) if champion else None
+    if best:
+        ours = info.settings.ways, info.dataset, info.data_sha256, info.splits_sha256
+        if ours != (best.ways, best.dataset, best.data_sha256, best.splits_sha256):
+            raise InputError(
+                f"the champion {best.name} was tested on {best.ways}-way tasks of {best.dataset} "
+                f"(data {best.data_sha256[:12]}, splits {best.splits_sha256[:12]}), the checkpoint "
+                f"on {ours[0]}-way tasks of {ours[1]} (data {ours[2][:12]}, splits {ours[3][:12]}):"
+                " their accuracies cannot be compared; name a champion of this data, or none"
+            )
+    return refusal(settings, info.dataset, read_metrics(evaluation), best and best.metrics)
+
+
+def check_gate(settings: GateSettings, dataset: str, metrics: dict[str, Any]) -> None:
+    """Refuse an evaluation below the gate."""
+    reason = refusal(settings, dataset, metrics)
+    if reason:
+        raise InputError(
+            f"{reason}; train longer, change export.gate, or export with --ignore-gate"
+        )
+
+
+def refusal(
+    settings: GateSettings,
+    dataset: str,
+    metrics: Mapping[str, Any],
+    champion: Mapping[str, Any] | None = None,
+) -> str | None:
+    """Say why metrics do not pass the gate; None if they do. NaN never passes.
+
+    Both floors are on the mean. Against a champion the 95 % intervals decide: only a checkpoint
+    whose whole interval lies below the champion's is worse than it.
+
+    Raises:
+        InputError: the metric that the gate asks for is missing.
+    """
+    result = _gated(settings, dataset, metrics, "evaluated")
+    accuracy, above = result["accuracy"], result["accuracy"] - result["random_accuracy"]
+    what = f"{settings.shots}-shot {settings.mode} accuracy on {dataset}"
+    # Written as `not >=` because every comparison with NaN is false.
+    if not accuracy >= settings.accuracy:
+        return f"{what} is {accuracy:.4f}, below the gate of {settings.accuracy}"
+    if not above >= settings.above_random:
+        return (
+            f"{what} is {accuracy:.4f}, only {above:.4f} above the random initialisation's; "
+            f"the gate asks for {settings.above_random}"
+        )
+    if champion is not None:
+        best = _gated(settings, dataset, champion, "measured for the champion")
+        if not accuracy + result["interval"] >= best["accuracy"] - best["interval"]:
+            return (
+                f"{what} is {accuracy:.4f} ± {result['interval']:.4f}, wholly below the "
+                f"champion's {best['accuracy']:.4f} ± {best['interval']:.4f}"
+            )
+    return None
+
+
+def _gated(
+    settings: GateSettings, dataset: str, metrics: Mapping[str, Any], how: str
+) -> dict[str, float]:
+    """Return the scores that the gate looks at."""
+    try:
+        scores = metrics[dataset][f"{settings.shots}-shot"][settings.mode]
+        return {name: float(scores[name]) for name in ("accuracy", "interval", "random_accuracy")}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"the gate asks for {settings.shots}-shot {settings.mode} on {dataset}, which was not "
+            f"{how}; change export.gate or evaluate.shots"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

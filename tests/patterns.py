@@ -1,6 +1,9 @@
 """Small synthetic data for all rooms: classes of noisy copies of a random pattern."""
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
 
 from reptile.data.prepared import (
     DatasetIndex,
@@ -44,3 +47,16 @@ def make_data(
         settings={},
     )
     return PreparedData(np.concatenate(blocks), index)
+
+
+def draw_letters(folder: Path, groups: int = 5, classes: int = 6, images: int = 6) -> None:
+    """Write class folders of noisy copies of a random pattern."""
+    rng = np.random.default_rng(0)
+    for group in range(groups):
+        for number in range(classes):
+            place = folder / f"group{group}" / f"class{number}"
+            place.mkdir(parents=True)
+            pattern = rng.random((14, 14)) < 0.3
+            for image in range(images):
+                pixels = np.where(pattern ^ (rng.random((14, 14)) < 0.05), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{image}.png")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patterns import draw_letters
 from PIL import Image
 
 from reptile import cli
@@ -48,24 +49,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def draw_source(folder: Path, groups: int = 5, classes: int = 6, images: int = 6) -> None:
-    """Write class folders of noisy copies of a random pattern."""
-    rng = np.random.default_rng(0)
-    for group in range(groups):
-        for number in range(classes):
-            place = folder / f"group{group}" / f"class{number}"
-            place.mkdir(parents=True)
-            pattern = rng.random((14, 14)) < 0.3
-            for image in range(images):
-                pixels = np.where(pattern ^ (rng.random((14, 14)) < 0.05), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{image}.png")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the whole tiny pipeline has run."""
     folder = tmp_path_factory.mktemp("pipeline")
-    draw_source(folder / "letters")
+    draw_letters(folder / "letters")
     (folder / "params.yaml").write_text(TINY.format(source=folder / "letters"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)

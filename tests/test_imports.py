@@ -15,6 +15,7 @@ ORDER = [
     {"evaluate"},
     {"export"},
     {"stages"},
+    {"kubeflow"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,5 +1,6 @@
 """The networks against independent implementations of the same definitions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -70,14 +71,44 @@ def test_own_statistics_given_back_change_nothing(downsampling: str) -> None:
     torch.testing.assert_close(frozen, model.logits(params, images))
 
 
-def test_mlp_equals_its_definition() -> None:
-    model = build_model(ModelSettings(name="mlp", hidden=7), 4, (1, 6, 6))
-    weights = initialise(model, 0)
-    p = unflatten(model, weights)
-    x = torch.rand(3, 1, 6, 6)
-    hidden = (x.reshape(3, 36) @ p["hidden.weight"].T + p["hidden.bias"]).clamp(min=0)
-    torch.testing.assert_close(model.logits(p, x), hidden @ p["head.weight"].T + p["head.bias"])
-    assert size(model) == 36 * 7 + 7 + 7 * 4 + 4
+@pytest.mark.parametrize("hidden", [(7,), (7, 3), (2, 9, 4)])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_mlp_equals_its_definition_in_numpy(hidden: tuple[int, ...], activation: str) -> None:
+    settings = ModelSettings.model_validate(
+        {"name": "mlp", "hidden": hidden, "activation": activation}
+    )
+    model = build_model(settings, 4, (1, 6, 6))
+    weights = initialise(model, 0).double()
+    weights += 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    p = {name: value.numpy() for name, value in unflatten(model, weights).items()}
+    images = torch.rand(3, 1, 6, 6, dtype=torch.float64)
+    x = images.numpy().reshape(3, 36)
+    for layer in range(1, len(hidden) + 1):
+        x = x @ p[f"hidden{layer}.weight"].T + p[f"hidden{layer}.bias"]
+        x = np.tanh(x) if activation == "tanh" else np.maximum(x, 0)
+    plain = x @ p["head.weight"].T + p["head.bias"]
+    torch.testing.assert_close(
+        model.logits(unflatten(model, weights), images), torch.from_numpy(plain)
+    )
+    widths = (36, *hidden, 4)
+    assert size(model) == sum(a * b + b for a, b in itertools.pairwise(widths))
+
+
+def test_losses_equal_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    found = rng.normal(size=(6, 3))
+    labels, values = rng.integers(0, 3, 6), rng.normal(size=(6, 3))
+    probabilities = np.exp(found) / np.exp(found).sum(1, keepdims=True)
+    logits, sizes = torch.from_numpy(found), (ModelSettings(name="mlp"), 3, (1, 2, 2))
+    classifier, regressor = build_model(*sizes), build_model(*sizes, "squared_error")
+    entropy = -np.log(probabilities[np.arange(6), labels]).mean()
+    assert float(classifier.loss(logits, torch.from_numpy(labels))) == pytest.approx(entropy)
+    error = ((found - values) ** 2).mean()
+    assert float(regressor.loss(logits, torch.from_numpy(values))) == pytest.approx(error)
+    # Values of a single output may come as a plain row, and must not be broadcast.
+    error = ((found[:, 0] - values[:, 0]) ** 2).mean()
+    row = torch.from_numpy(values[:, 0])
+    assert float(regressor.loss(logits[:, :1], row)) == pytest.approx(error)
 
 
 def test_published_sizes_of_the_networks() -> None:

@@ -133,6 +133,8 @@ def evaluate(
     data: PreparedData,
     cross_domain: Mapping[str, PreparedData],
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    ways: int | None = None,
 ) -> Evaluation:
     """Measure few-shot accuracy on the held-out classes and on every cross-domain dataset.
 
@@ -146,12 +148,17 @@ def evaluate(
         data: what it was trained on; its test split makes tasks.
         cross_domain: further datasets of the same image shape, by name; likewise.
         on_progress: told how many of how many adaptations are done.
+        ways: classes of a task, if fewer than the checkpoint was trained for; the head's other
+            outputs are then left out, as the bundle does.
 
     Raises:
-        InputError: the held-out classes cannot make the tasks, or a cross-domain dataset has
-            another image shape or the name of the training data.
+        InputError: more ways than the checkpoint has, the held-out classes cannot make the tasks,
+            or a cross-domain dataset has another image shape or the name of the training data.
     """
-    ways, shots = checkpoint.info.settings.ways, sorted(set(settings.shots))
+    head = checkpoint.info.settings.ways
+    ways, shots = ways or head, sorted(set(settings.shots))
+    if not 2 <= ways <= head:
+        raise InputError(f"{ways}-way tasks: the checkpoint is for 2 to {head} ways; train another")
     classes, needed = data.split("test"), shots[-1] + settings.queries
     check_classes(classes, ways, needed, f"test split of {data.name}")
     sources = {data.name: data}
@@ -182,7 +189,7 @@ def evaluate(
 
     measurements = []
     for name, source in sources.items():
-        runner = _Runner(settings, checkpoint, source, count)
+        runner = _Runner(settings, checkpoint, source, ways, count)
         path = _path(settings.steps) if name == data.name else ()
         measurements += [runner.measure(name, number, path) for number in shots]
     has_batch_norm = any(name.startswith("norm") for name in checkpoint.model.shapes)
@@ -199,6 +206,7 @@ class _Runner:
         settings: EvaluateSettings,
         checkpoint: Checkpoint,
         data: PreparedData,
+        ways: int,
         count: Callable[[int], None],
     ) -> None:
         training = checkpoint.info.settings
@@ -211,11 +219,11 @@ class _Runner:
             "random": MetaState(random, fresh_state(random)),
         }
         self._engine = make_engine(training.engine, model, training.optimizer, data.images, device)
-        self._settings, self._data, self._count = settings, data, count
+        self._settings, self._data, self._ways, self._count = settings, data, ways, count
 
     def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
         """Run all tasks at one number of shots; take the accuracy along `path` on the first."""
-        settings, ways = self._settings, self._engine.model.ways
+        settings, ways = self._settings, self._ways
         protocol = FewShotProtocol.of(settings, ways, shots)
         classes = self._data.split("test")
         tasks = [
@@ -248,12 +256,17 @@ class _Runner:
             chunk = tasks[first : first + TASKS_AT_ONCE]
             yield [
                 {
-                    mode: self._engine.predict(weights, chunk, mode).double().cpu().numpy()
+                    mode: self._predict(weights, chunk, mode)
                     for mode in (BATCH_NORM_MODES if step == path[-1] else PATH_MODES)
                 }
                 for step, weights in adapt_along(self._engine, state, chunk, path)
             ]
             self._count(len(chunk))
+
+    def _predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> FloatArray:
+        """Return the logits [T, Q, ways] of all queries, given weights [T, P]."""
+        logits = self._engine.predict(weights, tasks, mode)[..., : self._ways]
+        return logits.double().cpu().numpy()
 
 
 def adapt_along(

@@ -112,7 +112,7 @@ def _manifest(
         "name": settings.name,
         "created_by": f"reptile {__version__}",
         "task": {
-            "ways": model.ways,
+            "ways": model.outputs,
             "image_shape": list(model.image_shape),
             "layout": "NCHW",
             "pixel_range": [0, 255],
@@ -176,7 +176,7 @@ def _write_golden(
     float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
     this says nothing (a cold Adam takes the sign of gradients that are only noise) is left out.
     """
-    ways = checkpoint.model.ways
+    ways = checkpoint.model.outputs
     classes = data.split("test")
     check_classes(classes, ways, 2, f"test split of {data.name}")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]

@@ -11,8 +11,9 @@ from reptile.learn.checkpoint import CheckpointInfo
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
     "with batch norm and ReLU, and a linear head",
-    "mlp": "one hidden layer of {hidden} units with ReLU",
+    "mlp": "hidden layers of {hidden} units with {activation}, and a linear head",
 }
+ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh"}
 DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
 ALGORITHMS = {"reptile": "Reptile", "fomaml": "first-order MAML"}
 
@@ -25,7 +26,8 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo) -> str:
     architecture = ARCHITECTURES[training.model.name].format(
         filters=training.model.filters,
         downsampling=DOWNSAMPLING[training.model.downsampling],
-        hidden=training.model.hidden,
+        hidden=", ".join(map(str, training.model.hidden)),
+        activation=ACTIVATIONS[training.model.activation],
     )
     provenance = manifest["provenance"]
     hashes = "\n".join(

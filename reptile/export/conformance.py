@@ -110,20 +110,17 @@ def _leaks(model: onnx.ModelProto, content: bytes) -> list[str]:
 
 
 def _epsilon_problems(graph: onnx.GraphProto) -> list[str]:
-    """Optimisers take 1e-8 for zero: it must be a constant of the graph, and added in the loop."""
+    """Optimisers take 1e-8 for zero: it must be a constant, scaled and added in the loop."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     epsilons = {
         name for name, value in values.items() if np.array_equal(value, [np.float32(EPSILON)])
     }
-    added = {
-        name
-        for inner in _graphs(graph)
-        if inner is not graph
-        for node in inner.node
-        if node.op_type == "Add"
-        for name in node.input
+    nodes = [node for inner in _graphs(graph) if inner is not graph for node in inner.node]
+    scaled = {
+        node.output[0] for node in nodes if node.op_type == "Mul" and epsilons & set(node.input)
     }
-    return [] if epsilons & added else [f"no constant [{EPSILON}] is added in the loop"]
+    added = any(node.op_type == "Add" and scaled & set(node.input) for node in nodes)
+    return [] if added else [f"no constant [{EPSILON}] is scaled and added in the loop"]
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reptile import __version__
 from reptile.export.fold import fold
+from reptile.export.rows import Layout, indices
 from reptile.export.step import trace_gradient
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.inner import BETA2, EPSILON, decay
@@ -55,7 +56,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     trace = {"losses": Spec(torch.float32, ("steps",)), "finite": Spec(torch.bool, ())}
     weights = folded_specs(model)
     images = {"images": _images(model, "images")}
-    logits = {"logits": Spec(torch.float32, ("images", model.ways))}
+    logits = {"logits": Spec(torch.float32, ("images", model.outputs))}
     graphs = {
         "predict": _to_onnx("predict", Predict(checkpoint), images, logits),
         "adapt": _to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
@@ -64,7 +65,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
         ),
     }
     queries = {"query_images": _images(model, "queries")}
-    answers = trace | {"logits": Spec(torch.float32, ("queries", model.ways))}
+    answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
     return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
 
@@ -94,17 +95,21 @@ class Adapt(nn.Module):
         self.model, (weights, state), info = checkpoint
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
-        self.gradient = trace_gradient(self.model)
+        self.layout = Layout(self.model)
+        self.indices = indices(self.model)
+        self.gradient = trace_gradient(self.model, self.layout)
         adam = self.optimizer.name == "adam"
-        self.register_buffer("initial_weights", weights)
-        # Plain SGD has no second moment to carry.
-        self.register_buffer("second_moment", state.second_moment if adam else weights.new_empty(0))
-        # Adam's bias correction of each step, exact for any step count and without a double in
-        # the graph. Epsilon has a dimension because optimisers drop the addition of a scalar that
-        # they take for zero.
+        self.register_buffer("initial_weights", self.layout.pack(weights))
+        # The loop carries s = v / (1 - β): then s ← β·s + g² and, with c = √((1 - β^t) / (1 - β)),
+        # Adam's step is α·c·g / (√s + ε·c), which is two passes over the weights less. Plain SGD
+        # has nothing to carry.
+        moment = self.layout.pack(state.second_moment.double() / (1 - BETA2)).float()
+        self.register_buffer("second_moment", moment if adam else weights.new_empty(0))
+        # c of each step, exact for any step count and without a double in the graph. Epsilon has a
+        # dimension because optimisers drop the addition of a scalar that they take for zero.
         taken = range(state.step + 1, state.step + max_steps + 1)
-        corrections = [math.sqrt(1 - BETA2**step) for step in taken]
-        self.register_buffer("bias_corrections", torch.tensor(corrections))
+        corrections = [math.sqrt((1 - BETA2**step) / (1 - BETA2)) for step in taken]
+        self.register_buffer("corrections", torch.tensor(corrections))
         self.register_buffer("epsilon", torch.tensor([EPSILON]))
 
     def forward(
@@ -112,18 +117,19 @@ class Adapt(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return losses [steps], finite [] and the folded weights, in `folded_specs`' order."""
         images = to_unit(support_images)
-        losses, weights = self._loop(
+        losses, packed = self._loop(
             images,
-            support_labels.clamp(0, self.model.ways - 1),
+            torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)],
             batches.clamp(0, images.shape[0] - 1),
             learning_rate,
         )
-        folded = fold(self.model, unflatten(self.model, weights), images)
+        weights = unflatten(self.model, self.layout.unpack(packed))
+        folded = fold(self.model, weights, images)
         everything = torch.cat([losses, *(value.flatten() for value in folded.values())])
         return losses, everything.isfinite().all(), *folded.values()
 
     def _loop(
-        self, images: Tensor, labels: Tensor, batches: Tensor, learning_rate: Tensor
+        self, images: Tensor, targets: Tensor, batches: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, Tensor]:
         def unfinished(step: Tensor, losses: Tensor, *_: Tensor) -> Tensor:
             return step < losses.shape[0]
@@ -132,24 +138,28 @@ class Adapt(nn.Module):
             step: Tensor,
             losses: Tensor,
             weights: Tensor,
-            second_moment: Tensor,
+            moment: Tensor,
             images: Tensor,
-            labels: Tensor,
+            targets: Tensor,
             batches: Tensor,
+            share: Tensor,
             learning_rate: Tensor,
-            bias_corrections: Tensor,
+            corrections: Tensor,
             epsilon: Tensor,
+            *index: Tensor,
         ) -> tuple[Tensor, ...]:
             batch = batches[step]
             weights = decay(weights, self.optimizer)
-            gradient, loss = self.gradient(weights, images[batch], labels[batch])
+            gradient, loss = self.gradient(weights, images[batch], targets[batch], share, *index)
             losses = losses.index_copy(0, step[None], loss[None])
-            direction = gradient
+            move = learning_rate * gradient
             if self.optimizer.name == "adam":
-                second_moment = BETA2 * second_moment + (1 - BETA2) * (gradient * gradient)
-                direction = gradient / (second_moment.sqrt() / bias_corrections[step] + epsilon)
-            # A loop may not return its own input as it is, as SGD would the second moment.
-            return step + 1, losses, weights - learning_rate * direction, second_moment.clone()
+                correction = corrections[step]
+                moment = BETA2 * moment + gradient * gradient
+                root = moment.sqrt() + epsilon * correction
+                move = (learning_rate * correction) * (gradient / root)
+            # A loop may not return its own input as it is, as SGD would the moment.
+            return step + 1, losses, weights - move, moment.clone()
 
         steps = torch.sym_min(batches.shape[0], self.max_steps)
         carried = (
@@ -158,7 +168,9 @@ class Adapt(nn.Module):
             self.initial_weights,
             self.second_moment,
         )
-        fixed = (images, labels, batches, learning_rate, self.bias_corrections, self.epsilon)
+        share = 1 / torch.ones(batches.shape[1]).sum()
+        constants = (self.corrections, self.epsilon, *self.indices)
+        fixed = (images, targets, batches, share, learning_rate, *constants)
         _, losses, weights, _ = while_loop(unfinished, body, carried, fixed)
         return losses, weights
 

@@ -66,7 +66,7 @@ def verify_bundle(
     Raises:
         InputError: there is no manifest to read, or the test split cannot make tasks.
     """
-    ways = checkpoint.model.ways
+    ways = checkpoint.model.outputs
     check_classes(data.split("test"), ways, settings.shots + 1, f"test split of {data.name}")
     try:
         manifest = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ class _Subject:
 
     def task(self, size: int, steps: int, number: int = 0) -> SupportSet:
         """Draw a support set of `size` images of the test split, its classes in turn."""
-        classes, ways = self.data.split("test"), self.checkpoint.model.ways
+        classes, ways = self.data.split("test"), self.checkpoint.model.outputs
         rng = random_stream(self.settings.seed, Purpose.VERIFY, size, number)
         labels = np.arange(size) % ways
         chosen = rng.permutation(len(classes.start))[:ways][labels]
@@ -257,7 +257,7 @@ def _adapt_depends(subject: _Subject) -> Iterator[Check]:
 def _adapt_guards(subject: _Subject) -> Iterator[Check]:
     """Bad input must neither read out of bounds nor pass for a success."""
     session = subject.session("adapt")
-    task, last = subject.task(5, 5), subject.checkpoint.model.ways - 1
+    task, last = subject.task(5, 5), subject.checkpoint.model.outputs - 1
     feeds = task.feeds(subject.checkpoint)
     problems = []
     for name, wild in (
@@ -322,7 +322,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
     model, state, info = checkpoint
     batch = int(subject.manifest["inner"]["batch"])
     steps = subject.allowed(settings.steps)
-    protocol = FewShotProtocol(model.ways, settings.shots, queries=1, steps=steps, batch=batch)
+    protocol = FewShotProtocol(model.outputs, settings.shots, queries=1, steps=steps, batch=batch)
     streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.episodes))
     tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
     engine = EagerEngine(model, info.settings.optimizer, data.images, reference.CPU)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
-from reptile.data.prepared import UInt8Array
-from reptile.episodes import Task
-from reptile.learn.engine import Adapted, gather
+from reptile.episodes import Targets, Task
+from reptile.learn.engine import Adapted, Inputs, gather
 from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
@@ -34,7 +33,7 @@ class BatchedEngine:
         self,
         model: Model,
         optimizer: OptimizerSettings,
-        pixels: UInt8Array,
+        inputs: Inputs,
         device: torch.device,
     ) -> None:
         if device.type == "cuda":  # TF32 keeps 10 bits of a product: too few for Adam's signs
@@ -45,12 +44,12 @@ class BatchedEngine:
         self.device = device
         self.name = f"batched on {device}"
         self._network = replace(model, convolve=patches) if isinstance(model, Conv4) else model
-        self._pixels = pixels
+        self._inputs = inputs
         self._loops: dict[tuple[torch.Size, ...], Loop] = {}
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return gather(self._pixels, rows, self.device)
+        return gather(self._inputs, rows, self.device)
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
@@ -117,9 +116,8 @@ class BatchedEngine:
         """
 
         def loss(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(
-                self._network.logits(unflatten(self.model, weights), images), labels
-            )
+            logits = self._network.logits(unflatten(self.model, weights), images)
+            return self.model.loss(logits, labels)
 
         gradients = torch.vmap(torch.func.grad_and_value(loss))
         tasks = torch.arange(len(weights), device=self.device)[:, None]
@@ -132,7 +130,7 @@ class BatchedEngine:
             losses.append(value[:, None])
         return weights, state.second_moment, torch.cat(losses, dim=1)
 
-    def _send(self, values: IntArray) -> Tensor:
+    def _send(self, values: Targets) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
 

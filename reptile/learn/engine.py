@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
@@ -20,6 +20,9 @@ from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
+
+Inputs = UInt8Array | npt.NDArray[np.float32]
+"""What a network sees [N, C, H, W]: pixels, scaled to 0..1, or values, taken as they are."""
 
 
 class Adapted(NamedTuple):
@@ -42,7 +45,7 @@ class Engine(Protocol):
         """What runs, in a few words for people."""
 
     def images(self, rows: IntArray) -> Tensor:
-        """Gather prepared images [B] as network input [B, C, H, W] in 0..1."""
+        """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """Adapt to each task by one inner step for each of its mini-batches.
@@ -70,18 +73,18 @@ class EagerEngine:
         self,
         model: Model,
         optimizer: OptimizerSettings,
-        pixels: UInt8Array,
+        inputs: Inputs,
         device: torch.device,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.device = device
         self.name = f"eager on {device}"
-        self._pixels = pixels
+        self._inputs = inputs
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return gather(self._pixels, rows, self.device)
+        return gather(self._inputs, rows, self.device)
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
@@ -122,7 +125,7 @@ class EagerEngine:
             batch = torch.from_numpy(positions).to(self.device)
             weights = decay(weights, self.optimizer).detach().requires_grad_()
             logits = self.model.logits(unflatten(self.model, weights), images[batch])
-            loss = F.cross_entropy(logits, labels[batch])
+            loss = self.model.loss(logits, labels[batch])
             (gradient,) = torch.autograd.grad(loss, weights)
             with torch.no_grad():
                 weights, state = update(weights, gradient, state, self.optimizer)
@@ -130,16 +133,17 @@ class EagerEngine:
         return weights.detach(), state, torch.cat(losses)
 
 
-def gather(pixels: UInt8Array, rows: IntArray, device: torch.device) -> Tensor:
-    """Return the images of `rows` [...] in 0..1, [..., C, H, W]."""
-    return to_unit(torch.from_numpy(np.asarray(pixels[rows])).to(device))
+def gather(inputs: Inputs, rows: IntArray, device: torch.device) -> Tensor:
+    """Return the inputs of `rows` [...], pixels in 0..1, float32 [..., C, H, W]."""
+    found = torch.from_numpy(np.asarray(inputs[rows])).to(device)
+    return to_unit(found) if found.dtype == torch.uint8 else found
 
 
 def make_engine(
     kind: str,
     model: Model,
     optimizer: OptimizerSettings,
-    pixels: UInt8Array,
+    inputs: Inputs,
     device: torch.device,
 ) -> Engine:
     """Return the engine that the settings name; `auto` takes the fastest that runs here.
@@ -150,18 +154,18 @@ def make_engine(
     from reptile.learn.batched import BatchedEngine  # both need this module's Adapted
 
     if kind == "eager":
-        return EagerEngine(model, optimizer, pixels, device)
+        return EagerEngine(model, optimizer, inputs, device)
     if kind == "batched" or (kind == "auto" and device.type != "cpu"):
-        return BatchedEngine(model, optimizer, pixels, device)
+        return BatchedEngine(model, optimizer, inputs, device)
     if device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
     from reptile.learn.native import BuildError, NativeEngine
 
     try:
-        return NativeEngine(model, optimizer, pixels)
+        return NativeEngine(model, optimizer, inputs)
     except BuildError as error:
         if kind == "native":
             raise InputError(f"train.engine = native: {error}; or use auto") from None
-        eager = EagerEngine(model, optimizer, pixels, device)
+        eager = EagerEngine(model, optimizer, inputs, device)
         eager.name += f" (several times slower than native: {error})"
         return eager

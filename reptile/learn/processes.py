@@ -114,7 +114,7 @@ class SharedEngine:
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""
-        found = weights.new_empty(len(tasks), len(tasks[0].query), self.model.ways)
+        found = weights.new_empty(len(tasks), len(tasks[0].query), self.model.outputs)
         own = self._part(len(tasks), self._processes.rank)
         if tasks[own]:
             found[own] = self._engine.predict(weights[own], tasks[own], mode)

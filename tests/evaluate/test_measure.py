@@ -29,7 +29,7 @@ SETTINGS = EvaluateSettings(tasks=6, shots=(1, 2), queries=2, steps=4, batch=3)
 
 def make_checkpoint(data: PreparedData, name: str = "conv4", ways: int = 3) -> Checkpoint:
     """Weights that no training made, with a warm optimiser state."""
-    model_settings = ModelSettings(name=name, filters=4, hidden=16)
+    model_settings = ModelSettings(name=name, filters=4, hidden=(16,))
     settings = TrainSettings(model=model_settings, ways=ways, engine="eager", device="cpu")
     model = build_model(model_settings, ways, data.image_shape)
     weights = initialise(model, 99)
@@ -288,3 +288,27 @@ def test_a_cross_domain_set_of_the_same_name_is_an_error(
 ) -> None:
     with pytest.raises(InputError, match="another name"):
         evaluate(SETTINGS, checkpoint, data, {data.name: data})
+
+
+def test_fewer_ways_leave_the_heads_other_outputs_out(
+    data: PreparedData, checkpoint: Checkpoint
+) -> None:
+    (few, *_) = evaluate(SETTINGS, checkpoint, data, {}, ways=2).held_out
+    engine = EagerEngine(checkpoint.model, checkpoint.info.settings.optimizer, data.images, CPU)
+    weights, inner = checkpoint.state
+    adapted, *_ = engine.adapt(weights, inner, few.tasks)
+    for number, task in enumerate(few.tasks):
+        assert set(task.support_labels) == set(task.query_labels) == {0, 1}
+        params = unflatten(checkpoint.model, adapted[number])
+        images = engine.images(task.support), engine.images(task.query)
+        whole = query_logits(checkpoint.model, params, *images, "frozen")
+        expected = whole.detach().double().numpy()[:, :2]
+        np.testing.assert_allclose(few.logits["trained", "frozen"][number], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_ways_that_the_head_has_not_are_refused(
+    data: PreparedData, checkpoint: Checkpoint, ways: int
+) -> None:
+    with pytest.raises(InputError, match=f"{ways}-way tasks: the checkpoint is for 2 to 3 ways"):
+        evaluate(SETTINGS, checkpoint, data, {}, ways=ways)

@@ -29,7 +29,7 @@ VOID = {"meta", "img", "hr", "br", "link", "input"}
 def run(
     data: PreparedData, name: str = "conv4", settings: EvaluateSettings = SETTINGS
 ) -> Evaluation:
-    model_settings = ModelSettings(name=name, filters=4, hidden=8)
+    model_settings = ModelSettings(name=name, filters=4, hidden=(8,))
     training = TrainSettings(model=model_settings, ways=3, engine="eager", device="cpu")
     model = build_model(model_settings, 3, data.image_shape)
     weights = initialise(model, 5)

@@ -23,6 +23,7 @@ MODELS = {
     "stride": (ModelSettings(filters=6), (1, 14, 13)),
     "pool": (ModelSettings(filters=5, downsampling="pool"), (3, 21, 18)),
     "mlp": (ModelSettings(name="mlp"), (1, 8, 8)),
+    "deep": (ModelSettings(name="mlp", hidden=(9, 5), activation="tanh"), (1, 8, 8)),
 }
 
 
@@ -51,6 +52,24 @@ def test_adapting_side_by_side_equals_one_after_another(
     )
     torch.testing.assert_close(found.losses, eager.losses, rtol=1e-9, atol=1e-12)
     assert found.state.step == eager.state.step == 46
+
+
+def test_regressors_adapt_side_by_side_too() -> None:
+    model = build_model(MODELS["deep"][0], 2, (1, 1, 1), "squared_error")
+    rng, weights = np.random.default_rng(0), initialise(model, 0).double()
+    points = rng.uniform(-5, 5, (30, 1, 1, 1)).astype(np.float32)
+    nothing, batches = np.empty(0, dtype=np.int64), (np.arange(4), np.arange(4, 8))
+    tasks = [
+        Task(rng.permutation(30)[:8], rng.normal(size=(8, 2)), nothing, nothing, batches)
+        for _ in range(3)
+    ]
+    state = InnerState(torch.zeros_like(weights), 0)
+    eager, found = (
+        kind(model, OPTIMIZERS["sgd"], points, CPU).adapt(weights, state, tasks)
+        for kind in (EagerEngine, BatchedEngine)
+    )
+    torch.testing.assert_close(found.weights, eager.weights, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.losses, eager.losses, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", BATCH_NORM_MODES)

@@ -1,31 +1,30 @@
 """The compiled kernel against the eager engine in float64, which is the oracle."""
 
-import os
-import stat
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from reptile.config import ModelSettings, OptimizerSettings
+from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine, make_engine
+from reptile.learn.engine import Adapted, EagerEngine
 from reptile.learn.inner import InnerState, fresh_state
+from reptile.learn.meta import MetaState, meta_step
 from reptile.learn.native import BuildError, NativeEngine, build
-from reptile.models import Model, build_model, initialise, size
+from reptile.models import Model, Objective, build_model, initialise, size
 
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05)
 ADAM = OptimizerSettings(name="adam", learning_rate=1e-2)
 STRIDE = ModelSettings(filters=20)
 POOL = ModelSettings(filters=20, downsampling="pool")
-MLP = ModelSettings(name="mlp", hidden=20)
-ALL = pytest.mark.parametrize("settings", [STRIDE, POOL, MLP], ids=["stride", "pool", "mlp"])
+MLP = ModelSettings(name="mlp", hidden=(20,))
+DEEP = ModelSettings(name="mlp", hidden=(20, 7, 33), activation="tanh")
+NAMED = {"stride": STRIDE, "pool": POOL, "mlp": MLP, "deep": DEEP}
+ALL = pytest.mark.parametrize("settings", NAMED.values(), ids=NAMED)
+OBJECTIVES = pytest.mark.parametrize("objective", ["cross_entropy", "squared_error"])
 CPU = torch.device("cpu")
 IMAGES = 60
 
@@ -55,6 +54,12 @@ def task(seed: int, ways: int, batches: Sequence[int]) -> Task:
     nothing = np.empty(0, dtype=np.int64)
     positions = tuple(rng.integers(0, labels.size, batch) for batch in batches)
     return Task(rows, labels, nothing, nothing, positions)
+
+
+def with_values(task: Task, outputs: int) -> Task:
+    """The same task for a regressor."""
+    values = np.random.default_rng(7).normal(size=(len(task.support), outputs))
+    return task._replace(support_labels=values.astype(np.float32))
 
 
 def start(model: Model, seed: int = 0) -> Tensor:
@@ -107,6 +112,7 @@ def assert_same_path(
     assert found.state.step == expected.state.step
 
 
+@OBJECTIVES
 @pytest.mark.parametrize("downsampling", ["stride", "pool"])
 @pytest.mark.parametrize(
     ("filters", "shape", "batch"),
@@ -122,21 +128,50 @@ def assert_same_path(
     ],
 )
 def test_gradient_is_the_float64_gradient(
-    downsampling: str, filters: int, shape: tuple[int, int, int], batch: int
+    objective: Objective,
+    downsampling: str,
+    filters: int,
+    shape: tuple[int, int, int],
+    batch: int,
 ) -> None:
     settings = ModelSettings.model_validate({"filters": filters, "downsampling": downsampling})
-    check_gradient(build_model(settings, 5, shape), batch)
+    check_gradient(build_model(settings, 5, shape, objective), batch)
 
 
-@pytest.mark.parametrize(("hidden", "ways", "batch"), [(64, 5, 10), (20, 3, 1), (70, 15, 33)])
-def test_mlp_gradient_is_the_float64_gradient(hidden: int, ways: int, batch: int) -> None:
-    check_gradient(build_model(ModelSettings(name="mlp", hidden=hidden), ways, (3, 9, 11)), batch)
+@OBJECTIVES
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(
+    ("hidden", "shape", "outputs", "batch"),
+    [
+        ((64,), (3, 9, 11), 5, 10),
+        ((20,), (3, 9, 11), 3, 1),
+        ((70,), (3, 9, 11), 15, 33),
+        ((64, 64), (1, 1, 1), 2, 10),
+        ((5, 40), (2, 1, 1), 4, 7),
+        ((33, 16, 3), (1, 4, 5), 5, 12),
+        ((9, 50, 1, 17), (1, 4, 5), 3, 5),
+    ],
+)
+def test_mlp_gradient_is_the_float64_gradient(
+    objective: Objective,
+    activation: str,
+    hidden: tuple[int, ...],
+    shape: tuple[int, int, int],
+    outputs: int,
+    batch: int,
+) -> None:
+    settings = ModelSettings.model_validate(
+        {"name": "mlp", "hidden": hidden, "activation": activation}
+    )
+    check_gradient(build_model(settings, outputs, shape, objective), batch)
 
 
 def check_gradient(model: Model, batch: int) -> None:
     """With SGD at rate 1 a step is the gradient."""
     optimizer, weights = OptimizerSettings(name="sgd", learning_rate=1), start(model)
-    state, work = fresh_state(weights), task(0, model.ways, [batch])
+    state, work = fresh_state(weights), task(0, model.outputs, [batch])
+    if model.objective == "squared_error":
+        work = with_values(work, model.outputs)
     expected = oracle(model, optimizer, weights, state, work)
     found = native(model, optimizer, weights, state, work)
     assert distance(found.weights, expected.weights, weights) < GRADIENT_TOLERANCE
@@ -148,6 +183,52 @@ def test_sgd_follows_the_float64_path(settings: ModelSettings) -> None:
     model = build_model(settings, 5, (1, 15, 15))
     weights = start(model)
     assert_same_path(model, SGD, weights, fresh_state(weights), task(0, 5, [10] * 4))
+
+
+@OBJECTIVES
+@ALL
+def test_two_meta_iterations_of_sgd_end_where_float64_does(
+    settings: ModelSettings, objective: Objective
+) -> None:
+    model = build_model(settings, 5, (1, 15, 15), objective)
+    pixels, weights = images(model.image_shape), start(model)
+    training = TrainSettings(optimizer=SGD, inner_steps=4)
+    ends = []
+    for engine, theta in (
+        (NativeEngine(model, SGD, pixels, 2), weights),
+        (EagerEngine(model, SGD, pixels, CPU), weights.double()),
+    ):
+        state = MetaState(theta, fresh_state(theta))
+        for iteration in range(2):
+            tasks = [task(3 * iteration + number, 5, [10] * 4) for number in range(3)]
+            if objective == "squared_error":
+                tasks = [with_values(own, 5) for own in tasks]
+            state = meta_step(engine, state, tasks, training, step_size=0.5).state
+        ends.append(state.weights)
+    assert distance(ends[0], ends[1], weights) < TRAJECTORY_TOLERANCE
+
+
+def test_targets_of_a_single_output_need_no_second_dimension() -> None:
+    model = build_model(DEEP, 1, (1, 4, 4), "squared_error")
+    weights, work = start(model), with_values(task(0, 5, [10]), 1)
+    flat = work._replace(support_labels=work.support_labels[:, 0])
+    expected = oracle(model, SGD, weights, fresh_state(weights), flat)
+    assert_same_path(model, SGD, weights, fresh_state(weights), flat)
+    assert torch.equal(
+        expected.weights, oracle(model, SGD, weights, fresh_state(weights), work).weights
+    )
+
+
+@ALL
+def test_values_are_taken_as_they_are_and_pixels_scaled(settings: ModelSettings) -> None:
+    model = build_model(settings, 5, (1, 15, 15))
+    pixels, weights = images(model.image_shape), start(model)
+    values = (pixels / np.float32(255)).astype(np.float32)
+    arguments = weights, fresh_state(weights), [task(0, 5, [10] * 2)]
+    scaled, taken = (NativeEngine(model, SGD, own).adapt(*arguments) for own in (pixels, values))
+    assert torch.equal(scaled.weights, taken.weights)
+    eager = EagerEngine(model, SGD, values, CPU).adapt(*arguments)
+    assert distance(taken.weights, eager.weights.double(), weights) < TRAJECTORY_TOLERANCE
 
 
 @ALL
@@ -247,8 +328,13 @@ def test_divergence_shows_and_does_not_outlive_its_call(settings: ModelSettings)
 
 @pytest.mark.parametrize(
     "settings",
-    [ModelSettings(), ModelSettings(filters=40, downsampling="pool"), ModelSettings(name="mlp")],
-    ids=["stride", "pool", "mlp"],
+    [
+        ModelSettings(),
+        ModelSettings(filters=40, downsampling="pool"),
+        ModelSettings(name="mlp"),
+        ModelSettings(name="mlp", hidden=(100, 40, 70)),
+    ],
+    ids=["stride", "pool", "mlp", "deep"],
 )
 def test_the_number_of_threads_changes_no_bit(settings: ModelSettings) -> None:
     model = build_model(settings, 5, (1, 28, 28))
@@ -286,8 +372,23 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
     refused("weights", weights[:-1], state, good)
     refused("float32", weights.double(), state, good)
     refused("second_moment", weights, InnerState(weights[:-1], 0), good)
-    with pytest.raises(InputError, match="uint8"):
-        NativeEngine(model, SGD, images((3, 15, 15)))
+    refused("integers", weights, state, with_values(good, 5))
+    refused("integers", weights, state, good._replace(support_labels=good.support_labels[1:]))
+    for wrong in (images((3, 15, 15)), images((1, 15, 15)).astype(np.float64)):
+        with pytest.raises(InputError, match="takes uint8 or float32"):
+            NativeEngine(model, SGD, wrong)
+
+    regressor = build_model(MLP, 5, (1, 15, 15), "squared_error")
+    engine = NativeEngine(regressor, SGD, images(model.image_shape), 1)
+    refused("floating point", weights, state, good)
+    refused("floating point", weights, state, with_values(good, 1))
+    single = with_values(good, 5)
+    refused(
+        "floating point",
+        weights,
+        state,
+        single._replace(support_labels=single.support_labels[:, 0]),
+    )
 
 
 def test_images_are_the_eager_engines() -> None:
@@ -295,105 +396,3 @@ def test_images_are_the_eager_engines() -> None:
     rows = np.array([3, 0, 3])
     expected = EagerEngine(model, SGD, pixels, CPU).images(rows)
     assert torch.equal(NativeEngine(model, SGD, pixels).images(rows), expected)
-
-
-# ---- Choosing and building
-
-
-def test_auto_takes_the_native_engine_and_eager_stays_eager() -> None:
-    model, pixels = build_model(MLP, 5, (1, 15, 15)), images((1, 15, 15))
-    assert make_engine("auto", model, SGD, pixels, CPU).name.startswith("native")
-    assert make_engine("native", model, SGD, pixels, CPU).name.startswith("native")
-    assert make_engine("eager", model, SGD, pixels, CPU).name == "eager on cpu"
-    cuda = torch.device("cuda")
-    assert isinstance(make_engine("auto", model, SGD, pixels, cuda), EagerEngine)
-    with pytest.raises(InputError, match="not on cuda"):
-        make_engine("native", model, SGD, pixels, cuda)
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with nothing in it, and a small source that builds fast."""
-    source = tmp_path / "source" / "kernel.cpp"
-    source.parent.mkdir()
-    source.write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n')
-    monkeypatch.setattr(build, "SOURCE", source)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "reptile"
-
-
-def libraries(cache: Path) -> set[str]:
-    return {path.name for path in cache.glob("kernel-*.so")}
-
-
-def test_kernel_is_built_once_and_again_for_other_sources_or_flags(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert build.load_kernel().one() == 1
-    first = libraries(empty_cache)
-    build.load_kernel()
-    assert libraries(empty_cache) == first
-    build.SOURCE.with_name("part.h").write_text("// another file of the same kernel\n")
-    build.load_kernel()
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    build.load_kernel()
-    assert len(libraries(empty_cache)) == 3
-    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
-    assert not list(empty_cache.glob(".kernel-*"))
-
-
-def test_built_library_serves_where_there_is_no_compiler(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BuildError, match="no-such-compiler"):
-        build.load_kernel()
-    monkeypatch.delenv("CXX")
-    build.load_kernel()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.load_kernel().one() == 1
-
-
-def test_cache_that_others_can_write_to_is_refused(empty_cache: Path) -> None:
-    empty_cache.mkdir(parents=True)
-    empty_cache.chmod(0o777)
-    with pytest.raises(BuildError, match="other users can write"):
-        build.load_kernel()
-
-
-def test_failing_compiler_falls_back_to_eager_with_one_line(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build.SOURCE.write_text("int broken( {\n")
-    with pytest.raises(BuildError) as raised:
-        build.load_kernel()
-    assert "error" in str(raised.value) and "\n" not in str(raised.value)
-    assert not libraries(empty_cache)
-
-    monkeypatch.setattr("reptile.learn.native._kernel", build.load_kernel)
-    model, pixels = build_model(MLP, 5, (1, 15, 15)), images((1, 15, 15))
-    fallback = make_engine("auto", model, SGD, pixels, CPU)
-    assert isinstance(fallback, EagerEngine)
-    assert str(raised.value) in fallback.name
-    with pytest.raises(InputError, match=r"train\.engine = native: .*error"):
-        make_engine("native", model, SGD, pixels, CPU)
-
-
-def test_two_processes_build_one_library_between_them(empty_cache: Path) -> None:
-    compiler = empty_cache.parent.parent / "slow-compiler"
-    log = compiler.with_suffix(".log")
-    compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exec c++ --version\necho >> {log}\nsleep 1\n'
-        'exec c++ "$@"\n'
-    )
-    compiler.chmod(0o755)
-    script = (  # the module by itself: importing its package would import torch
-        "from pathlib import Path; import runpy; "
-        f"build = runpy.run_path({build.__file__!r}); load = build['load_kernel']; "
-        f"load.__globals__['SOURCE'] = Path({str(build.SOURCE)!r}); assert load().one() == 1"
-    )
-    environment = {**os.environ, "CXX": str(compiler)}
-    runs = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
-    assert [run.wait(timeout=60) for run in runs] == [0, 0]
-    assert len(log.read_text()) == 1  # lines: one compilation
-    assert len(libraries(empty_cache)) == 1

@@ -1,41 +1,47 @@
-"""The native engine: whole inner loops in one call of a compiled kernel, float32 on the CPU.
+"""The native engine: whole inner loops, and predictions, in one call of a compiled kernel.
 
 The kernel knows its own weight layout and threads; here arguments are checked before it runs. The
-eager engine is its oracle. Not for other devices, and not for prediction.
+eager engine is its oracle. Not for other devices.
 """
 
 import ctypes
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
 from reptile.cpus import available_cpus
-from reptile.data.prepared import UInt8Array
-from reptile.episodes import Task
+from reptile.episodes import Targets, Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine, gather
+from reptile.learn.engine import Adapted, Inputs, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
-from reptile.models import Model, size
+from reptile.models import CONV_LAYERS, Model, size
 
 __all__ = ["BuildError", "NativeEngine"]
+
+MAX_LAYERS = 4  # as in shape.h
 
 
 class _Settings(ctypes.Structure):
     _fields_ = (
         ("network", ctypes.c_int32),
-        ("ways", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
         ("channels", ctypes.c_int32),
         ("height", ctypes.c_int32),
         ("width", ctypes.c_int32),
-        ("units", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
+        ("units", ctypes.c_int32 * MAX_LAYERS),
+        ("tanh", ctypes.c_int32),
+        ("squared_error", ctypes.c_int32),
+        ("values", ctypes.c_int32),
         ("adam", ctypes.c_int32),
         ("learning_rate", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
@@ -46,12 +52,13 @@ class _Settings(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        ("pixels", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
         ("tasks", ctypes.c_int64),
         ("steps", ctypes.c_int64),
         ("starts", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("labels", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("moment", ctypes.c_void_p),
         ("start_step", ctypes.c_int64),
@@ -60,6 +67,20 @@ class _Call(ctypes.Structure):
         ("out_weights", ctypes.c_void_p),
         ("out_moment", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
+    )
+
+
+class _Prediction(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_void_p),
+        ("tasks", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("images", ctypes.c_int64),
+        ("measured", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
     )
 
 
@@ -76,6 +97,8 @@ def _kernel() -> ctypes.CDLL:
     kernel.reptile_destroy.restype = None
     kernel.reptile_adapt.argtypes = [engine, threads, ctypes.POINTER(_Call)]
     kernel.reptile_adapt.restype = ctypes.c_int
+    kernel.reptile_predict.argtypes = [engine, threads, ctypes.POINTER(_Prediction)]
+    kernel.reptile_predict.restype = ctypes.c_int
     return kernel
 
 
@@ -87,7 +110,8 @@ class NativeEngine:
     Args:
         model: the network.
         optimizer: of the inner loop.
-        pixels: prepared images, uint8 [N, C, H, W]; read in place, a memory map stays one.
+        inputs: prepared images, uint8 [N, C, H, W], or values, float32 [N, C, H, W]; read in
+            place, a memory map stays one.
         threads: at most this many; by default torch's number, within what the system grants.
 
     Raises:
@@ -99,36 +123,40 @@ class NativeEngine:
         self,
         model: Model,
         optimizer: OptimizerSettings,
-        pixels: UInt8Array,
+        inputs: Inputs,
         threads: int | None = None,
     ) -> None:
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != model.image_shape:
+        if inputs.dtype not in (np.uint8, np.float32) or inputs.shape[1:] != model.image_shape:
             raise InputError(
-                f"images are {pixels.dtype} {list(pixels.shape)}; this model takes uint8 "
-                f"[N, {', '.join(map(str, model.image_shape))}]"
+                f"inputs are {inputs.dtype} {list(inputs.shape)}; this model takes uint8 or "
+                f"float32 [N, {', '.join(map(str, model.image_shape))}]"
             )
         self.model = model
         self.optimizer = optimizer
         self.threads = threads or min(torch.get_num_threads(), available_cpus())
         self.name = f"native on cpu, {self.threads} thread{'s' if self.threads > 1 else ''}"
-        self._pixels = np.ascontiguousarray(pixels)  # no copy of a contiguous array
+        self._inputs: npt.NDArray[Any] = np.ascontiguousarray(
+            inputs
+        )  # no copy of a contiguous array
         self._size = size(model)
+        self._has_batch_norm = model.settings.name == "conv4"
         self._kernel = _kernel()
-        self._handle = self._kernel.reptile_create(_settings(model, optimizer))
+        self._handle = self._kernel.reptile_create(_settings(model, optimizer, inputs))
         if not self._handle:
             raise MemoryError("no memory for the native engine")
         weakref.finalize(self, self._kernel.reptile_destroy, self._handle)
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
-        return gather(self._pixels, rows, torch.device("cpu"))
+        return gather(self._inputs, rows, torch.device("cpu"))
 
     def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`.
 
         Raises:
             InputError: weights that are not float32 [P] or [T, P] on the CPU, tasks with unequal
-                numbers of mini-batches, or rows, labels or positions out of range.
+                numbers of mini-batches, rows, labels or positions out of range, or targets that
+                do not fit the model.
         """
         weights, stride = self._checked(weights, len(tasks), "weights")
         moment, moment_stride = self._checked(state.second_moment, len(tasks), "second_moment")
@@ -136,17 +164,19 @@ class NativeEngine:
             shape = (len(tasks), self._size)
             weights, moment = weights.expand(shape).contiguous(), moment.expand(shape).contiguous()
             stride = self._size
-        work = _work(tasks, len(self._pixels), self.model.ways)
+        work = _work(tasks, len(self._inputs), self.model)
         adapted = torch.empty(len(tasks), self._size)
         moved = torch.empty(len(tasks), self._size)
         losses = torch.empty(len(tasks), work.steps)
+        regression = self.model.objective == "squared_error"
         call = _Call(
-            self._pixels.ctypes.data,
+            self._inputs.ctypes.data,
             len(tasks),
             work.steps,
             work.starts.ctypes.data,
             work.rows.ctypes.data,
-            work.labels.ctypes.data,
+            None if regression else work.targets.ctypes.data,
+            work.targets.ctypes.data if regression else None,
             weights.data_ptr(),
             moment.data_ptr(),
             stride,
@@ -161,9 +191,30 @@ class NativeEngine:
         return Adapted(adapted, InnerState(moved, state.step + work.steps), losses)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`."""
-        eager = EagerEngine(self.model, self.optimizer, self._pixels, torch.device("cpu"))
-        return eager.predict(weights, tasks, mode)
+        """See `Engine.predict`.
+
+        Raises:
+            InputError: weights that are not float32 [T, P] on the CPU, tasks with unequal numbers
+                of images or none, or rows out of range.
+        """
+        weights, stride = self._checked(weights, len(tasks), "weights")
+        if not stride:
+            weights = weights.expand(len(tasks), self._size).contiguous()
+        groups = _groups(tasks, mode if self._has_batch_norm else "transductive")
+        _check_range(groups.rows, len(self._inputs), "row of the images")
+        logits = torch.empty(*groups.rows.shape, self.model.outputs)
+        call = _Prediction(
+            self._inputs.ctypes.data,
+            *groups.rows.shape,
+            groups.measured,
+            groups.rows.ctypes.data,
+            weights.data_ptr(),
+            self._size,
+            logits.data_ptr(),
+        )
+        if self._kernel.reptile_predict(self._handle, self.threads, call):
+            raise MemoryError("no memory for the native engine's activations")
+        return logits[:, :, groups.queries :].flatten(1, 2)
 
     def _checked(self, vector: Tensor, tasks: int, name: str) -> tuple[Tensor, int]:
         """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
@@ -183,34 +234,77 @@ class _Work(NamedTuple):
     steps: int  # K
     starts: IntArray  # [T·K + 1] where each begins in the arrays below
     rows: IntArray
-    labels: IntArray
+    targets: Targets  # labels, int64; or values, float32 [rows, outputs]
 
 
-def _work(tasks: Sequence[Task], images: int, ways: int) -> _Work:
+def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
     if not tasks:
         raise InputError("no tasks to adapt to: give at least one")
     steps = len(tasks[0].batches)
     if any(len(task.batches) != steps for task in tasks):
         raise InputError("tasks of one call need equally many mini-batches")
     nothing = np.empty(0, dtype=np.int64)
-    rows, labels = [nothing], [nothing]
+    rows, targets = [nothing], []
     for task in tasks:
         positions = np.concatenate([nothing, *task.batches])
         _check_range(positions, len(task.support), "position in the support set")
         rows.append(task.support[positions])
-        labels.append(task.support_labels[positions])
+        targets.append(_targets(task, model)[positions])
     sizes = np.array([len(batch) for task in tasks for batch in task.batches], dtype=np.int64)
     if (sizes < 1).any():
         raise InputError("a mini-batch is empty: each needs at least one image")
-    work = _Work(
-        steps,
-        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        np.concatenate(rows).astype(np.int64),
-        np.concatenate(labels).astype(np.int64),
-    )
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    joined = np.concatenate(targets)
+    if model.objective == "cross_entropy":
+        _check_range(joined, model.outputs, "label")
+        joined = joined.astype(np.int64)
+    else:
+        joined = joined.astype(np.float32)
+    work = _Work(steps, starts, np.concatenate(rows).astype(np.int64), joined)
     _check_range(work.rows, images, "row of the images")
-    _check_range(work.labels, ways, "label")
     return work
+
+
+def _targets(task: Task, model: Model) -> Targets:
+    """Return a classifier's labels [S] or a regressor's values [S, outputs]."""
+    targets, size, outputs = task.support_labels, len(task.support), model.outputs
+    if model.objective == "cross_entropy":
+        fits = targets.dtype.kind in "iu" and targets.shape == (size,)
+        wanted = f"classifier takes integers [{size}]"
+    else:
+        if outputs == 1 and targets.ndim == 1:
+            targets = targets[:, None]
+        fits = targets.dtype.kind == "f" and targets.shape == (size, outputs)
+        wanted = f"regressor takes floating point [{size}, {outputs}]"
+    if not fits:
+        raise InputError(
+            f"support targets are {targets.dtype} {list(targets.shape)}; this {wanted}, "
+            "one row for each support input"
+        )
+    return targets
+
+
+class _Groups(NamedTuple):
+    """The forward passes of all tasks; batch norm uses the statistics of the first rows of each."""
+
+    rows: IntArray  # [T, groups, images]
+    measured: int
+    queries: int  # where the queries begin among the images of a group
+
+
+def _groups(tasks: Sequence[Task], mode: BatchNormMode) -> _Groups:
+    sizes = {(len(task.support), len(task.query)) for task in tasks}
+    if len(sizes) != 1 or 0 in next(iter(sizes)):
+        raise InputError("tasks of one call need equally many support and query images, not none")
+    support = np.stack([task.support for task in tasks]).astype(np.int64)
+    query = np.stack([task.query for task in tasks]).astype(np.int64)
+    if mode == "transductive":
+        return _Groups(query[:, None], query.shape[1], 0)
+    seen = support.shape[1]
+    if mode == "frozen":
+        return _Groups(np.concatenate([support, query], axis=1)[:, None], seen, seen)
+    each = np.repeat(support[:, None], query.shape[1], axis=1)
+    return _Groups(np.concatenate([each, query[:, :, None]], axis=2), seen + 1, seen)
 
 
 def _check_range(values: IntArray, end: int, what: str) -> None:
@@ -219,14 +313,19 @@ def _check_range(values: IntArray, end: int, what: str) -> None:
         raise InputError(f"{what} {bad}: must be in 0..{end - 1}")
 
 
-def _settings(model: Model, optimizer: OptimizerSettings) -> _Settings:
+def _settings(model: Model, optimizer: OptimizerSettings, inputs: Inputs) -> _Settings:
     settings = model.settings
     mlp = settings.name == "mlp"
+    units = settings.hidden if mlp else (settings.filters,) * CONV_LAYERS
     return _Settings(
         _NETWORKS[settings.name, "" if mlp else settings.downsampling],
-        model.ways,
+        model.outputs,
         *model.image_shape,
-        settings.hidden if mlp else settings.filters,
+        len(units),
+        (ctypes.c_int32 * MAX_LAYERS)(*units),
+        mlp and settings.activation == "tanh",
+        model.objective == "squared_error",
+        inputs.dtype == np.float32,
         optimizer.name == "adam",
         optimizer.learning_rate,
         optimizer.weight_decay,

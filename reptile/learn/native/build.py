@@ -31,7 +31,7 @@ class BuildError(RuntimeError):
 
 
 def load_kernel() -> ctypes.CDLL:
-    """Return the compiled kernel, from the cache or built now.
+    """Return the compiled kernel: shipped beside its source, from the cache, or built now.
 
     The environment may name the compiler (CXX), the instruction set to build for (REPTILE_MARCH,
     such as `x86-64-v3` for an image that runs on several machines; otherwise this processor's) and
@@ -51,12 +51,16 @@ def load_kernel() -> ctypes.CDLL:
 
 
 def _library() -> Path:
-    folder = _cache_folder()
     compiler, flags = _compiler(), (*FLAGS, *_target(), "-pthread")
     sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
     key = _hash(*(file.read_bytes() for file in sources), repr(flags).encode(), _processor())
+    # An image ships the library beside its source. Whoever can write there can change this very
+    # file, so its owner is not asked for, and any user may run it.
+    shipped = sorted(SOURCE.parent.glob(f"kernel-{key}-*.so"))
+    if shipped:
+        return shipped[0]
+    folder = _cache_folder()
     if compiler is None:
-        # An image may hold the library without the compiler that made it.
         built = sorted(folder.glob(f"kernel-{key}-*.so"))
         if built:
             return built[0]

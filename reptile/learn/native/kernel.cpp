@@ -1,4 +1,5 @@
-// Inner loops of the small networks on a CPU: gather images, forward, backward, update, in float32.
+// Inner loops of the small networks on a CPU: gather images, forward, backward, update, in float32;
+// and predictions with their weights.
 //
 // The networks are so small that a framework spends its time between operations. Here a whole inner
 // loop is one call, and the working set of a task stays in the caches.
@@ -7,10 +8,12 @@
 // mini-batch (B) lie side by side:
 //   activations   [block][row][column][B][16]      first input   [channel][row][column][B]
 //   convolution   [out block][tap][in channel][16 out], tap = 3 * ky + kx
-//   head          [way][block][row][column][16], then the biases
+//   head          [output][block][row][column][16], then the biases
 // So each output position is a sum over taps of small products [B, in] x [in, 16]: nothing is
 // unfolded, and taps that fall outside are left out. Only the first input has a frame of zeros.
 // Padding channels stay zero throughout: their weights, activations and gradients are all zero.
+// The MLP's layers are the same with a single position and tap, and with a bias and an activation
+// in the place of batch norm.
 //
 // A step. Forward, layer by layer: products, the mean and squared deviations of each row while it
 // is in cache, then normalise (and pool) with the rows' statistics joined. Backward likewise: the
@@ -46,11 +49,12 @@ namespace reptile {
 
 // The arguments of one call; mirrored in __init__.py.
 struct Call {
-  const uint8_t* pixels;
+  const void* inputs;  // pixels (uint8) or values (float), image by image
   int64_t tasks, steps;
   const int64_t* starts;  // [tasks * steps + 1] where each mini-batch begins in rows and labels
   const int64_t* rows;
-  const int64_t* labels;
+  const int64_t* labels;  // one of the two: labels, or targets [rows, outputs]
+  const float* targets;
   const float* weights;
   const float* moment;
   int64_t start_step;  // floats from one task's start to the next; 0 if all share one
@@ -61,29 +65,42 @@ struct Call {
   float* losses;
 };
 
+// The arguments of a call that predicts; mirrored in __init__.py. Every task has as many groups of
+// images; a group is one forward pass, in which batch norm uses the statistics of its first images.
+struct Prediction {
+  const void* inputs;
+  int64_t tasks, groups, images, measured;
+  const int64_t* rows;   // [tasks, groups, images]
+  const float* weights;  // [tasks, size]
+  int64_t size;
+  float* logits;  // [tasks, groups, images, outputs]
+};
+
 namespace {
 
 constexpr float NORM_EPSILON = 1e-3f;  // models.BATCH_NORM_EPSILON
+constexpr size_t TILE = WIDTH * WIDTH;
 
 // ---- One inner loop
 
-// A mini-batch: rows of the image array and their labels.
+// A mini-batch: rows of the inputs, and their labels or targets.
 struct Batch {
   const int64_t* rows;
   const int64_t* labels;
+  const float* targets;
   int size;
 };
 
 class InnerLoop {
  public:
-  InnerLoop(const Shape& shape, Workspace& work, const uint8_t* pixels, Team team)
-      : shape_(shape), settings_(shape.settings), work_(work), pixels_(pixels), team_(team) {
+  InnerLoop(const Shape& shape, Workspace& work, const void* inputs, Team team)
+      : shape_(shape), settings_(shape.settings), work_(work), inputs_(inputs), team_(team) {
     for (int i = 0; i < 256; i++) unit_[i] = static_cast<float>(i) / 255;
   }
 
   void pack(const float* weights, const float* moment) {
     shape_.pack(weights, work_.weights, team_);
-    shape_.pack(moment, work_.moment, team_);
+    if (moment) shape_.pack(moment, work_.moment, team_);
     team_.wait();
   }
   void unpack(float* weights, float* moment) const {
@@ -95,29 +112,38 @@ class InnerLoop {
   // One step; `number` counts the optimiser's updates from 1. The loss is the one before it.
   void step(const Batch& batch, int64_t number, float* loss) {
     batch_ = batch;
-    size_ = batch.size;
+    size_ = measured_ = batch.size;
     unbias_ = static_cast<float>(1 / std::sqrt(1 - std::pow(settings_.beta2, number)));
     if (settings_.weight_decay != 1) decay();
     gather();
     team_.wait();
-    if (settings_.network == MLP) {
-      mlp_step();
-    } else {
-      for (int i = 0; i < 4; i++) forward(i);
-      head_forward(work_.layers[3].out, work_.layers[3].out_gradient);
-      transpose_weights();
-      team_.wait();
-      head_update(work_.layers[3].out);
-      team_.rows(shape_.blocks, shape_.layers[3].height, [&](int block, int first, int last) {
-        for (int row = first; row < last; row++) norm_sums(3, block, row);
-      });
-      for (int i = 3; i >= 0; i--) backward(i);
-    }
+    const int last = settings_.layers - 1;
+    for (int i = 0; i <= last; i++) forward(i);
+    head_forward(work_.layers[last].out, work_.layers[last].out_gradient);
+    transpose_weights();
+    team_.wait();
+    head_update(work_.layers[last].out);
+    norm_sums(last);
+    for (int i = last; i >= 0; i--) backward(i);
     if (team_.index == 0) {
       double sum = 0;
       for (int b = 0; b < size_; b++) sum += work_.losses[b];
       *loss = static_cast<float>(sum / size_);
     }
+    team_.wait();
+  }
+
+  // A forward pass; batch norm's statistics are those of the first `measured` images.
+  void predict(const Batch& batch, int measured, float* logits) {
+    batch_ = batch;
+    size_ = batch.size;
+    measured_ = measured;
+    gather();
+    team_.wait();
+    for (int i = 0; i < settings_.layers; i++) forward(i);
+    const float* features = work_.layers[settings_.layers - 1].out;
+    const auto [begin, end] = team_.share(size_);
+    for (size_t b = begin; b < end; b++) head_logits(features, b, logits + b * settings_.outputs);
     team_.wait();
   }
 
@@ -157,7 +183,15 @@ class InnerLoop {
 
   // -- Input
 
+  float unit(uint8_t pixel) const { return unit_[pixel]; }
+  float unit(float value) const { return value; }
+
   void gather() {
+    settings_.values ? gather(static_cast<const float*>(inputs_))
+                     : gather(static_cast<const uint8_t*>(inputs_));
+  }
+  template <class T>
+  void gather(const T* inputs) {
     const int height = settings_.height, width = settings_.width;
     const int framed_height = shape_.framed_height(), framed_width = shape_.framed_width();
     const size_t image = shape_.inputs();
@@ -172,9 +206,9 @@ class InnerLoop {
       if (y < 0 || y >= height) continue;
       to += shape_.pad_left * size_;
       for (int b = 0; b < size_; b++) {
-        const uint8_t* from =
-            pixels_ + batch_.rows[b] * image + (static_cast<size_t>(channel) * height + y) * width;
-        for (int x = 0; x < width; x++) to[x * size_ + b] = unit_[from[x]];
+        const T* from =
+            inputs + batch_.rows[b] * image + (static_cast<size_t>(channel) * height + y) * width;
+        for (int x = 0; x < width; x++) to[x * size_ + b] = unit(from[x]);
       }
     }
   }
@@ -190,27 +224,29 @@ class InnerLoop {
   }
 
   // Without whole blocks a thread, the rows of a block have several owners.
-  void wait_unless_blocks_are_owned() const {
-    if (shape_.blocks % team_.count) team_.wait();
+  void wait_unless_blocks_are_owned(const Layer& layer) const {
+    if (layer.blocks % team_.count) team_.wait();
   }
 
   void forward(int i) {
     const Layer& layer = shape_.layers[i];
     if (team_.index == 0) work_.layers[i].next = 0;
-    team_.rows(shape_.blocks, layer.y.out, [&](int block, int first, int last) {
+    team_.rows(layer.blocks, layer.y.out, [&](int block, int first, int last) {
       for (int row = first; row < last; row++) {
         layer.deep ? convolve<true>(i, block, row) : convolve<false>(i, block, row);
-        measure(i, block, row);
+        shape_.mlp() ? activate(i, block) : measure(i, block, row);
       }
     });
-    wait_unless_blocks_are_owned();
-    team_.rows(shape_.blocks, layer.height, [&](int block, int first, int last) {
-      const Norm norm = join(i, block);
-      if (first == 0) work_.layers[i].norms[block] = norm;
-      for (int row = first; row < last; row++)
-        shape_.pool() ? normalise<true>(i, block, row, norm)
-                      : normalise<false>(i, block, row, norm);
-    });
+    if (!shape_.mlp()) {
+      wait_unless_blocks_are_owned(layer);
+      team_.rows(layer.blocks, layer.height, [&](int block, int first, int last) {
+        const Norm norm = join(i, block);
+        if (first == 0) work_.layers[i].norms[block] = norm;
+        for (int row = first; row < last; row++)
+          shape_.pool() ? normalise<true>(i, block, row, norm)
+                        : normalise<false>(i, block, row, norm);
+      });
+    }
     team_.wait();
   }
 
@@ -218,7 +254,7 @@ class InnerLoop {
   void convolve(int i, int block, int row) {
     const Layer& layer = shape_.layers[i];
     const float* input = input_of(i);
-    const float* weights = work_.weights + layer.weight + block * TAPS * layer.tap_size();
+    const float* weights = work_.weights + layer.weight + block * layer.block_size();
     for (int column = 0, run; column < layer.x.out; column += run) {
       Taps taps;
       for (int tap = 0; tap < TAPS; tap++) {
@@ -238,23 +274,32 @@ class InnerLoop {
     return work_.layers[i].rows + (block * rows + row) * 2 * WIDTH;
   }
 
-  // A row's mean and squared deviations from it.
+  // A row's mean and squared deviations from it, over the images that batch norm measures.
   void measure(int i, int block, int row) {
     const Layer& layer = shape_.layers[i];
     const float* y = work_.layers[i].conv + at(block, layer.y.out, row, layer.x.out, 0);
-    const int n = layer.x.out * size_;
-    const Block mean = sum(n, [=](int j) { return load(y + j * WIDTH); }) * (1.f / n);
+    const int columns = layer.x.out;
     float* to = partial(i, block, row);
+    const Block mean = row_sum(y, columns, [](const Block& value) { return value; }) *
+                       (1.f / (columns * measured_));
     store(to, mean);
-    store(to + WIDTH, sum(n, [&](int j) {
-            const Block off = load(y + j * WIDTH) - mean;
+    store(to + WIDTH, row_sum(y, columns, [&](const Block& value) {
+            const Block off = value - mean;
             return off * off;
           }));
+  }
+  template <class F>
+  INLINE Block row_sum(const float* y, int columns, F f) const {
+    if (measured_ == size_)
+      return sum(columns * size_, [&](int j) { return f(load(y + j * WIDTH)); });
+    return sum(columns, [&](int x) {
+      return sum(measured_, [&](int b) { return f(load(y + (x * size_ + b) * WIDTH)); });
+    });
   }
 
   Norm join(int i, int block) const {
     const Layer& layer = shape_.layers[i];
-    const int rows = layer.y.out, n = layer.x.out * size_;
+    const int rows = layer.y.out, n = layer.x.out * measured_;
     const float* row = partial(i, block, 0);
     Norm norm;
     norm.mean = sum(rows, [=](int j) { return load(row + j * 2 * WIDTH); }) * (1.f / rows);
@@ -329,67 +374,118 @@ class InnerLoop {
     });
   }
 
-  // -- Head: logits, softmax, cross-entropy
+  // -- The MLP's bias and activation
 
-  // Logits and loss of each image, and the gradient of the features.
-  void head_forward(const float* features, float* gradient) {
-    const size_t ways = settings_.ways, blocks = shape_.head_blocks();
+  void activate(int i, int block) {
+    const float* from = work_.layers[i].conv + at(block, 1, 0, 1, 0);
+    float* to = work_.layers[i].out + at(block, 1, 0, 1, 0);
+    const Block bias = load(work_.weights + shape_.layers[i].shift + block * WIDTH);
+    for (int j = 0; j < size_ * WIDTH; j += WIDTH) {
+      const Block x = load(from + j) + bias;
+      store(to + j, settings_.tanh ? tanh(x) : relu(x));
+    }
+  }
+
+  // Turn the gradient of the activation into that of its input; update the bias.
+  void activate_backward(int i, int block) {
+    const float* out = work_.layers[i].out + at(block, 1, 0, 1, 0);
+    const float* from = work_.layers[i].out_gradient + at(block, 1, 0, 1, 0);
+    float* to = work_.layers[i].conv + at(block, 1, 0, 1, 0);
+    for (int j = 0; j < size_ * WIDTH; j += WIDTH) {
+      const Block y = load(out + j), d = load(from + j);
+      store(to + j, settings_.tanh ? d * (splat(1) - y * y) : gate(d, y));
+    }
+    apply(shape_.layers[i].shift + block * WIDTH,
+          sum(size_, [=](size_t b) { return load(to + b * WIDTH); }));
+  }
+
+  // -- Head: logits and loss
+
+  void head_logits(const float* features, size_t b, float* logits) const {
+    const size_t outputs = settings_.outputs, blocks = shape_.head_blocks();
     const float* weights = work_.weights + shape_.head;
     const float* bias = work_.weights + shape_.head_bias;
+    for (size_t o = 0; o < outputs; o++)
+      logits[o] = bias[o] + total(sum(blocks, [&](size_t f) {
+                    return load(weights + (o * blocks + f) * WIDTH) *
+                           load(features + (f * size_ + b) * WIDTH);
+                  }));
+  }
+
+  // Both losses turn the logits of an image into their gradient, and return its loss.
+  float cross_entropy(size_t b, float* logits) const {
+    const size_t ways = settings_.outputs, label = batch_.labels[b];
+    const float largest = *std::max_element(logits, logits + ways), correct = logits[label];
+    float scale = 0;
+    for (size_t way = 0; way < ways; way++) scale += std::exp(logits[way] - largest);
+    for (size_t way = 0; way < ways; way++)
+      logits[way] = (std::exp(logits[way] - largest) / scale - (way == label)) / size_;
+    return std::log(scale) + largest - correct;
+  }
+  float squared_error(size_t b, float* values) const {
+    const size_t outputs = settings_.outputs;
+    float sum = 0;
+    for (size_t o = 0; o < outputs; o++) {
+      const float error = values[o] - batch_.targets[b * outputs + o];
+      sum += error * error;
+      values[o] = 2 * error / (static_cast<float>(outputs) * size_);
+    }
+    return sum / outputs;
+  }
+
+  // Loss of each image, and the gradients of logits and features.
+  void head_forward(const float* features, float* gradient) {
+    const size_t outputs = settings_.outputs, blocks = shape_.head_blocks();
+    const float* weights = work_.weights + shape_.head;
     const auto [begin, end] = team_.share(size_);
     for (size_t b = begin; b < end; b++) {
-      float* logits = work_.logits + b * ways;
-      const size_t label = batch_.labels[b];
-      float largest = -INFINITY, scale = 0;
-      for (size_t way = 0; way < ways; way++) {
-        logits[way] = bias[way] + total(sum(blocks, [&](size_t f) {
-                        return load(weights + (way * blocks + f) * WIDTH) *
-                               load(features + (f * size_ + b) * WIDTH);
-                      }));
-        largest = std::max(largest, logits[way]);
-      }
-      for (size_t way = 0; way < ways; way++) scale += std::exp(logits[way] - largest);
-      work_.losses[b] = std::log(scale) + largest - logits[label];
-      for (size_t way = 0; way < ways; way++)
-        logits[way] = (std::exp(logits[way] - largest) / scale - (way == label)) / size_;
+      float* logits = work_.logits + b * outputs;
+      head_logits(features, b, logits);
+      work_.losses[b] = settings_.squared_error ? squared_error(b, logits)
+                                                : cross_entropy(b, logits);
       for (size_t f = 0; f < blocks; f++)
-        store(gradient + (f * size_ + b) * WIDTH, sum(ways, [&](size_t way) {
-                return load(weights + (way * blocks + f) * WIDTH) * logits[way];
+        store(gradient + (f * size_ + b) * WIDTH, sum(outputs, [&](size_t o) {
+                return load(weights + (o * blocks + f) * WIDTH) * logits[o];
               }));
     }
   }
 
   void head_update(const float* features) {
-    const size_t ways = settings_.ways, blocks = shape_.head_blocks();
-    const auto [begin, end] = team_.share(ways);
-    for (size_t way = begin; way < end; way++) {
+    const size_t outputs = settings_.outputs, blocks = shape_.head_blocks();
+    const auto [begin, end] = team_.share(outputs);
+    for (size_t o = begin; o < end; o++) {
       for (size_t f = 0; f < blocks; f++)
-        apply(shape_.head + (way * blocks + f) * WIDTH, sum(size_, [&](size_t b) {
-                return load(features + (f * size_ + b) * WIDTH) * work_.logits[b * ways + way];
+        apply(shape_.head + (o * blocks + f) * WIDTH, sum(size_, [&](size_t b) {
+                return load(features + (f * size_ + b) * WIDTH) * work_.logits[b * outputs + o];
               }));
       float bias = 0;
-      for (int b = 0; b < size_; b++) bias += work_.logits[b * ways + way];
-      apply(shape_.head_bias + way, &bias, 1);
+      for (int b = 0; b < size_; b++) bias += work_.logits[b * outputs + o];
+      apply(shape_.head_bias + o, &bias, 1);
     }
   }
 
-  // -- Convolution and batch norm, backward
+  // -- Layers, backward
 
   void transpose_weights() {
-    const int blocks = shape_.blocks;
-    const auto [begin, end] = team_.share(static_cast<size_t>(3) * blocks * TAPS * blocks);
-    for (size_t item = begin; item < end; item++) {
-      const int in = static_cast<int>(item % blocks), tap = static_cast<int>(item / blocks % TAPS);
-      const int out = static_cast<int>(item / blocks / TAPS % blocks);
-      const int i = static_cast<int>(item / blocks / TAPS / blocks) + 1;
-      const float* from = work_.weights + shape_.layers[i].weight +
-                          (static_cast<size_t>(out * TAPS + tap) * blocks + in) * WIDTH * WIDTH;
-      float* to = work_.layers[i].transposed +
-                  (static_cast<size_t>(in * TAPS + tap) * blocks + out) * WIDTH * WIDTH;
-      transpose(from, to);
+    for (int i = 1; i < settings_.layers; i++) {
+      const Layer& layer = shape_.layers[i];
+      const int planes = layer.planes, taps = layer.taps;
+      const auto [begin, end] = team_.share(static_cast<size_t>(layer.blocks) * taps * planes);
+      for (size_t item = begin; item < end; item++) {
+        const size_t in = item % planes, tap = item / planes % taps, out = item / planes / taps;
+        transpose(work_.weights + layer.weight + item * TILE,
+                  work_.layers[i].transposed + ((in * taps + tap) * layer.blocks + out) * TILE);
+      }
     }
   }
 
+  void norm_sums(int i) {
+    if (shape_.mlp()) return;
+    team_.rows(shape_.layers[i].blocks, shape_.layers[i].height,
+               [&](int block, int first, int last) {
+                 for (int row = first; row < last; row++) norm_sums(i, block, row);
+               });
+  }
   // A row's share of Σ d and Σ d · (y - mean), where d is the gradient at batch norm's output.
   void norm_sums(int i, int block, int row) {
     shape_.pool() ? norm_sums<true>(i, block, row) : norm_sums<false>(i, block, row);
@@ -417,10 +513,11 @@ class InnerLoop {
 
   void backward(int i) {
     const Layer& layer = shape_.layers[i];
-    wait_unless_blocks_are_owned();
-    team_.rows(shape_.blocks, layer.height, [&](int block, int first, int last) {
-      shape_.pool() ? norm_backward<true>(i, block, first, last)
-                    : norm_backward<false>(i, block, first, last);
+    if (!shape_.mlp()) wait_unless_blocks_are_owned(layer);
+    team_.rows(layer.blocks, layer.height, [&](int block, int first, int last) {
+      shape_.mlp()    ? activate_backward(i, block)
+      : shape_.pool() ? norm_backward<true>(i, block, first, last)
+                      : norm_backward<false>(i, block, first, last);
     });
     team_.wait();
     if (!layer.deep) {
@@ -430,7 +527,7 @@ class InnerLoop {
     team_.rows(layer.planes, layer.y.in, [&](int block, int first, int last) {
       for (int row = first; row < last; row++) {
         input_gradient(i, block, row);
-        norm_sums(i - 1, block, row);
+        if (!shape_.mlp()) norm_sums(i - 1, block, row);
       }
     });
     weight_gradients(i);
@@ -472,17 +569,17 @@ class InnerLoop {
   void input_gradient(int i, int block, int row) {
     const Layer& layer = shape_.layers[i];
     const float* gradient = work_.layers[i].conv;
-    const float* weights = work_.layers[i].transposed + block * TAPS * layer.tap_size();
+    const float* weights = work_.layers[i].transposed + block * layer.taps * layer.blocks * TILE;
     for (int column = 0, run; column < layer.x.in; column += run) {
       Taps taps;
       for (int tap = 0; tap < TAPS; tap++) {
         const int y = layer.y.target(row, tap / 3), x = layer.x.target(column, tap % 3);
         if (y < 0 || x < 0) continue;
         taps.a[taps.count] = gradient + at(0, layer.y.out, y, layer.x.out, x);
-        taps.w[taps.count++] = weights + tap * layer.tap_size();
+        taps.w[taps.count++] = weights + tap * layer.blocks * TILE;
       }
       run = layer.x.run(column);
-      product<true>(taps, run * size_, shape_.blocks, at(1, layer.y.out, 0, layer.x.out, 0),
+      product<true>(taps, run * size_, layer.blocks, at(1, layer.y.out, 0, layer.x.out, 0),
                     work_.layers[i - 1].out_gradient +
                         at(block, layer.y.in, row, layer.x.in, column));
     }
@@ -490,16 +587,15 @@ class InnerLoop {
 
   // Tiles of 16 inputs x 16 outputs; whoever is free takes the next one.
   void weight_gradients(int i) {
-    const int tiles = shape_.blocks * shape_.blocks * TAPS;
-    for (int item; (item = work_.layers[i].next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
-      const int tap = item % TAPS, out = item / TAPS % shape_.blocks;
-      weight_gradient(i, item / TAPS / shape_.blocks, out, tap);
-    }
+    const int taps = shape_.layers[i].taps, blocks = shape_.layers[i].blocks;
+    const int tiles = shape_.layers[i].planes * blocks * taps;
+    for (int item; (item = work_.layers[i].next.fetch_add(1, std::memory_order_relaxed)) < tiles;)
+      weight_gradient(i, item / taps / blocks, item / taps % blocks, item % taps);
   }
 
   void weight_gradient(int i, int in, int out, int tap) {
     const Layer& layer = shape_.layers[i];
-    alignas(64) float tile[WIDTH * WIDTH] = {};
+    alignas(64) float tile[TILE] = {};
     const auto [top, bottom] = layer.y.reached(tap / 3);
     const auto [left, right] = layer.x.reached(tap % 3);
     if (top < bottom && left < right) {
@@ -509,8 +605,8 @@ class InnerLoop {
                      work_.layers[i].conv + at(out, layer.y.out, top, layer.x.out, left), WIDTH,
                      tile);
     }
-    const size_t number = static_cast<size_t>(out * TAPS + tap) * layer.planes + in;
-    apply(layer.weight + number * WIDTH * WIDTH, tile, WIDTH * WIDTH);
+    const size_t number = static_cast<size_t>(out * layer.taps + tap) * layer.planes + in;
+    apply(layer.weight + number * TILE, tile, TILE);
   }
 
   Patch patch(const Layer& layer, int lines, int positions) const {
@@ -518,66 +614,26 @@ class InnerLoop {
     return {lines, positions, size_, x_step * layer.x.in, x_step, at(0, 1, 0, 1, layer.x.out)};
   }
 
+  // Of the first layer: tiles of up to 16 rows, which are the channels of each tap in turn.
   void first_weight_gradients() {
     const Layer& layer = shape_.layers[0];
-    const int channels = layer.planes, tiles = shape_.blocks * channels;
+    const size_t plane = at(1, layer.y.in, 0, layer.x.in, 0, false);
+    const int rows = layer.taps * layer.planes, strips = (rows + WIDTH - 1) / WIDTH;
+    const int tiles = layer.blocks * strips;
     for (int item; (item = work_.layers[0].next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
-      const int channel = item % channels, block = item / channels;
-      alignas(64) float tile[TAPS * WIDTH] = {};
-      const float* x[TAPS];
-      for (int tap = 0; tap < TAPS; tap++)
-        x[tap] = work_.input + at(channel, layer.y.in, tap / 3, layer.x.in, tap % 3, false);
-      gradient<false>(patch(layer, layer.y.out, layer.x.out), x,
-                      work_.layers[0].conv + at(block, layer.y.out, 0, layer.x.out, 0), TAPS, tile);
-      for (int tap = 0; tap < TAPS; tap++)
-        apply(layer.weight + (static_cast<size_t>(block * TAPS + tap) * channels + channel) * WIDTH,
-              tile + tap * WIDTH, WIDTH);
-    }
-  }
-
-  // -- The MLP: one product with all pixels as planes of a single tap
-
-  void mlp_step() {
-    LayerBuffers& hidden = work_.layers[0];
-    const int inputs = shape_.inputs();
-    const size_t block_size = static_cast<size_t>(inputs) * WIDTH;
-    if (team_.index == 0) hidden.next = 0;
-    const auto [begin, end] = team_.share(shape_.blocks);
-    for (size_t block = begin; block < end; block++) {
-      Taps taps;
-      taps.count = 1;
-      taps.a[0] = work_.input;
-      taps.w[0] = work_.weights + shape_.hidden + block * block_size;
-      float* out = hidden.out + block * size_ * WIDTH;
-      product<false>(taps, size_, inputs, size_, out);
-      const Block bias = load(work_.weights + shape_.hidden_bias + block * WIDTH);
-      for (int b = 0; b < size_; b++) store(out + b * WIDTH, relu(load(out + b * WIDTH) + bias));
-    }
-    team_.wait();
-    head_forward(hidden.out, hidden.out_gradient);
-    team_.wait();
-    head_update(hidden.out);
-    for (size_t block = begin; block < end; block++) {
-      float* d = hidden.out_gradient + block * size_ * WIDTH;
-      const float* out = hidden.out + block * size_ * WIDTH;
-      for (int b = 0; b < size_; b++)
-        store(d + b * WIDTH, gate(load(d + b * WIDTH), load(out + b * WIDTH)));
-      apply(shape_.hidden_bias + block * WIDTH,
-            sum(size_, [=](int b) { return load(d + b * WIDTH); }));
-    }
-    team_.wait();
-    const int tiles = (inputs + WIDTH - 1) / WIDTH;
-    for (int item; (item = hidden.next.fetch_add(1, std::memory_order_relaxed)) <
-                   tiles * shape_.blocks;) {
-      const int block = item / tiles, first = item % tiles * WIDTH;
-      const int count = std::min(WIDTH, inputs - first);
-      alignas(64) float tile[WIDTH * WIDTH] = {};
+      const int block = item / strips, first = item % strips * WIDTH;
+      const int count = std::min(WIDTH, rows - first);
+      alignas(64) float tile[TILE] = {};
       const float* x[WIDTH];
-      for (int r = 0; r < count; r++) x[r] = work_.input + static_cast<size_t>(first + r) * size_;
-      gradient<false>({1, 1, size_, 0, 0, 0}, x,
-                      hidden.out_gradient + static_cast<size_t>(block) * size_ * WIDTH, count,
+      int tap = first / layer.planes, channel = first % layer.planes;
+      for (int r = 0; r < count; tap++, channel = 0) {
+        const float* from = work_.input + at(0, layer.y.in, tap / 3, layer.x.in, tap % 3, false);
+        for (; r < count && channel < layer.planes; channel++) x[r++] = from + channel * plane;
+      }
+      gradient<false>(patch(layer, layer.y.out, layer.x.out), x,
+                      work_.layers[0].conv + at(block, layer.y.out, 0, layer.x.out, 0), count,
                       tile);
-      apply(shape_.hidden + block * block_size + static_cast<size_t>(first) * WIDTH, tile,
+      apply(layer.weight + (static_cast<size_t>(block) * rows + first) * WIDTH, tile,
             count * WIDTH);
     }
   }
@@ -585,10 +641,11 @@ class InnerLoop {
   const Shape& shape_;
   const Settings& settings_;
   Workspace& work_;
-  const uint8_t* pixels_;
+  const void* inputs_;
   const Team team_;
   Batch batch_{};
   int size_ = 0;      // images in the mini-batch
+  int measured_ = 0;  // the first of them, whose statistics batch norm uses: all when learning
   float unbias_ = 1;  // Adam's correction of the second moment, 1 / sqrt(1 - beta2^number)
   float unit_[256];
 };
@@ -596,15 +653,28 @@ class InnerLoop {
 // ---- Many inner loops
 
 void run_task(const Shape& shape, Workspace& work, const Call& call, int64_t task, Team team) {
-  InnerLoop loop(shape, work, call.pixels, team);
+  InnerLoop loop(shape, work, call.inputs, team);
   loop.pack(call.weights + task * call.start_step, call.moment + task * call.start_step);
   for (int64_t step = 0; step < call.steps; step++) {
     const int64_t index = task * call.steps + step, begin = call.starts[index];
-    const Batch batch{call.rows + begin, call.labels + begin,
+    const Batch batch{call.rows + begin, call.labels ? call.labels + begin : nullptr,
+                      call.targets ? call.targets + begin * shape.settings.outputs : nullptr,
                       static_cast<int>(call.starts[index + 1] - begin)};
     loop.step(batch, call.updates + step + 1, call.losses + index);
   }
   loop.unpack(call.out_weights + task * call.size, call.out_moment + task * call.size);
+}
+
+void predict_task(const Shape& shape, Workspace& work, const Prediction& call, int64_t task,
+                  Team team) {
+  InnerLoop loop(shape, work, call.inputs, team);
+  loop.pack(call.weights + task * call.size, nullptr);
+  for (int64_t group = task * call.groups; group < (task + 1) * call.groups; group++) {
+    const Batch batch{call.rows + group * call.images, nullptr, nullptr,
+                      static_cast<int>(call.images)};
+    loop.predict(batch, static_cast<int>(call.measured),
+                 call.logits + group * call.images * shape.settings.outputs);
+  }
 }
 
 struct Engine {
@@ -615,29 +685,47 @@ struct Engine {
   std::mutex mutex;  // the workspaces serve one call at a time
 
   void adapt(const Call& call, int threads) {
-    const std::lock_guard<std::mutex> lock(mutex);
     int batch = 1;
     for (int64_t i = 0; i < call.tasks * call.steps; i++)
       batch = std::max(batch, static_cast<int>(call.starts[i + 1] - call.starts[i]));
-    while (static_cast<int64_t>(workspaces.size()) < std::min<int64_t>(threads, call.tasks))
+    run(call.tasks, batch, threads, [&](Workspace& work, int64_t task, Team team) {
+      run_task(shape, work, call, task, team);
+    });
+  }
+
+  void predict(const Prediction& call, int threads) {
+    run(call.tasks, static_cast<int>(call.images), threads,
+        [&](Workspace& work, int64_t task, Team team) {
+          predict_task(shape, work, call, task, team);
+        });
+  }
+
+ private:
+  // Multiply-adds in a forward pass, below which waiting for each other costs more than it saves.
+  static constexpr double WORTH_SHARING = 1e6;
+
+  // Run `one` for every task, with workspaces for `batch` images.
+  template <class F>
+  void run(int64_t tasks, int batch, int threads, F one) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    while (static_cast<int64_t>(workspaces.size()) < std::min<int64_t>(threads, tasks))
       workspaces.push_back(std::make_unique<Workspace>());
     for (auto& workspace : workspaces) workspace->reserve(shape, batch);
 
     const bool apart = batch * shape.cost() < WORTH_SHARING;
-    if (apart) threads = static_cast<int>(std::min<int64_t>(threads, call.tasks));
+    if (apart) threads = static_cast<int>(std::min<int64_t>(threads, tasks));
     std::atomic<int64_t> next{0};
     Barrier barrier;
     const auto work = [&](int index) {
       const Team team{index, barrier.count(), &barrier};
       // Tasks left over are shared by the whole team, unless they would keep most of it busy.
-      const int64_t rest = call.tasks % team.count;
-      const int64_t whole = apart || rest * 2 > team.count ? call.tasks : call.tasks - rest;
+      const int64_t rest = tasks % team.count;
+      const int64_t whole = apart || rest * 2 > team.count ? tasks : tasks - rest;
       if (index < static_cast<int>(workspaces.size()))
         for (int64_t task; (task = next.fetch_add(1)) < whole;)
-          run_task(shape, *workspaces[index], call, task, {});
+          one(*workspaces[index], task, Team{});
       team.wait();
-      for (int64_t task = whole; task < call.tasks; task++)
-        run_task(shape, *workspaces[0], call, task, team);
+      for (int64_t task = whole; task < tasks; task++) one(*workspaces[0], task, team);
     };
     std::vector<std::thread> helpers;
     helpers.reserve(threads);
@@ -651,10 +739,6 @@ struct Engine {
     work(0);
     for (auto& helper : helpers) helper.join();
   }
-
- private:
-  // Multiply-adds in a forward pass, below which waiting for each other costs more than it saves.
-  static constexpr double WORTH_SHARING = 1e6;
 };
 
 }  // namespace
@@ -679,6 +763,16 @@ EXPORT void reptile_destroy(void* engine) { delete static_cast<reptile::Engine*>
 EXPORT int reptile_adapt(void* engine, int threads, const reptile::Call* call) {
   try {
     static_cast<reptile::Engine*>(engine)->adapt(*call, threads);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Returns 0, or 1 if there is no memory. All sizes and indices have been checked by the caller.
+EXPORT int reptile_predict(void* engine, int threads, const reptile::Prediction* call) {
+  try {
+    static_cast<reptile::Engine*>(engine)->predict(*call, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

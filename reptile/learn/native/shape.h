@@ -14,10 +14,16 @@
 namespace reptile {
 
 enum Network : int32_t { STRIDE = 0, POOL = 1, MLP = 2 };
+constexpr int MAX_LAYERS = 4;  // below the head; ModelSettings.hidden has as many at most
 
 // Mirrored in __init__.py.
 struct Settings {
-  int32_t network, ways, channels, height, width, units, adam;
+  int32_t network, outputs, channels, height, width;
+  int32_t layers, units[MAX_LAYERS];  // filters of the convolutions, or hidden units
+  int32_t tanh;                       // instead of ReLU; in the MLP only
+  int32_t squared_error;              // instead of cross-entropy
+  int32_t values;                     // inputs are float values, not pixels
+  int32_t adam;
   float learning_rate, weight_decay, epsilon;
   double beta2;
 };
@@ -48,14 +54,19 @@ struct Axis {
   int run(int at) const { return stride == 1 && at == 1 ? std::max(1, out - 2) : 1; }
 };
 
+// A hidden layer of the MLP is a convolution of a single position by a single tap.
 struct Layer {
   bool deep;
-  int planes;         // of the input: blocks if deep, else channels
-  Axis y, x;          // the input of the first layer is framed, so its pad is 0
-  int height, width;  // after pooling
-  size_t weight, scale, shift;  // where they start in the packed weights
+  int planes;  // of the input: blocks if deep, else channels (the MLP: all its inputs)
+  int blocks;  // of 16 filters or hidden units
+  int taps = TAPS;
+  Axis y{1, 0, 1, 1}, x{1, 0, 1, 1};  // the input of the first layer is framed, so its pad is 0
+  int height = 1, width = 1;          // after pooling
+  // Where they start in the packed weights; the MLP's shift is its bias, and it has no scale.
+  size_t weight, scale = 0, shift;
 
   size_t tap_size() const { return static_cast<size_t>(planes) * (deep ? WIDTH * WIDTH : WIDTH); }
+  size_t block_size() const { return taps * tap_size(); }
 };
 
 // Up to 16 rows of a matrix: canonical [row][in][tap], packed [tap][in, padded][16].
@@ -85,38 +96,54 @@ struct Piece {
 
 struct Shape {
   Settings settings;
-  int blocks;         // of 16 filters or hidden units
-  int positions = 1;  // of the last activation
+  int positions;  // of the last activation
   int pad_top = 0, pad_left = 0;
-  Layer layers[4];
-  size_t hidden = 0, hidden_bias = 0, head, head_bias;
+  Layer layers[MAX_LAYERS];
+  size_t head, head_bias;
   size_t canonical = 0, packed = 0;  // numbers of weights
   std::vector<Piece> pieces;
 
-  explicit Shape(const Settings& s) : settings(s), blocks(blocks_of(s.units)) {
-    if (s.network == MLP) {
-      hidden = matrix(s.units, inputs(), inputs(), 1);
-      hidden_bias = matrix(s.units, 1, 1, 1);
-    } else {
-      convolutions();
+  explicit Shape(const Settings& s) : settings(s) {
+    int in = mlp() ? inputs() : s.channels, height = s.height, width = s.width;
+    for (int i = 0; i < s.layers; i++) {
+      Layer& layer = layers[i];
+      layer.deep = i > 0;
+      layer.planes = layer.deep ? blocks_of(in) : in;
+      layer.blocks = blocks_of(s.units[i]);
+      if (mlp()) {
+        layer.taps = 1;
+      } else {
+        layer.y = axis(height, i ? nullptr : &pad_top);
+        layer.x = axis(width, i ? nullptr : &pad_left);
+        layer.height = height = (height + 1) / 2;
+        layer.width = width = (width + 1) / 2;
+      }
+      layer.weight = matrix(s.units[i], in, layer.deep ? layer.planes * WIDTH : in, layer.taps);
+      if (!mlp()) layer.scale = matrix(s.units[i], 1, 1, 1);
+      layer.shift = matrix(s.units[i], 1, 1, 1);
+      in = s.units[i];
     }
+    positions = last().height * last().width;
     head = packed;
-    for (int way = 0; way < s.ways; way++) matrix(s.units, positions, positions, 1);
-    head_bias = matrix(s.ways, 1, 1, 1);
+    for (int output = 0; output < s.outputs; output++) matrix(in, positions, positions, 1);
+    head_bias = matrix(s.outputs, 1, 1, 1);
   }
 
+  bool mlp() const { return settings.network == MLP; }
   bool pool() const { return settings.network == POOL; }
+  const Layer& last() const { return layers[settings.layers - 1]; }
   int inputs() const { return settings.channels * settings.height * settings.width; }
-  int framed_height() const { return settings.network == MLP ? settings.height : layers[0].y.in; }
-  int framed_width() const { return settings.network == MLP ? settings.width : layers[0].x.in; }
-  int head_blocks() const { return blocks * positions; }
+  int framed_height() const { return mlp() ? settings.height : layers[0].y.in; }
+  int framed_width() const { return mlp() ? settings.width : layers[0].x.in; }
+  int head_blocks() const { return last().blocks * positions; }
 
   // Multiply-adds of one image's forward pass.
   double cost() const {
-    if (settings.network == MLP) return static_cast<double>(settings.units) * inputs();
     double sum = 0;
-    for (const Layer& layer : layers)
-      sum += static_cast<double>(layer.y.out) * layer.x.out * blocks * layer.tap_size() * TAPS;
+    for (int i = 0; i < settings.layers; i++) {
+      const Layer& layer = layers[i];
+      sum += static_cast<double>(layer.y.out) * layer.x.out * layer.blocks * layer.block_size();
+    }
     return sum;
   }
 
@@ -128,23 +155,6 @@ struct Shape {
   }
 
  private:
-  void convolutions() {
-    int height = settings.height, width = settings.width;
-    for (int i = 0; i < 4; i++) {
-      Layer& layer = layers[i];
-      const int channels = i ? settings.units : settings.channels;
-      layer.deep = i > 0;
-      layer.planes = layer.deep ? blocks : channels;
-      layer.y = axis(height, i ? nullptr : &pad_top);
-      layer.x = axis(width, i ? nullptr : &pad_left);
-      layer.height = height = (height + 1) / 2;
-      layer.width = width = (width + 1) / 2;
-      layer.weight = matrix(settings.units, channels, layer.deep ? blocks * WIDTH : channels, TAPS);
-      layer.scale = matrix(settings.units, 1, 1, 1);
-      layer.shift = matrix(settings.units, 1, 1, 1);
-    }
-    positions = height * width;
-  }
   Axis axis(int size, int* frame) const {
     const int stride = pool() ? 1 : 2;
     // TensorFlow's SAME: at stride 2 an even size is padded by (0, 1), an odd one by (1, 1).

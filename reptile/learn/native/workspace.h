@@ -54,30 +54,25 @@ struct LayerBuffers {
 // What one task at a time needs; sized once for the largest mini-batch.
 struct Workspace {
   Buffer weights, moment, input, logits, losses;
-  LayerBuffers layers[4];  // the MLP uses the first, for its hidden layer
+  LayerBuffers layers[MAX_LAYERS];
 
   void reserve(const Shape& shape, int batch) {
     const size_t b = batch;
     weights.reserve(shape.packed);
     moment.reserve(shape.packed);
     input.reserve(b * shape.settings.channels * shape.framed_height() * shape.framed_width());
-    logits.reserve(b * shape.settings.ways);
+    logits.reserve(b * shape.settings.outputs);
     losses.reserve(b);
-    if (shape.settings.network == MLP) {
-      layers[0].out.reserve(b * shape.blocks * WIDTH);
-      layers[0].out_gradient.reserve(b * shape.blocks * WIDTH);
-      return;
-    }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < shape.settings.layers; i++) {
       const Layer& layer = shape.layers[i];
       LayerBuffers& buffers = layers[i];
-      const size_t plane = b * shape.blocks * WIDTH;
+      const size_t plane = b * layer.blocks * WIDTH;
       buffers.conv.reserve(plane * layer.y.out * layer.x.out);
       buffers.out.reserve(plane * layer.height * layer.width);
       buffers.out_gradient.reserve(plane * layer.height * layer.width);
-      if (layer.deep) buffers.transposed.reserve(TAPS * shape.blocks * layer.tap_size());
-      buffers.rows.reserve(static_cast<size_t>(shape.blocks) * layer.y.out * 2 * WIDTH);
-      buffers.norms.resize(shape.blocks);
+      if (layer.deep) buffers.transposed.reserve(layer.blocks * layer.block_size());
+      buffers.rows.reserve(static_cast<size_t>(layer.blocks) * layer.y.out * 2 * WIDTH);
+      buffers.norms.resize(layer.blocks);
     }
   }
 };

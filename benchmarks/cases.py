@@ -1,0 +1,100 @@
+"""The paper's settings, and the work that they make: tasks, engines, and where to start.
+
+Speed depends on shapes, not on what the images show, so these are random pixels.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
+from reptile.data.prepared import ClassRange
+from reptile.episodes import Task, training_task
+from reptile.learn.engine import Engine, make_engine
+from reptile.learn.inner import InnerState
+from reptile.learn.meta import MetaState, meta_step
+from reptile.models import build_model, initialise
+
+CPU = torch.device("cpu")
+CLASSES, IMAGES = 40, 20  # images of each class
+WARM_STEP, WARM_MOMENT = 1000, 1e-4  # Adam's state in the midst of a training
+
+
+class Case(NamedTuple):
+    """One setting, and how much faster than eager it is asked to be."""
+
+    title: str
+    settings: TrainSettings
+    image_shape: tuple[int, int, int]
+    speed: float
+
+
+CASES = {
+    "omniglot-5way": Case("Omniglot, 5-way", TrainSettings(), (1, 28, 28), 4.5),
+    "omniglot-20way": Case(
+        "Omniglot, 20-way",
+        TrainSettings(
+            ways=20,
+            optimizer=OptimizerSettings(learning_rate=5e-4),
+            inner_batch=20,
+            inner_steps=10,
+        ),
+        (1, 28, 28),
+        3.5,
+    ),
+    "article-mlp": Case(
+        "the article's MLP", TrainSettings(model=ModelSettings(name="mlp")), (1, 28, 28), 8.0
+    ),
+    "mini-imagenet": Case(
+        "mini-ImageNet",
+        TrainSettings(
+            model=ModelSettings(filters=32, downsampling="pool"), train_shots=15, inner_steps=8
+        ),
+        (3, 84, 84),
+        2.5,
+    ),
+}
+
+
+def class_range(classes: int, images: int) -> ClassRange:
+    """Return classes of equally many images, as a dataset's index tells of them."""
+    return ClassRange(
+        np.arange(classes, dtype=np.int64) * images, np.full(classes, images, dtype=np.int64)
+    )
+
+
+def with_state(settings: TrainSettings, state: str) -> TrainSettings:
+    """Return the settings with another mode of the inner optimiser's state."""
+    optimizer = settings.optimizer.model_copy(update={"state": state})
+    return settings.model_copy(update={"optimizer": optimizer})
+
+
+class Work:
+    """One case ready to run: both engines on the same images, and where adaptation starts."""
+
+    def __init__(self, settings: TrainSettings, image_shape: tuple[int, int, int]) -> None:
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (CLASSES * IMAGES, *image_shape), dtype=np.uint8)
+        model = build_model(settings.model, settings.ways, image_shape)
+        weights = initialise(model, 0)
+        self.settings = settings
+        self.classes = class_range(CLASSES, IMAGES)
+        self.state = MetaState(
+            weights, InnerState(torch.full_like(weights, WARM_MOMENT), WARM_STEP)
+        )
+        self.engines: dict[str, Engine] = {
+            kind: make_engine(kind, model, settings.optimizer, pixels, CPU)
+            for kind in ("eager", "auto")
+        }
+
+    def meta_batch(self, tasks: int) -> list[Task]:
+        """Draw a meta-batch."""
+        return [training_task(self.classes, self.settings, 0, number) for number in range(tasks)]
+
+    def meta_iteration(self, engine: str, state: str, tasks: int) -> Callable[[], object]:
+        """Return what runs one meta-step, always from the same start on the same tasks."""
+        runner, settings = self.engines[engine], with_state(self.settings, state)
+        batch = self.meta_batch(tasks)
+        return lambda: meta_step(runner, self.state, batch, settings, 1.0)

@@ -1,0 +1,254 @@
+"""Rows that run trainings as users do, not single meta-steps: overhead, processes, shared cores."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.results import Row, compared
+from benchmarks.timing import Effort, Measure, interleave, stopwatch
+from reptile.config import PrepareSettings, TrainSettings
+from reptile.data.glyphs import write_glyphs
+from reptile.data.prepare import prepare
+from reptile.data.prepared import PreparedData, load_prepared
+from reptile.episodes import meta_batches
+from reptile.learn.engine import Engine, make_engine
+from reptile.learn.inner import fresh_state
+from reptile.learn.meta import MetaState, meta_step
+from reptile.learn.native import NativeEngine
+from reptile.learn.train import train
+from reptile.models import build_model, initialise
+
+OVERHEAD = 0.08  # share of a meta-iteration that is not the inner loop, at most
+SLOWDOWN = 3.0  # of training with one core kept busy by another program, at most
+REPORT = re.compile(r"\s*(\d+) of \d+: loss")  # what `reptile train` prints at a checkpoint
+REPORTS = 4  # in one run; the first one ends the start-up
+
+TRAINING = "training, as it is"
+KERNEL = "the inner loops alone"
+REST = "everything else"
+ARGUMENTS = "gathering and the meta-step, of that"
+DRAWING = "drawing the tasks, beside it"
+
+
+def overhead(effort: Effort) -> Row:
+    """Time whole training beside its inner loops alone, on the same tasks.
+
+    Tasks are drawn in a thread of their own while the inner loops run, so their time is shown but
+    is not a part of the rest; what they slow down is.
+    """
+    iterations = 5 if effort.quick else 40
+    settings = TrainSettings()
+    with _prepared_glyphs() as folder:
+        data = load_prepared(folder)
+        classes = data.split("train")
+        model = build_model(settings.model, settings.ways, data.image_shape)
+        weights = initialise(model, settings.seed)
+        start = MetaState(weights, fresh_state(weights))
+        engine = make_engine("auto", model, settings.optimizer, data.images, torch.device("cpu"))
+        calls = _timed_calls(engine)
+        drawn = list(meta_batches(classes, settings, range(iterations)))
+        inner_loops: list[float] = []
+
+        def meta_steps() -> float:
+            calls.clear()
+            begin, state = perf_counter(), start
+            for tasks in drawn:
+                state = meta_step(engine, state, tasks, settings, 1.0).state
+            total = perf_counter() - begin
+            inner_loops.append(sum(calls) / iterations * 1e3)
+            return total / iterations * 1e3
+
+        def draw() -> object:
+            return [list(batch) for batch in meta_batches(classes, settings, range(1))]
+
+        times = interleave(
+            {
+                TRAINING: lambda: _train(settings, data, iterations),
+                ARGUMENTS: meta_steps,
+                DRAWING: stopwatch(draw),
+            },
+            effort,
+        )
+    times[KERNEL] = inner_loops[-len(times[TRAINING]) :]  # the warm-up's is the first
+    times[ARGUMENTS] = _differences(times[ARGUMENTS], times[KERNEL])
+    times[REST] = _differences(times[TRAINING], times[KERNEL])
+    order = (TRAINING, KERNEL, REST, ARGUMENTS, DRAWING)
+    return Row(
+        name="overhead",
+        title=f"Omniglot, 5-way: a meta-iteration of {settings.meta_batch} tasks and its parts",
+        lines=compared(
+            {label: times[label] for label in order},
+            TRAINING,
+            comparison="share",
+            limits={REST: OVERHEAD},
+        ),
+    )
+
+
+def processes(effort: Effort) -> Row:
+    """Time `reptile train` in one process and, by torchrun, in two; from checkpoint to checkpoint.
+
+    Start-up is left out. Five tasks on two processes are three and two, so that two processes can
+    at best be 1.67 times as fast as one with as many threads as each of them.
+    """
+    every = 5 if effort.quick else 60
+    cases = {
+        "1 process, 2 threads": (1, 2),
+        "1 process, 1 thread": (1, 1),
+        "2 processes, 1 thread each": (2, 1),
+    }
+    with _prepared_glyphs() as folder:
+        # All runs read one prepared dataset, and each writes to a folder of its own.
+        measures: dict[str, Measure] = {
+            label: _Command(folder, every, *case) for label, case in cases.items()
+        }
+        rounds = 1 if effort.quick else 4
+        times = interleave(measures, effort._replace(least=rounds, most=rounds), warm_up=False)
+    return Row(
+        name="processes",
+        title="Omniglot, 5-way: a meta-iteration of `reptile train`, state in parallel",
+        lines=compared(times, next(iter(cases)), tasks=TrainSettings().meta_batch),
+    )
+
+
+def busy_core(effort: Effort) -> Row:
+    """Time training on quiet cores and beside a program that keeps one of them busy."""
+    iterations = 5 if effort.quick else 40
+    settings = TrainSettings()
+    with _prepared_glyphs() as folder, _busy_loop() as loop:
+        data = load_prepared(folder)
+
+        def beside() -> float:
+            loop.send_signal(signal.SIGCONT)
+            try:
+                return _train(settings, data, iterations)
+            finally:
+                loop.send_signal(signal.SIGSTOP)
+
+        times = interleave(
+            {"quiet": lambda: _train(settings, data, iterations), "one core busy": beside}, effort
+        )
+    return Row(
+        name="busy-core",
+        title="Omniglot, 5-way: a meta-iteration of training beside a busy loop",
+        lines=compared(times, "quiet", comparison="slowdown", limits={"one core busy": SLOWDOWN}),
+    )
+
+
+class _Command:
+    """Measures `reptile train` in a process of its own, or several."""
+
+    def __init__(self, folder: Path, every: int, processes: int, threads: int) -> None:
+        self._artifacts = folder.parent / f"{processes}x{threads}"
+        self._artifacts.mkdir()
+        (self._artifacts / "prepared").symlink_to(folder)
+        params = self._artifacts / "params.yaml"
+        settings: dict[str, Any] = {
+            "optimizer": {"state": "parallel"},
+            "checkpoint_every": every,
+            "meta_iterations": REPORTS * every,
+            "validation_tasks": 1,
+        }
+        params.write_text(yaml.safe_dump({"train": settings}))
+        torchrun = f"torch.distributed.run --standalone --nproc-per-node {processes} -m"
+        train_here = f"reptile train --params {params.name} --artifacts ."
+        self._arguments = [*torchrun.split() * (processes > 1), *train_here.split()]
+        self._every, self._threads = every, threads
+
+    def __call__(self) -> float:
+        """Return the milliseconds of a meta-iteration, the start-up left out."""
+        own = {"OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(
+            [sys.executable, "-m", *self._arguments],
+            cwd=self._artifacts,
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout and process.stderr
+                stamps = [perf_counter() for line in process.stdout if REPORT.match(line)]
+                errors = process.stderr.read()
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode or len(stamps) != REPORTS:
+            raise RuntimeError(f"`{' '.join(self._arguments)}` failed: {errors.strip()[-500:]}")
+        return (stamps[-1] - stamps[0]) / (REPORTS - 1) / self._every * 1e3
+
+
+def _train(settings: TrainSettings, data: PreparedData, iterations: int) -> float:
+    """Return the milliseconds of a meta-iteration in the midst of a training."""
+    whole = iterations + 2  # the first has the start in it, the last a checkpoint
+    changes = {"meta_iterations": whole, "checkpoint_every": whole, "validation_tasks": 1}
+    stamps: list[float] = []
+    with TemporaryDirectory() as work:
+        train(
+            settings.model_copy(update=changes),
+            data,
+            Path(work),
+            on_progress=lambda progress: stamps.append(perf_counter()),
+        )
+    return (stamps[iterations] - stamps[0]) / iterations * 1e3
+
+
+def _timed_calls(engine: Engine) -> list[float]:
+    """Make an engine note the seconds of each of its inner loops, and return where it does."""
+    seconds: list[float] = []
+
+    def timed(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = perf_counter()
+            result = run(*arguments)
+            seconds.append(perf_counter() - start)
+            return result
+
+        return call
+
+    if isinstance(engine, NativeEngine):  # only the kernel: what is done for it is not the loop
+        kernel = SimpleNamespace(reptile_adapt=timed(engine._kernel.reptile_adapt))
+        engine._kernel = kernel  # type: ignore[assignment]
+    else:
+        engine.adapt = timed(engine.adapt)  # type: ignore[method-assign]
+    return seconds
+
+
+def _differences(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+@contextmanager
+def _prepared_glyphs() -> Iterator[Path]:
+    """Draw and prepare a small dataset for as long as the block runs."""
+    with TemporaryDirectory() as name:
+        source, folder = Path(name) / "glyphs.zip", Path(name) / "prepared"
+        write_glyphs(source, alphabets=5, characters=6)
+        prepare(PrepareSettings(source=str(source), cross_domain=()), folder)
+        yield folder
+
+
+@contextmanager
+def _busy_loop() -> "Iterator[subprocess.Popen[bytes]]":
+    """Start a stopped program that, when continued, keeps one of our cores busy."""
+    lives_with_us = f"import os\nwhile os.getppid() == {os.getpid()}:\n for _ in range(10**6): pass"
+    with subprocess.Popen([sys.executable, "-c", lives_with_us]) as loop:
+        try:
+            loop.send_signal(signal.SIGSTOP)
+            if sys.platform == "linux":
+                os.sched_setaffinity(loop.pid, {min(os.sched_getaffinity(0))})
+            yield loop
+        finally:
+            loop.kill()

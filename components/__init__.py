@@ -1,0 +1,23 @@
+"""The pipeline's stages and what holds them together, as components of Kubeflow Pipelines.
+
+Each is a typed signature and one call into `reptile.kubeflow`, as only its own source text travels:
+it runs in the project's image, which has everything else. How they are joined is in `pipeline`.
+"""
+
+from components.control import conclude, gate, refuse, summarise, tabulate
+from components.stages import evaluate, export, measure, prepare, publish, train, verify
+
+__all__ = [
+    "conclude",
+    "evaluate",
+    "export",
+    "gate",
+    "measure",
+    "prepare",
+    "publish",
+    "refuse",
+    "summarise",
+    "tabulate",
+    "train",
+    "verify",
+]

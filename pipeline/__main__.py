@@ -1,0 +1,378 @@
+"""The command line: compile the pipeline, run it here, or on a cluster, once or on a schedule.
+
+It only reads options and shows results; the work is done by the modules beside it.
+"""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import COMPILED
+from reptile.cli import PARAMS, ParamsOption, SetOption
+from reptile.config import Settings, load_settings
+from reptile.errors import InputError
+from reptile.files import atomic_file
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
+
+app = typer.Typer(
+    help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+PipelineOption = Annotated[Path, typer.Option("--pipeline", help="Compiled pipeline.")]
+SectionsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="File of settings; without it, those that were compiled."),
+]
+ParamOption = Annotated[
+    list[str] | None,
+    typer.Option("--param", "-P", metavar="NAME=VALUE", help="A run parameter; may be repeated."),
+]
+InputsOption = Annotated[
+    Path | None, typer.Option("--inputs", help="YAML file of run parameters; --param goes first.")
+]
+ExperimentOption = Annotated[
+    str, typer.Option(envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", help="Made if missing.")
+]
+CacheOption = Annotated[
+    bool | None, typer.Option("--cache/--no-cache", help="Instead of what was compiled.")
+]
+RootOption = Annotated[str | None, typer.Option("--pipeline-root", help="Where outputs go.")]
+AccountOption = Annotated[
+    str | None, typer.Option("--service-account", help="Kubernetes account of the run's pods.")
+]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KF_PIPELINES_ENDPOINT",
+        help="Address of Kubeflow Pipelines; without it, the cluster one is in, or kubeconfig's.",
+    ),
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option(help="Where there are several users: the namespace to work in.")
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="File with the token; or put it into KF_PIPELINES_TOKEN."),
+]
+CertificateOption = Annotated[
+    Path | None, typer.Option("--ca-cert", help="PEM file of the host's certificate authority.")
+]
+_STATES = {
+    "RUNTIME_STATE_UNSPECIFIED": "accepted",
+    "CANCELING": "cancelling",
+    "CANCELED": "cancelled",
+}
+
+
+@app.command(name="compile")
+def compile_() -> None:
+    """Write pipeline/reptile.yaml from the source, params.yaml and data.dvc.
+
+    Example: python -m pipeline compile
+    """
+    from pipeline.document import render
+
+    with atomic_file(COMPILED) as temporary:
+        temporary.write_text(render(), encoding="utf-8")
+    console.print(f"wrote {COMPILED}", soft_wrap=True)
+
+
+@app.command()
+def run_local(
+    params: ParamsOption = PARAMS,
+    changes: SetOption = None,
+    repository: Annotated[
+        Path, typer.Option(help="Clone whose data.dvc tracks the data.", file_okay=False)
+    ] = Path(),
+    revision: Annotated[
+        str, typer.Option(help='Where to take the data from; "" is the working tree.')
+    ] = "HEAD",
+    champion: Annotated[
+        Path | None, typer.Option(help="manifest.json of the bundle in use, for the gate.")
+    ] = None,
+    points: Annotated[
+        list[str] | None,
+        typer.Option("--point", help="Measure here too: `3-way 1-shot frozen`; may be repeated."),
+    ] = None,
+    bundle_remote: Annotated[
+        str, typer.Option(help="DVC remote that a verified bundle is pushed to.")
+    ] = "",
+    output: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("artifacts/kubeflow"),
+    work: Annotated[
+        Path, typer.Option(help="Folder of unfinished training runs, which are gone on with.")
+    ] = Path("artifacts/training"),
+    docker: Annotated[bool, typer.Option(help="Run each task in a container.")] = False,
+    image: Annotated[str | None, typer.Option(help="Image for --docker.")] = None,
+) -> None:
+    """Run the compiled pipeline here; exit code 0: delivered, 1: failed, 3: refused by the gate.
+
+    Example: python -m pipeline run-local -S train.meta_iterations=300
+    """
+    settings = load_settings(params, changes or ())
+    from components.image import IMAGE
+    from pipeline import local
+    from pipeline.graph import POINTS
+    from pipeline.revisions import code_commit, pinned_data
+
+    repository = repository.absolute()
+    data = pinned_data(repository, revision)
+    work.mkdir(parents=True, exist_ok=True)
+    arguments = {
+        "repository": str(repository),
+        "data_revision": data.revision,
+        "data_md5": data.md5,
+        "git_commit": code_commit(Path(__file__).parent.parent),
+        "champion": _text(champion) if champion else "",
+        "bundle_remote": _absolute(bundle_remote),
+        "work": str(work.absolute()),
+        "image": (image or IMAGE) if docker else "",
+        "points": points or list(POINTS),
+        **settings_arguments(settings),
+    }
+    run = local.run_local(arguments, output, (image or IMAGE) if docker else None)
+    table = Table("stage", "what it made")
+    for result in run.results:
+        table.add_row(result.stage, result.found)
+    console.print(table)
+    console.print(f"{run.outcome.name.lower()}: {run.folder}", soft_wrap=True)
+    if run.message:
+        typer.echo(run.message, err=True)
+    raise typer.Exit(run.outcome)
+
+
+@app.command()
+def submit(
+    pipeline: PipelineOption = COMPILED,
+    params: SectionsOption = None,
+    changes: SetOption = None,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    experiment: ExperimentOption = "Default",
+    cache: CacheOption = None,
+    pipeline_root: RootOption = None,
+    service_account: AccountOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait; without it, as long as it takes.")
+    ] = None,
+    poll: Annotated[float, typer.Option(min=0.01, help="Seconds between looks.")] = 10.0,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Run the pipeline once.
+
+    Exit code: 0 submitted, or with --wait succeeded; 1 failed; 2 not submitted; 4 cancelled; 5 not
+    ended in time, or lost from sight; 130 interrupted. The run goes on after 5 and 130.
+
+    Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
+    """
+    from pipeline.cluster import Cluster, RunOptions
+    from pipeline.connection import connect
+    from pipeline.package import load_package, run_parameters
+
+    package = load_package(pipeline, cache)
+    parameters = run_parameters(package, _given(params, changes, inputs, param))
+    options = RunOptions(parameters, experiment, pipeline_root, service_account)
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    run_id = cluster.submit(
+        package, options, name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    )
+    console.print(f"run {run_id}: {cluster.link(run_id)}", soft_wrap=True, highlight=False)
+    if wait:
+        raise typer.Exit(_follow(cluster, run_id, timeout, poll))
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(help="Name of the schedule; there is one of each.")],
+    cron: Annotated[
+        str, typer.Argument(help="Six fields, seconds first, UTC: '0 0 2 * * *' is 02:00 nightly.")
+    ],
+    pipeline: PipelineOption = COMPILED,
+    params: SectionsOption = None,
+    changes: SetOption = None,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    start: Annotated[str | None, typer.Option(help="Not before, as 2027-01-31T02:00Z.")] = None,
+    end: Annotated[str | None, typer.Option(help="Not after.")] = None,
+    catch_up: Annotated[
+        bool, typer.Option("--catch-up", help="Also run every time missed since --start.")
+    ] = False,
+    experiment: ExperimentOption = "Default",
+    cache: CacheOption = None,
+    pipeline_root: RootOption = None,
+    service_account: AccountOption = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Run the pipeline again and again: have exactly this schedule of that name.
+
+    The same again changes nothing; anything else replaces the schedule. One run at a time.
+
+    Example: python -m pipeline schedule nightly '0 0 2 * * *' --inputs nightly.yaml
+    """
+    from pipeline.cluster import Cluster, RunOptions, Timetable
+    from pipeline.connection import connect
+    from pipeline.cron import parse_cron
+    from pipeline.package import load_package, run_parameters
+
+    package = load_package(pipeline, cache)
+    parameters = run_parameters(package, _given(params, changes, inputs, param))
+    options = RunOptions(parameters, experiment, pipeline_root, service_account)
+    timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
+    now = datetime.now(UTC)
+    times = timetable.times(now, 3)
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    done = cluster.schedule(name, package, options, timetable, now)
+    console.print(
+        f"schedule {name} {done}: {timetable.cron.words}, UTC; next "
+        + (", ".join(f"{time:%Y-%m-%d %H:%M:%S}" for time in times) or "none"),
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command()
+def unschedule(
+    name: Annotated[str, typer.Argument(help="Name of the schedule.")],
+    every: Annotated[bool, typer.Option("--all", help="Even if several have the name.")] = False,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Remove a schedule; a run that it has started goes on. Nothing to remove is no error.
+
+    Example: python -m pipeline unschedule nightly
+    """
+    from pipeline.cluster import Cluster
+    from pipeline.connection import connect
+
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    removed = cluster.unschedule(name, every=every)
+    console.print(
+        f"schedule {name} removed" if removed else f"there is no schedule {name}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _given(
+    params: Path | None, changes: list[str] | None, inputs: Path | None, param: list[str] | None
+) -> dict[str, Any]:
+    """Return the run parameters that were given: settings first, then the file, then the pairs."""
+    given: dict[str, Any] = {}
+    if params or changes:
+        given |= settings_arguments(load_settings(params or PARAMS, changes or ()))
+    if inputs:
+        given |= _mapping(inputs)
+    for pair in param or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--param {pair!r} is not NAME=VALUE")
+        given[key] = value
+    return given
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({error})".replace("\n", " ")) from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{path}: not a mapping from names of run parameters to values")
+    return value
+
+
+def settings_arguments(settings: Settings) -> dict[str, str]:
+    """Return the settings as the pipeline takes them: one JSON text a stage."""
+    return {f"{name}_settings": section.model_dump_json() for name, section in settings}
+
+
+def _absolute(remote: str) -> str:
+    """Return a remote's address, a folder's as an absolute path."""
+    return remote if not remote or "://" in remote else str(Path(remote).absolute())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"{text!r} is not a time like 2027-01-31T02:00Z") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float) -> int:
+    """Show the states of a run until it has ended; return the exit code."""
+    from pipeline.cluster import Outcome, failures, outcome
+
+    later = f"the run goes on; look at {cluster.link(run_id)}"
+    run = None
+    try:
+        with console.status("waiting"):
+            for run in cluster.follow(run_id, timeout, poll):
+                state = _STATES.get(run.state, (run.state or "unknown").lower())
+                console.print(f"{datetime.now(UTC):%H:%M:%S} {state}", highlight=False)
+    except KeyboardInterrupt:
+        typer.echo(f"no longer waiting; {later}", err=True)
+        return 130
+    except InputError as error:
+        typer.echo(f"error: {error}\nno longer waiting; {later}", err=True)
+        return Outcome.UNKNOWN
+    result = outcome(run and run.state)
+    if result is Outcome.UNKNOWN:
+        typer.echo(f"not ended after {timeout:g} seconds; {later}", err=True)
+    elif result is not Outcome.SUCCEEDED:
+        for message in failures(run):
+            typer.echo(message, err=True)
+    return result
+
+
+def main() -> None:
+    """Run the command line and turn foreseeable errors into one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+    except ModuleNotFoundError as error:
+        _fail(
+            f"the package {error.name} is missing; it is needed for a cluster: "
+            "pip install 'reptile-fewshot[train,kubeflow]'"
+        )
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The way to the API of Kubeflow Pipelines: host, token, time limits, attempts, clear errors.
+
+It knows nothing of runs and schedules. `kfp.Client` finds the cluster and holds the credentials;
+its own functions have no time limits and print, so the API objects that it makes are called.
+"""
+
+import io
+import ipaddress
+import json
+import os
+import time
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import kfp
+import kfp_server_api as api
+import urllib3
+
+from reptile.errors import InputError
+
+TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
+BACK_OFF = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt of a call, the third, ...
+CALL_SECONDS = 30
+
+
+class ClusterError(InputError):
+    """The API refused a request or could not be reached.
+
+    `status` is that of HTTP, 0 for none; `unsent` says that the request cannot have had an effect.
+    """
+
+    def __init__(
+        self, message: str, status: int = 0, *, passing: bool = False, unsent: bool = False
+    ):
+        super().__init__(message)
+        self.status = status
+        self.passing = passing  # worth another attempt
+        self.unsent = unsent
+
+
+class _Client(kfp.Client):  # type: ignore[misc]  # kfp has no types
+    """The client without its habit of trying a failing host for 25 seconds with tracebacks."""
+
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+        """Ask once; the constructor does, when it knows no namespace."""
+        _restrain(self)
+        return call(self.healthzs.healthz_service_get_healthz)
+
+
+def _restrain(client: kfp.Client) -> None:
+    """Take redirects (to login pages) and retries from the HTTP layer; `call` deals with both."""
+    connection = client.healthzs.healthz_service_get_healthz.__self__.api_client
+    connection.configuration.retries = urllib3.Retry(total=0, redirect=False)
+    connection.rest_client = api.rest.RESTClientObject(connection.configuration)
+
+
+@dataclass(frozen=True)
+class _TokenFile:
+    """A token read anew for every request, because those of Kubernetes are replaced hourly."""
+
+    path: Path
+
+    def refresh_api_key_hook(self, configuration: Any) -> None:
+        """Put the token where the client looks for it."""
+        configuration.api_key["authorization"] = self.token()
+
+    def token(self) -> str:
+        try:
+            return _checked_token(self.path.read_text(encoding="utf-8"), str(self.path))
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: not a token, which is one line of text") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; give another --token-file") from None
+
+
+def _checked_token(text: str, source: str) -> str:
+    """Return the token in `text`; nothing of it is shown in an error."""
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError(f"{source}: not a token, which is one line without spaces")
+    return token
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The client, the namespace (None where users share one), the host ("" if kfp found it)."""
+
+    client: Any
+    namespace: str | None
+    host: str
+
+
+def connect(
+    host: str | None,
+    namespace: str | None = None,
+    token_file: Path | None = None,
+    ca_certificate: Path | None = None,
+) -> Connection:
+    """Reach the API at `host`, or where kfp finds it: inside the cluster, or by the kubeconfig.
+
+    The token is that of `token_file`, or of the environment variable KF_PIPELINES_TOKEN.
+
+    Raises:
+        InputError: the options are wrong, or the token would be sent in the clear.
+        ClusterError: the host cannot be reached or refuses.
+    """
+    token = None
+    if token_file:
+        _TokenFile(token_file).token()
+    elif TOKEN_VARIABLE in os.environ:
+        token = _checked_token(os.environ[TOKEN_VARIABLE], TOKEN_VARIABLE)
+    if host:
+        host = _checked_host(host, secret=bool(token or token_file))
+    elif token or token_file:
+        raise InputError("a token needs the host it is for; give --host")
+    if ca_certificate and not ca_certificate.is_file():
+        raise InputError(f"{ca_certificate}: no such file; give --ca-cert a PEM file")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        client = _Client(
+            host=host,
+            existing_token=token,
+            credentials=_TokenFile(token_file) if token_file else None,
+            ssl_ca_cert=str(ca_certificate) if ca_certificate else None,
+        )
+    _restrain(client)
+    return Connection(client, namespace or client.get_user_namespace() or None, host or "")
+
+
+def _checked_host(host: str, *, secret: bool) -> str:
+    host = host.rstrip("/") if "://" in host else f"https://{host.rstrip('/')}"
+    parts = urlsplit(host)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"host {host!r} is not an address like https://kubeflow.example.org")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InputError(
+            f"host {parts.hostname}: give the plain address, without user, '?' or '#'; "
+            f"a token goes into --token-file or {TOKEN_VARIABLE}"
+        )
+    if secret and parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise InputError(
+            f"host {host}: a token is not sent over plain http; use https, or a tunnel "
+            "(kubectl port-forward) to localhost; inside the cluster, leave --host and token out"
+        )
+    return host
+
+
+def _is_loopback(hostname: str) -> bool:
+    try:
+        return ipaddress.ip_address(hostname).is_loopback
+    except ValueError:
+        return hostname == "localhost"
+
+
+def call(
+    function: Any,
+    *arguments: Any,
+    repeatable: bool = True,
+    attempts: int = 5,
+    seconds: int = CALL_SECONDS,
+    **options: Any,
+) -> Any:
+    """Call a function of an API object with a time limit, again if that can help.
+
+    What is not `repeatable` (it makes something) is repeated only if it cannot have arrived.
+    Options that are None are left out.
+
+    Raises:
+        ClusterError: in one line, what is wrong and what to do.
+    """
+    connection = function.__self__.api_client
+    host = connection.configuration.host
+    options = {name: value for name, value in options.items() if value is not None}
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(BACK_OFF[min(attempt, len(BACK_OFF)) - 1])
+        try:
+            answer = function(*arguments, _request_timeout=seconds, **options)
+        except (api.ApiException, urllib3.exceptions.HTTPError) as error:
+            problem = _explained(error, host)
+        else:
+            if "json" in (connection.last_response.getheader("content-type") or ""):
+                return answer
+            problem = _not_kubeflow(host)
+        if not (problem.unsent or (problem.passing and repeatable)):
+            break
+    raise problem
+
+
+def _not_kubeflow(host: str, status: int = 0) -> ClusterError:
+    return ClusterError(
+        f"{host} does not answer like the API of Kubeflow Pipelines, but like a web page; give the "
+        "address under which its site is (often ending in /pipeline), and a token if it asks to "
+        "sign in",
+        status,
+    )
+
+
+def _explained(error: Exception, host: str) -> ClusterError:
+    if isinstance(error, api.ApiException):
+        return _refusal(int(error.status or 0), error.body, host)
+    reason = getattr(error, "reason", None) or error
+    if isinstance(reason, urllib3.exceptions.SSLError):
+        return ClusterError(
+            f"{host}: no trusted TLS connection; if the cluster has a certificate authority of "
+            "its own, give its certificate by --ca-cert"
+        )
+    if isinstance(reason, urllib3.exceptions.LocationValueError):
+        return ClusterError(f"{host}: not an address; give another --host")
+    unsent = isinstance(
+        reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
+    )
+    return ClusterError(
+        f"{host} cannot be reached ({type(reason).__name__}); check --host, the network, or the "
+        "tunnel (kubectl port-forward)",
+        passing=True,
+        unsent=unsent,
+    )
+
+
+def _refusal(status: int, body: str | None, host: str) -> ClusterError:
+    said = _message(body)
+    if status == 0 or 300 <= status < 400 or (status == 404 and not said):
+        return _not_kubeflow(host, status)
+    if status == 401:
+        way_out = f"give a valid token by --token-file or {TOKEN_VARIABLE}; it may have expired"
+        return ClusterError(f"{host} does not know who asks (401); {way_out}", status)
+    meaning = {
+        403: "does not allow this (403); ask for the right to it, or give another --namespace",
+        404: "has no such thing (404); it may have been deleted",
+        409: "has something of that name already (409); take another name",
+        429: "has too many requests (429); try again later",
+    }.get(status)
+    if meaning is None and status < 500:
+        meaning = f"refuses the request ({status})"
+    elif meaning is None:
+        meaning = (
+            f"failed ({status}); it may have done part of it, so look there before you try again"
+        )
+    return ClusterError(
+        f"{host} {meaning}" + (f"; it says: {said}" if said else ""),
+        status,
+        passing=status == 429 or status >= 500,
+    )
+
+
+def _message(body: str | None) -> str:
+    """Return the first line of what the API said, or nothing if it is not its way of saying it."""
+    try:
+        answer = json.loads(body or "")
+        text = answer.get("message") or answer.get("error_message") or answer.get("error") or ""
+        return str(text).strip().partition("\n")[0][:300]
+    except (ValueError, AttributeError):
+        return ""

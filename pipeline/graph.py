@@ -1,0 +1,180 @@
+"""The graph: dvc.yaml's five stages with a gate before the export, for Kubeflow Pipelines.
+
+What a run may choose is a parameter; the rest (retries, time limits, mounts) stands here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl, kubernetes
+from kfp.dsl import PipelineTask
+
+import components
+from components.image import IMAGE
+from pipeline.revisions import DATA_FILE, data_md5
+from reptile.config import load_settings
+
+ROOT = Path(__file__).parent.parent
+WORK = "/workspace"  # where the volume for unfinished training runs is mounted
+# In the mode that the bundle runs in, down to the fewest classes that it takes.
+POINTS = ("2-way 1-shot frozen", "3-way 1-shot frozen", "5-way 1-shot frozen")
+
+# Kubernetes secret with the DVC remote's credentials, as the environment variables of that name.
+SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+
+
+def _place(task: PipelineTask, image: str, hours: int = 1) -> PipelineTask:
+    """Say where a task runs, and when it is given up."""
+    task.set_container_image(image)
+    # OpenMP threads that spin slow everything down where cores are shared.
+    task.set_env_variable("OMP_WAIT_POLICY", "PASSIVE")
+    return kubernetes.set_timeout(task, hours * 60 * 60)
+
+
+def _give_secret(task: PipelineTask, name: str) -> None:
+    kubernetes.use_secret_as_env(task, name, {key: key for key in SECRET_KEYS}, optional=True)
+
+
+_SETTINGS = load_settings(ROOT / "params.yaml")
+
+
+@dsl.pipeline(
+    name="reptile",
+    description="Few-shot learning with Reptile: from images at a DVC revision to a verified "
+    "ONNX bundle",
+)
+def reptile(
+    repository: str,
+    data_revision: str,
+    data_md5: str = data_md5((ROOT / DATA_FILE).read_text(encoding="utf-8")),
+    data_path: str = "data",
+    git_commit: str = "",
+    image: str = IMAGE,
+    champion: str = "",
+    bundle_remote: str = "",
+    prepare_settings: str = _SETTINGS.prepare.model_dump_json(),
+    train_settings: str = _SETTINGS.train.model_dump_json(),
+    evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
+    export_settings: str = _SETTINGS.export.model_dump_json(),
+    verify_settings: str = _SETTINGS.verify.model_dump_json(),
+    points: list[str] = list(POINTS),  # noqa: B006 - KFP reads it, nothing changes it
+    work: str = WORK,
+    work_volume: str = "reptile-work",
+    data_secret: str = "reptile-data",
+    accelerator: str = "nvidia.com/gpu",
+    accelerators: str = "0",
+    cpu: str = "4",
+    memory: str = "8Gi",
+    node_selector: dict[str, str] = {},  # noqa: B006
+    tolerations: list[dict[str, Any]] = [],  # noqa: B006
+) -> None:
+    """Fetch, prepare, train, evaluate, and export what passes the gate.
+
+    Args:
+        repository: git address of the repository whose data.dvc tracks the data.
+        data_revision: commit of that repository.
+        data_md5: hash of the data in data.dvc at that commit; what caching goes by.
+        data_path: what to fetch of it, relative to its root.
+        git_commit: commit of the code in the image, for lineage.
+        image: the project's image for training, best by digest.
+        champion: text of the manifest.json of the bundle in use, which the new one must not be
+            worse than; empty for none.
+        bundle_remote: address of a DVC remote that a verified bundle is pushed to; empty for none.
+        prepare_settings: this and the next four: the sections of params.yaml, as JSON.
+        train_settings: see above.
+        evaluate_settings: see above.
+        export_settings: see above; its gate decides.
+        verify_settings: see above.
+        points: where accuracy is measured besides, each by a task of its own; at least one.
+        work: folder for unfinished training runs, on the volume below.
+        work_volume: persistent volume claim that is mounted for training.
+        data_secret: Kubernetes secret with the credentials of the DVC remote; may be missing.
+        accelerator: resource name of the accelerator.
+        accelerators: how many of them training gets; 0 trains on CPUs.
+        cpu: CPUs of training.
+        memory: memory of training.
+        node_selector: labels of the nodes to train on.
+        tolerations: taints that training tolerates.
+    """
+    summary = components.summarise(
+        data_revision=data_revision, data_md5=data_md5, git_commit=git_commit, image=image
+    )
+    _place(summary, image).set_caching_options(enable_caching=False)
+    with dsl.ExitHandler(summary, name="run"):
+        prepared = components.prepare(
+            settings=prepare_settings,
+            repository=repository,
+            revision=data_revision,
+            path=data_path,
+            md5=data_md5,
+            git_commit=git_commit,
+        )
+        _place(prepared, image)
+        prepared.set_retry(3, backoff_duration="30s", backoff_factor=2.0)
+        _give_secret(prepared, data_secret)
+        dataset = prepared.outputs["prepared"]
+
+        trained = components.train(settings=train_settings, work=work, prepared=dataset)
+        _place(trained, image, hours=24)
+        trained.set_retry(5, backoff_duration="60s", backoff_factor=2.0)
+        trained.set_accelerator_type(accelerator).set_accelerator_limit(accelerators)
+        trained.register_pipeline_channels([accelerator, accelerators])
+        kubernetes.mount_pvc(trained, work_volume, WORK)
+        kubernetes.empty_dir_mount(trained, "shared-memory", "/dev/shm", "Memory", "2Gi")
+        kubernetes.add_node_selector_json(trained, node_selector)
+        kubernetes.add_toleration_json(trained, tolerations)
+        checkpoint = trained.outputs["checkpoint"]
+
+        evaluated = components.evaluate(
+            settings=evaluate_settings, prepared=dataset, checkpoint=checkpoint
+        )
+        _place(evaluated, image, hours=6)
+        for task in (trained, evaluated):
+            task.set_cpu_limit(cpu).set_memory_limit(memory)
+            # KFP 2.17 forgets to hand these on into a group of tasks such as an exit handler.
+            task.register_pipeline_channels([cpu, memory])
+        evaluation = evaluated.outputs["evaluation"]
+
+        with dsl.ParallelFor(points, name="points") as point:
+            measured = components.measure(
+                settings=evaluate_settings, point=point, prepared=dataset, checkpoint=checkpoint
+            )
+            _place(measured, image, hours=6)
+        table = components.tabulate(rows=dsl.Collected(measured.output))
+        _place(table, image)
+
+        verdict = components.gate(
+            settings=export_settings,
+            champion=champion,
+            checkpoint=checkpoint,
+            evaluation=evaluation,
+        )
+        _place(verdict, image)
+        # Builds a condition; is no comparison.
+        with dsl.If(verdict.outputs["passed"] == True, name="passed"):  # noqa: E712
+            exported = components.export(
+                settings=export_settings,
+                prepared=dataset,
+                checkpoint=checkpoint,
+                evaluation=evaluation,
+            )
+            _place(exported, image)
+            verified = components.verify(
+                settings=verify_settings,
+                prepared=dataset,
+                checkpoint=checkpoint,
+                bundle=exported.outputs["bundle"],
+            )
+            _place(verified, image)
+            with dsl.If(bundle_remote != "", name="publish"):
+                published = components.publish(
+                    bundle=exported.outputs["bundle"], remote=bundle_remote
+                ).after(verified)
+                _place(published, image)
+                published.set_retry(3, backoff_duration="30s", backoff_factor=2.0)
+                _give_secret(published, data_secret)
+        with dsl.Else(name="refused"):
+            refused = components.refuse(reason=verdict.outputs["reason"])
+            _place(refused, image)
+        end = components.conclude(verified=dsl.OneOf(verified.outputs["Output"], refused.output))
+        _place(end, image)

@@ -1,0 +1,233 @@
+"""deploy/ holds together: files, names, references, and what the code and the API say of them."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from kubernetes import client
+
+from components.image import IMAGE
+from pipeline.__main__ import app
+from pipeline.cron import parse_cron
+from pipeline.graph import SECRET_KEYS, WORK
+from pipeline.package import load_package, run_parameters
+from reptile.export.verify import GRAPHS
+
+ROOT = Path(__file__).parent.parent.parent
+DEPLOY = ROOT / "deploy"
+FOLDERS = sorted(path.parent for path in DEPLOY.rglob("kustomization.yaml"))
+CORE = {"v1", "batch/v1", "networking.k8s.io/v1", "rbac.authorization.k8s.io/v1"}
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def kustomization(folder: Path) -> dict[str, Any]:
+    (document,) = documents(folder / "kustomization.yaml")
+    return document
+
+
+def manifests() -> list[dict[str, Any]]:
+    return [
+        document
+        for folder in FOLDERS
+        for name in kustomization(folder)["resources"]
+        if (folder / name).is_file()
+        for document in documents(folder / name)
+    ]
+
+
+def manifest(kind: str, name: str) -> dict[str, Any]:
+    (found,) = (m for m in manifests() if (m["kind"], m["metadata"]["name"]) == (kind, name))
+    return found
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any]]]:
+    for each in manifests():
+        if each["kind"] == "Job":
+            yield each["metadata"]["name"], each["spec"]["template"]["spec"]
+        elif each["kind"] == "CronJob":
+            template = each["spec"]["jobTemplate"]["spec"]["template"]
+            yield each["metadata"]["name"], template["spec"]
+
+
+def cron_container() -> dict[str, Any]:
+    (container,) = dict(pods())["reptile-schedule"]["containers"]
+    return container
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_kustomization_names_every_file_beside_it_and_no_other(folder: Path) -> None:
+    parts = kustomization(folder)
+    generated = [file for each in parts.get("configMapGenerator", []) for file in each["files"]]
+    named = [*parts["resources"], *parts.get("components", []), *generated]
+    assert all((folder / name).exists() for name in named)
+    files = {path.name for path in folder.iterdir()} - {"kustomization.yaml"}
+    assert files == {name for name in named if (folder / name).is_file()}
+
+
+def test_nothing_holds_the_value_of_a_secret() -> None:
+    assert not [m for m in manifests() if m["kind"] == "Secret"]
+    assert not [f for f in FOLDERS if "secretGenerator" in kustomization(f)]
+
+
+@pytest.mark.parametrize(
+    "document", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}"
+)
+def test_fields_are_those_of_the_kubernetes_api(document: dict[str, Any]) -> None:
+    if document["apiVersion"] not in CORE:
+        pytest.skip(f"{document['apiVersion']} is no part of Kubernetes itself")
+    prefix = "".join(part.capitalize() for part in document["apiVersion"].split("/")[1:]) or "V1"
+    assert unknown_fields(document, prefix + document["kind"]) == []
+
+
+def unknown_fields(value: Any, kind: str, path: str = "") -> list[str]:
+    """Compare a manifest with the types that the API's own description gave the Python client."""
+    of_list, of_mapping = re.match(r"list\[(.+)\]", kind), re.match(r"dict\(\w+, (.+)\)", kind)
+    if of_list:
+        assert isinstance(value, list), path
+        return [
+            bad
+            for n, v in enumerate(value)
+            for bad in unknown_fields(v, of_list[1], f"{path}[{n}]")
+        ]
+    if of_mapping:
+        assert isinstance(value, dict), path
+        return [
+            bad for k, v in value.items() for bad in unknown_fields(v, of_mapping[1], f"{path}.{k}")
+        ]
+    simple = {"str": str, "int": int, "bool": bool, "object": object}
+    if kind in simple:
+        return [] if isinstance(value, simple[kind]) else [f"{path}: no {kind}"]
+    model = getattr(client, kind)
+    fields = {wire: name for name, wire in model.attribute_map.items()}
+    bad = [f"{path}.{key}" for key in value if key not in fields]
+    for key in value.keys() & fields.keys():
+        bad += unknown_fields(value[key], model.openapi_types[fields[key]], f"{path}.{key}")
+    return bad
+
+
+def test_a_field_that_is_none_of_the_api_s_is_noticed() -> None:
+    volume = manifest("PersistentVolumeClaim", "reptile-work")
+    volume = json.loads(json.dumps(volume).replace("accessModes", "accessMode"))
+    assert unknown_fields(volume, "V1PersistentVolumeClaim") == [".spec.accessMode"]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in pods()])
+def test_pods_pass_the_restricted_security_standard(name: str) -> None:
+    pod = dict(pods())[name]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is ("serviceAccountName" in pod)
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    for container in pod["containers"]:
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert "memory" in container["resources"]["limits"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_images_are_the_one_that_is_built_and_that_components_name() -> None:
+    name, _, tag = IMAGE.partition(":")
+    assert {c["image"] for _, pod in pods() for c in pod["containers"]} == {name}
+    script = (DEPLOY / "build-image").read_text(encoding="utf-8")
+    assert f"cpu) name={name} ;;" in script
+    assert f"tag=${{TAG:-{tag}}}" in script
+    (example,) = kustomization(DEPLOY / "example")["images"]
+    assert example["name"] == name
+
+
+def test_volume_and_secret_are_those_that_the_pipeline_asks_for() -> None:
+    defaults = {
+        name: definition.get("defaultValue")
+        for name, definition in load_package(ROOT / "pipeline/reptile.yaml").parameters.items()
+    }
+    manifest("PersistentVolumeClaim", defaults["work_volume"])
+    secret = manifest("ExternalSecret", defaults["data_secret"])
+    assert secret["spec"]["target"]["name"] == defaults["data_secret"]
+    assert {each["secretKey"] for each in secret["spec"]["data"]} == set(SECRET_KEYS)
+    (mount,) = dict(pods())["reptile-work-access"]["containers"][0]["volumeMounts"]
+    assert mount["mountPath"] == WORK
+
+
+@pytest.mark.parametrize("folder", ["schedule", "example"])
+def test_nightly_parameters_are_those_of_the_compiled_pipeline(folder: str) -> None:
+    given = yaml.safe_load((DEPLOY / folder / "nightly.yaml").read_text(encoding="utf-8"))
+    run_parameters(load_package(ROOT / "pipeline/reptile.yaml"), given)  # or an InputError
+
+
+def test_the_cron_job_s_command_is_one_that_the_program_takes() -> None:
+    container = cron_container()
+    assert container["command"] == ["python", "-m", "pipeline", "schedule"]
+    command = typer.main.get_command(app).commands["schedule"]  # type: ignore[attr-defined]
+    options = command.make_context("schedule", list(container["args"])).params
+    assert parse_cron(options["cron"]).words
+    assert "image=$(IMAGE)" in options["param"]
+    mounted = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    (generated,) = kustomization(DEPLOY / "schedule")["configMapGenerator"]
+    assert str(options["inputs"]) == f"{mounted['inputs']}/{generated['files'][0]}"
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert {"IMAGE", "NAMESPACE"} <= set(variables)
+    assert variables["KF_PIPELINES_SA_TOKEN_PATH"] == f"{mounted['token']}/token"
+
+
+def test_names_that_manifests_refer_to_exist() -> None:
+    (generated,) = kustomization(DEPLOY / "schedule")["configMapGenerator"]
+    for name, pod in pods():
+        if "serviceAccountName" in pod:
+            manifest("ServiceAccount", pod["serviceAccountName"])
+        for volume in pod["volumes"]:
+            if "persistentVolumeClaim" in volume:
+                manifest("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] == generated["name"], name
+    binding = manifest("RoleBinding", "reptile-schedule")
+    manifest("Role", binding["roleRef"]["name"])
+    assert [manifest(s["kind"], s["name"]) for s in binding["subjects"]]
+    policy = manifest("NetworkPolicy", "reptile-schedule")["spec"]["podSelector"]["matchLabels"]
+    job = manifest("CronJob", "reptile-schedule")["spec"]["jobTemplate"]["spec"]
+    assert policy.items() <= job["template"]["metadata"]["labels"].items()
+
+
+def test_kserve_loads_graphs_of_the_bundle_by_name_and_none_that_sees_its_batch() -> None:
+    predictor = manifest("InferenceService", "reptile")["spec"]["predictor"]
+    manifest("ServiceAccount", predictor["serviceAccountName"])
+    arguments = predictor["model"]["args"]
+    assert "--model-control-mode=explicit" in arguments
+    loaded = {a.removeprefix("--load-model=") for a in arguments if a.startswith("--load-model=")}
+    assert loaded == set(GRAPHS) - {"predict"}
+    assert predictor["model"]["protocolVersion"] == "v2"
+
+
+@pytest.mark.slow
+def test_kustomize_builds_every_folder_and_the_example_is_of_one_image() -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    for folder in FOLDERS:
+        if kustomization(folder)["kind"] != "Component":
+            built = subprocess.run(
+                [kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True
+            ).stdout
+            assert yaml.safe_load(built.split("\n---\n")[0])["kind"]
+    built = subprocess.run(
+        [kubectl, "kustomize", str(DEPLOY / "example")], capture_output=True, text=True, check=True
+    ).stdout
+    together = list(yaml.safe_load_all(built))
+    assert {m["metadata"]["namespace"] for m in together} == {"team-fewshot"}
+    (job,) = (m for m in together if m["kind"] == "CronJob")
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("registry.example.org/team/reptile-train@sha256:")
+    assert {e["name"]: e.get("value") for e in container["env"]}["IMAGE"] == container["image"]
+    (inputs,) = (m for m in together if m["kind"] == "ConfigMap")
+    assert "accelerators" in inputs["data"]["nightly.yaml"]

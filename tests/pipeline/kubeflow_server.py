@@ -1,0 +1,342 @@
+"""A stand-in for the API of Kubeflow Pipelines, which holds state and checks what it is sent.
+
+Paths, query parameters and types are read from the installed `kfp_server_api`; anything that these
+do not know is answered by 418, which no test expects.
+"""
+
+import inspect
+import json
+import re
+import ssl
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import kfp_server_api as api
+import yaml
+
+PAGE = 2  # small, so that a few things fill several pages
+
+
+class RefusedError(Exception):
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class ContractError(Exception):
+    pass
+
+
+def _routes() -> list[tuple[str, re.Pattern[str], str, set[str], str]]:
+    """Method, path, name, query parameters and answer of all functions of the installed package."""
+    routes = []
+    for service in vars(api.api).values():
+        for name, function in inspect.getmembers(service, inspect.isfunction):
+            if not name.endswith("_with_http_info"):
+                continue
+            source = inspect.getsource(function)
+            path, method = re.findall(r"'(/apis/[^']*)', '([A-Z]+)'", source)[0]
+            pattern = re.compile(re.sub(r"\{([\w.]+)\}", r"([^/:]+)", path))
+            query = set(re.findall(r"query_params\.append\(\('(\w+)'", source))
+            kind = re.findall(r"response_type='([^']*)'", source)[0]
+            routes.append((method, pattern, name.removesuffix("_with_http_info"), query, kind))
+    return routes
+
+
+ROUTES = _routes()
+
+
+def checked(value: Any, kind: str, where: str) -> Any:
+    """Return `value` if it is what JSON of the API's type `kind` may be."""
+    if value is None or kind == "object":
+        return value
+    if match := re.fullmatch(r"list\[(.*)\]", kind):
+        return [checked(item, match[1], where) for item in value]
+    if match := re.fullmatch(r"dict\(str, (.*)\)", kind):
+        return {key: checked(item, match[1], where) for key, item in value.items()}
+    if kind == "datetime":
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ContractError(f"{where}: {value} has no time zone")
+        return value
+    if kind in ("str", "int", "bool"):
+        if type(value).__name__ != kind:
+            raise ContractError(f"{where}: {value!r} is not {kind}")
+        return value
+    model = getattr(api.models, kind)
+    if hasattr(model, "allowable_values"):
+        if value not in model.allowable_values:
+            raise ContractError(f"{where}: {value!r} is none of {model.allowable_values}")
+        return value
+    fields = {model.attribute_map[name]: type_ for name, type_ in model.openapi_types.items()}
+    if unknown := set(value) - set(fields):
+        raise ContractError(f"{where}: {kind} has no {unknown}")
+    return {name: checked(item, fields[name], f"{where}.{name}") for name, item in value.items()}
+
+
+class KubeflowServer:
+    """State and behaviour; `faults` are (name of function, status, how often)."""
+
+    def __init__(self, *, multi_user: bool = False, certificate: tuple[Path, Path] | None = None):
+        self.multi_user = multi_user
+        self.experiments: dict[str, dict[str, Any]] = {}
+        self.pipelines: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, dict[str, Any]] = {}
+        self.uploads: dict[str, bytes] = {}  # by version
+        self.specs: dict[str, Any] = {}  # the same, read
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.schedules: dict[str, dict[str, Any]] = {}
+        self.states = ["PENDING", "RUNNING", "SUCCEEDED"]  # of a run, one a look; the last stays
+        self.details: dict[str, Any] = {}
+        self.token: str | None = None
+        self.html: int | None = None  # answer everything with a web page of this status
+        self.faults: dict[str, list[int]] = {}
+        self.log: list[str] = []
+        self.heard: list[str] = []  # whole request lines and headers
+        self.broken: list[str] = []  # contracts
+        self.awake: list[int] = []  # number of enabled schedules after each request
+        self.before: dict[str, Callable[[], None]] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that hangs up
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            self.address = self.address.replace("http:", "https:")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # one write an answer: two would wait for each other's acknowledgement
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def _any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                kind, status = "application/json", 200
+                answer: Any
+                try:
+                    answer = server.answer(self, body)
+                    json.dumps(answer)
+                except RefusedError as error:
+                    status, answer = error.status, {"error": str(error), "message": str(error)}
+                except Exception as error:  # a defect of the request, or of this stand-in
+                    server.broken.append(f"{self.command} {self.path}: {error!r}")
+                    status, answer = 418, {"message": repr(error)}
+                data = json.dumps(answer).encode()
+                if server.html:
+                    kind, status, data = "text/html", server.html, b"<html>Sign in</html>"
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                if 300 <= status < 400:
+                    self.send_header("Location", "https://login.example/?next=/")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = _any  # noqa: N815
+
+        return Handler
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bytes) -> Any:
+        self.heard.append(f"{request.requestline}\n{request.headers}")
+        parts = urlsplit(request.path)
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        here = [
+            (m, *route)
+            for verb, path, *route in ROUTES
+            if verb == request.command and (m := path.fullmatch(parts.path))
+        ]
+        if not here:
+            raise RefusedError(404, "")
+        match, name, known, kind = here[0]
+        if unknown := set(query) - known:
+            raise ContractError(f"{name} has no query parameter {unknown}")
+        self.log.append(name)
+        if self.token and request.headers["Authorization"] != f"Bearer {self.token}":
+            raise RefusedError(401, "unauthenticated")
+        if self.faults.get(name):
+            status = self.faults[name].pop(0)
+            if status:
+                raise RefusedError(status, "upstream connect error")
+        if name in self.before:
+            self.before.pop(name)()
+        content = body
+        if request.headers["Content-Type"] == "application/json" and body:
+            content = json.loads(body)
+        elif body:
+            content = self._file(request, body)
+        function: Callable[..., Any] = getattr(self, name)
+        result = function(*map(unquote, match.groups()), content, query)
+        self.awake.append(sum(s["mode"] == "ENABLE" for s in self.schedules.values()))
+        return checked(result, kind, f"answer of {name}")
+
+    def _file(self, request: BaseHTTPRequestHandler, body: bytes) -> bytes:
+        message = BytesParser().parsebytes(
+            f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode() + body
+        )
+        (part,) = message.get_payload()
+        if part.get_param("name", header="content-disposition") != "uploadfile":
+            raise ContractError("the file's field is uploadfile")
+        return bytes(part.get_payload(decode=True))
+
+    def _namespace(self, namespace: str | None) -> None:
+        if not self.multi_user and namespace:
+            raise RefusedError(400, "Namespace should not be provided in single-user mode.")
+        if self.multi_user and namespace != "team":
+            raise RefusedError(403, f"not allowed in {namespace}")
+
+    def _page(self, items: dict[str, Any], field: str, query: dict[str, str]) -> Any:
+        text = query.get("filter", '{"predicates": []}')
+        wanted = checked(json.loads(text), "V2beta1Filter", "filter")["predicates"]
+        for predicate in wanted:
+            if (predicate["operation"], predicate["key"]) != ("EQUALS", "display_name"):
+                raise ContractError(f"this stand-in does not filter by {predicate}")
+        found = [
+            item
+            for item in items.values()
+            if all(item["display_name"] == predicate["string_value"] for predicate in wanted)
+        ]
+        start, bound = 0, ""
+        if token := query.get("page_token"):
+            start, bound = json.loads(token)
+            if bound != text:
+                raise RefusedError(400, "page token does not match the filter")
+        end = start + min(PAGE, int(query.get("page_size", "20")))
+        answer: dict[str, Any] = {field: found[start:end], "total_size": len(found)}
+        if end < len(found):
+            answer["next_page_token"] = json.dumps([end, text])
+        return answer
+
+    def _made(self, body: Any, kind: str, key: str, **more: Any) -> dict[str, Any]:
+        made = checked(body, kind, "body") | {
+            key: str(uuid.uuid4()),
+            "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+        }
+        return made | more
+
+    def healthz_service_get_healthz(self, _: Any, query: Any) -> Any:
+        return {"multi_user": self.multi_user}
+
+    def experiment_service_list_experiments(self, _: Any, query: dict[str, str]) -> Any:
+        self._namespace(query.get("namespace"))
+        return self._page(self.experiments, "experiments", query)
+
+    def experiment_service_create_experiment(self, body: Any, _: Any) -> Any:
+        self._namespace(body.get("namespace"))
+        if any(e["display_name"] == body["display_name"] for e in self.experiments.values()):
+            raise RefusedError(409, "already exists")
+        made = self._made(body, "V2beta1Experiment", "experiment_id")
+        self.experiments[made["experiment_id"]] = made
+        return made
+
+    def pipeline_service_list_pipelines(self, _: Any, query: dict[str, str]) -> Any:
+        self._namespace(query.get("namespace"))
+        return self._page(self.pipelines, "pipelines", query)
+
+    def pipeline_service_create_pipeline(self, body: Any, _: Any) -> Any:
+        self._namespace(body.get("namespace"))
+        made = self._made(body, "V2beta1Pipeline", "pipeline_id")
+        self.pipelines[made["pipeline_id"]] = made
+        return made
+
+    def pipeline_service_list_pipeline_versions(self, pipeline: str, _: Any, query: Any) -> Any:
+        here = {k: v for k, v in self.versions.items() if v["pipeline_id"] == pipeline}
+        return self._page(here, "pipeline_versions", query)
+
+    def upload_pipeline_version(self, content: bytes, query: dict[str, str]) -> Any:
+        if query["pipelineid"] not in self.pipelines:
+            raise RefusedError(404, "no such pipeline")
+        if any(v["display_name"] == query["name"] for v in self.versions.values()):
+            raise RefusedError(500, "Failed to upload pipeline version: already exists")
+        made = self._made({}, "V2beta1PipelineVersion", "pipeline_version_id") | {
+            "pipeline_id": query["pipelineid"],
+            "display_name": query["name"],
+        }
+        self.versions[made["pipeline_version_id"]] = made
+        self.uploads[made["pipeline_version_id"]] = content
+        self.specs[made["pipeline_version_id"]] = next(yaml.safe_load_all(content))
+        return made
+
+    def _runnable(self, body: dict[str, Any]) -> None:
+        if body["experiment_id"] not in self.experiments:
+            raise RefusedError(404, "no such experiment")
+        reference = body["pipeline_version_reference"]
+        version = self.versions[reference["pipeline_version_id"]]
+        if version["pipeline_id"] != reference["pipeline_id"]:
+            raise ContractError("version and pipeline do not belong together")
+        spec = self.specs[version["pipeline_version_id"]]
+        known = spec["root"]["inputDefinitions"]["parameters"]
+        given = body["runtime_config"]["parameters"]
+        if set(given) - set(known):
+            raise RefusedError(400, "parameter not found")
+        types = {
+            "STRING": str,
+            "NUMBER_INTEGER": int,
+            "NUMBER_DOUBLE": (int, float),
+            "BOOLEAN": bool,
+            "LIST": list,
+            "STRUCT": dict,
+        }
+        for name, value in given.items():
+            if not isinstance(value, types[known[name]["parameterType"]]):
+                raise RefusedError(400, f"{name} is of the wrong type")
+
+    def run_service_create_run(self, body: Any, _: Any) -> Any:
+        made = self._made(body, "V2beta1Run", "run_id", state="PENDING")
+        self._runnable(made)
+        self.runs[made["run_id"]] = made
+        return made
+
+    def run_service_get_run(self, run: str, _: Any, query: Any) -> Any:
+        if run not in self.runs:
+            raise RefusedError(404, "no such run")
+        self.runs[run]["state"] = self.states[0]
+        if len(self.states) > 1:
+            self.states.pop(0)
+        return self.runs[run] | self.details
+
+    def recurring_run_service_list_recurring_runs(self, _: Any, query: dict[str, str]) -> Any:
+        self._namespace(query.get("namespace"))
+        return self._page(self.schedules, "recurringRuns", query)
+
+    def recurring_run_service_create_recurring_run(self, body: Any, _: Any) -> Any:
+        made = self._made(body, "V2beta1RecurringRun", "recurring_run_id")
+        self._runnable(made)
+        made["status"] = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}[made["mode"]]
+        self.schedules[made["recurring_run_id"]] = made
+        return made
+
+    def recurring_run_service_enable_recurring_run(self, schedule: str, _: Any, query: Any) -> Any:
+        self.schedules[schedule] |= {"mode": "ENABLE", "status": "ENABLED"}
+        return {}
+
+    def recurring_run_service_disable_recurring_run(self, schedule: str, _: Any, query: Any) -> Any:
+        self.schedules[schedule] |= {"mode": "DISABLE", "status": "DISABLED"}
+        return {}
+
+    def recurring_run_service_delete_recurring_run(self, schedule: str, _: Any, query: Any) -> Any:
+        if schedule not in self.schedules:
+            raise RefusedError(404, "no such recurring run")
+        del self.schedules[schedule]
+        if query.get("propagation_policy") != "ORPHAN":  # as Kubernetes does with what is owned
+            self.runs = {
+                k: r for k, r in self.runs.items() if r.get("recurring_run_id") != schedule
+            }
+        return {}

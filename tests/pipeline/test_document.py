@@ -1,0 +1,240 @@
+"""The compiled pipeline: as its source has it, valid, and the same graph as dvc.yaml's."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
+from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
+
+from pipeline import COMPILED
+from reptile.config import load_settings
+
+Document = dict[str, Any]
+
+
+class Origin(NamedTuple):
+    """Where a task's input comes from: an output of a task, or an input of the pipeline."""
+
+    task: str  # "" for the pipeline
+    name: str
+
+
+class Task(NamedTuple):
+    name: str
+    parameters: dict[str, Origin]
+    artifacts: dict[str, Origin]
+    platform: set[str]  # pipeline inputs that its pod's configuration uses
+
+
+@pytest.fixture(scope="module")
+def documents() -> tuple[Document, Document]:
+    pipeline, platform = yaml.safe_load_all(COMPILED.read_text(encoding="utf-8"))
+    return pipeline, platform
+
+
+@pytest.fixture(scope="module")
+def tasks(documents: tuple[Document, Document]) -> dict[str, Task]:
+    pipeline, platform = documents
+    bound = {
+        kind: {
+            name: Origin("", name) for name in pipeline["root"]["inputDefinitions"].get(kind, {})
+        }
+        for kind in ("parameters", "artifacts")
+    }
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {task.name: task for task in walk(pipeline, pods, pipeline["root"], bound)}
+
+
+def walk(
+    pipeline: Document, pods: Document, group: Document, bound: dict[str, dict[str, Origin]]
+) -> Iterator[Task]:
+    """Yield all tasks of a group and of the groups in it, their inputs traced to the origin."""
+    for name, task in group["dag"]["tasks"].items():
+        component = pipeline["components"][task["componentRef"]["name"]]
+        traced: dict[str, dict[str, Origin]] = {"parameters": {}, "artifacts": {}}
+        for kind in traced:
+            for key, source in task.get("inputs", {}).get(kind, {}).items():
+                origin = trace(source, bound[kind])
+                if origin:
+                    traced[kind][key] = origin
+        if "dag" in component:
+            if "parameterIterator" in task:
+                item = task["parameterIterator"]["itemInput"]
+                traced["parameters"][item] = Origin(name, "item")
+            declared = component.get("inputDefinitions", {})
+            assert {k: set(v) for k, v in traced.items() if v} == {
+                k: set(v) for k, v in declared.items()
+            }
+            yield from walk(pipeline, pods, component, traced)
+        else:
+            used = set(parameters_in(pods.get(component["executorLabel"], {})))
+            assert used <= set(bound["parameters"]), f"{name}: its group is not given {used}"
+            own = {bound["parameters"][parameter].name for parameter in used}
+            yield Task(name, traced["parameters"], traced["artifacts"], own)
+
+
+def trace(source: Mapping[str, Any], bound: Mapping[str, Origin]) -> Origin | None:
+    ((kind, value),) = source.items()
+    if kind.startswith("componentInput"):
+        return bound[value]  # a KeyError here is an input that the group was never given
+    if kind in ("taskOutputArtifact", "taskOutputParameter"):
+        return Origin(value["producerTask"], value["output" + kind[10:] + "Key"])
+    return None
+
+
+def parameters_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "componentInputParameter":
+                yield inner
+            else:
+                yield from parameters_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from parameters_in(inner)
+
+
+def test_the_committed_document_is_what_the_source_compiles_to(root: Path) -> None:
+    script = "from pipeline.document import render; import sys; sys.stdout.write(render())"
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=root,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout == COMPILED.read_bytes(), "run `python -m pipeline compile`"
+
+
+def test_both_documents_are_what_kubeflows_own_types_hold(
+    documents: tuple[Document, Document],
+) -> None:
+    pipeline, platform = documents
+    json_format.ParseDict(pipeline, PipelineSpec())
+    json_format.ParseDict(platform, PlatformSpec())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(pods) == set(pipeline["deploymentSpec"]["executors"]), "every task has a time limit"
+    for pod in pods.values():
+        config = json_format.ParseDict(pod, KubernetesExecutorConfig())
+        assert config.active_deadline_seconds > 0
+
+
+def test_a_pod_gets_its_gpu_secret_volume_and_place_from_the_run(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    pipeline, platform = documents
+    executors = pipeline["deploymentSpec"]["executors"]
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    wanted = {"node_selector", "tolerations", "work_volume"}
+    assert tasks["train"].platform == wanted
+    assert tasks["prepare"].platform == tasks["publish"].platform == {"data_secret"}
+    assert pods["exec-train"]["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
+    resources = executors["exec-train"]["container"]["resources"]
+    placeholder = "{{{{$.inputs.parameters['pipelinechannel--{}']}}}}"
+    assert resources == {
+        "accelerator": {
+            "resourceType": placeholder.format("accelerator"),
+            "resourceCount": placeholder.format("accelerators"),
+        },
+        "resourceCpuLimit": placeholder.format("cpu"),
+        "resourceMemoryLimit": placeholder.format("memory"),
+    }
+    for name in ("accelerator", "accelerators", "cpu", "memory"):
+        assert tasks["train"].parameters[f"pipelinechannel--{name}"] == Origin("", name)
+    for task in tasks.values():
+        assert task.parameters["pipelinechannel--image"] == Origin("", "image"), task.name
+    assert not [name for name in executors if "env" not in executors[name]["container"]]
+
+
+def test_training_is_retried_with_back_off_and_finds_its_work_again(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    pipeline, platform = documents
+    group = pipeline["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    policy = group["train"]["retryPolicy"]
+    assert policy["maxRetryCount"] >= 3
+    assert policy["backoffFactor"] > 1
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    (mount,) = pods["exec-train"]["pvcMount"]
+    assert tasks["train"].parameters["work"] == Origin("", "work")
+    assert pipeline["root"]["inputDefinitions"]["parameters"]["work"]["defaultValue"].startswith(
+        mount["mountPath"]
+    )
+
+
+def test_the_graph_has_dvcs_stages_and_edges(root: Path, tasks: dict[str, Task]) -> None:
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    control = {"measure", "tabulate", "publish", "gate", "refuse", "conclude", "summarise"}
+    assert set(tasks) - control == set(stages)
+    made = {out: name for name, stage in stages.items() for out in stage["outs"]}
+    ours = {(o.task, o.name, t.name) for t in tasks.values() for o in t.artifacts.values()}
+    theirs = {
+        (made[dep], Path(dep).stem, name)
+        for name, stage in stages.items()
+        for dep in stage["deps"]
+        if dep in made
+    }
+    assert {edge for edge in ours if edge[2] not in control} == theirs
+    assert ("evaluate", "evaluation", "gate") in ours
+
+
+def test_the_graph_passes_dvcs_settings_each_to_its_own_stage(
+    root: Path, documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    inputs = documents[0]["root"]["inputDefinitions"]["parameters"]
+    settings = load_settings(root / "params.yaml")
+    for name, stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
+        assert stage["params"] == [name]
+        section = getattr(settings, name)
+        given = inputs[f"{name}_settings"]["defaultValue"]
+        assert type(section).model_validate_json(given) == section
+        used = {o.name for o in tasks[name].parameters.values() if o.name.endswith("_settings")}
+        assert used == {f"{name}_settings"}, "or a change would run more than it must"
+    assert tasks["gate"].parameters["settings"] == Origin("", "export_settings")
+
+
+def test_what_the_data_are_is_part_of_the_cache_key(
+    root: Path, documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    origins = {o.name for o in tasks["prepare"].parameters.values()}
+    assert {"data_md5", "data_revision", "data_path", "git_commit", "image"} <= origins
+    pinned = yaml.safe_load((root / "data.dvc").read_text())["outs"][0]
+    inputs = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert inputs["data_md5"]["defaultValue"] == pinned["md5"]
+    assert inputs["data_path"]["defaultValue"] == pinned["path"]
+
+
+def test_export_stands_behind_the_gate_and_a_check_follows(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    components = documents[0]["components"]
+    (branch,) = [c for c in components.values() if "export" in c.get("dag", {}).get("tasks", {})]
+    assert {"export", "verify"} < set(branch["dag"]["tasks"])
+    conditions = [
+        task["triggerPolicy"]["condition"]
+        for c in components.values()
+        for task in c.get("dag", {}).get("tasks", {}).values()
+        if "condition" in task.get("triggerPolicy", {})
+    ]
+    assert ["gate-passed" in condition for condition in sorted(conditions)].count(True) == 2
+    assert tasks["conclude"].parameters["verified"].task.startswith("condition-branches")
+    assert tasks["refuse"].parameters["reason"] == Origin("gate", "reason")
+
+
+def test_points_are_measured_each_by_a_task_of_its_own(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    assert tasks["measure"].parameters["point"].name == "item"
+    assert tasks["tabulate"].parameters["rows"].task.startswith("for-loop")
+    points = documents[0]["root"]["inputDefinitions"]["parameters"]["points"]["defaultValue"]
+    assert points, "kfp cannot collect from nothing"
+    assert all(isinstance(point, str) for point in points), "numbers would become floats"

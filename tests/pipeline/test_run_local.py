@@ -1,0 +1,253 @@
+"""The compiled pipeline as it runs on one machine, from a clone."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import yaml
+
+from pipeline.local import Outcome, examine
+from reptile.config import load_settings
+from reptile.data.fetch import content_md5
+from reptile.provenance import settings_sha256
+from reptile.runtime import FewShotModel
+
+STAGES = ("prepare", "train", "evaluate", "export", "verify")
+POINT = ("--point", "2-way 1-shot frozen")
+Ended = tuple[int, str, Path]
+
+
+class Pipeline(Protocol):
+    output: Path
+    work: Path
+
+    def start(self, *options: str) -> subprocess.Popen[str]: ...
+    def __call__(self, *options: str) -> Ended: ...
+
+
+def left_by(folder: Path, task: str) -> dict[str, Any]:
+    """The metadata of what a task has left, by the artifacts' names; and its values."""
+    output = json.loads((folder / task / "executor_output.json").read_text())
+    artifacts = {
+        name: artifact["artifacts"][0]["metadata"]
+        for name, artifact in output.get("artifacts", {}).items()
+    }
+    return artifacts | output.get("parameterValues", {})
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.check_output(["git", *arguments], cwd=folder, text=True).strip()
+
+
+def test_all_stages_run_and_leave_a_bundle_that_works(delivered: Ended) -> None:
+    code, printed, folder = delivered
+    assert code == 0, printed
+    assert f"delivered: {folder}" in printed
+    for stage in (*STAGES, "gate"):
+        assert stage in printed
+    FewShotModel.load(folder / "export/bundle").check()
+    assert (
+        left_by(folder, "verify")["Output"]
+        == left_by(folder, "export")["bundle"]["manifest_sha256"]
+    )
+    assert left_by(folder, "summarise")["summary"]["state"] == "SUCCEEDED"
+
+
+def test_every_artifact_says_what_it_was_made_of(delivered: Ended, clone: Path) -> None:
+    _, _, folder = delivered
+    settings = load_settings(clone / "params.yaml")
+    lineage = {
+        "data_md5": yaml.safe_load((clone / "data.dvc").read_text())["outs"][0]["md5"],
+        "data_revision": git(clone, "log", "-1", "--format=%H", "--", "data.dvc"),
+        "git_commit": git(clone, "log", "-1", "--format=%H", "--", "reptile", "components"),
+    }
+    assert git(clone, "rev-parse", "HEAD") == lineage["data_revision"]
+    assert lineage["git_commit"] != lineage["data_revision"], "the data's commit left code alone"
+    for number, stage in enumerate(STAGES):
+        for before in STAGES[: number + 1]:
+            section = getattr(settings, before).model_dump(mode="json")
+            lineage[f"{before}_settings_sha256"] = settings_sha256(section)
+        artifacts = {k: v for k, v in left_by(folder, stage).items() if isinstance(v, dict)}
+        assert artifacts
+        for name, metadata in artifacts.items():
+            assert lineage.items() <= metadata.items(), f"{stage}: {name}"
+            assert stage == "prepare" or 0 <= metadata["accuracy"] <= 1
+
+
+def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended) -> None:
+    _, _, folder = delivered
+    found = left_by(folder, "evaluate")
+    evaluation = folder / "evaluate/evaluation"
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    score = metrics["letters"]["2-shot"]["frozen"]["interval"]
+    assert found["evaluation"]["letters/2-shot/frozen/interval"] == score
+    lines = (evaluation / "confusion.csv").read_text().splitlines()[1:]
+    matrix = found["confusion"]["confusionMatrix"]
+    names = [spec["displayName"] for spec in matrix["annotationSpecs"]]
+    rows = [row["row"] for row in matrix["rows"]]
+    assert sum(map(sum, rows)) == len(lines)
+    for actual, row in zip(names, rows, strict=True):
+        for predicted, count in zip(names, row, strict=True):
+            assert count == lines.count(f"{actual},{predicted}")
+    assert (folder / "evaluate/report").read_bytes() == (evaluation / "report.html").read_bytes()
+
+
+def test_points_are_measured_and_collected(delivered: Ended) -> None:
+    _, printed, folder = delivered
+    lines = (folder / "tabulate/table").read_text().splitlines()[2:]
+    easier, same = (line.split("|")[1:] for line in lines)
+    assert easier[0].strip() == "2-way 1-shot frozen"
+    assert same[0].strip() == "5-way 2-shot frozen"
+    metrics = json.loads((folder / "evaluate/evaluation/metrics.json").read_text())
+    score = metrics["letters"]["2-shot"]["frozen"]
+    expected = f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}"
+    assert same[1].strip() == expected, "the same tasks as the whole evaluation's"
+    assert easier[1].strip() in printed
+
+
+def test_the_bundle_is_pushed_and_its_pointer_given(delivered: Ended) -> None:
+    _, _, folder = delivered
+    (out,) = yaml.safe_load((folder / "publish/pointer").read_text())["outs"]
+    assert out["md5"] == content_md5(folder / "export/bundle")
+    remote = folder.parent.parent / "remote/files/md5"
+    assert (remote / out["md5"][:2] / out["md5"][2:]).is_file()
+    assert left_by(folder, "publish")["pointer"]["remote"] == str(folder.parent.parent / "remote")
+
+
+@pytest.mark.slow
+def test_the_gate_refuses_and_then_nothing_is_exported(pipeline: Pipeline) -> None:
+    code, printed, folder = pipeline(*POINT, "-S", "export.gate.accuracy=0.999")
+    assert code == 3, printed
+    assert "below the gate of 0.999" in printed.splitlines()[-1]
+    assert not (folder / "export").exists()
+    assert not (folder / "verify").exists()
+    assert left_by(folder, "gate")["passed"] is False
+    assert left_by(folder, "summarise")["summary"]["state"] == "FAILED"
+
+
+def spoil_with(changes: dict[str, float]) -> Callable[[str], str]:
+    def spoil(text: str) -> str:
+        manifest = json.loads(text)
+        for dataset in manifest["metrics"].values():
+            for method in dataset["1-shot"].values():
+                method |= changes
+        return json.dumps(manifest)
+
+    return spoil
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (str, 0),  # as good as the champion, which it is itself
+        (spoil_with({"accuracy": 1.5, "interval": 0.0}), 3),
+        (lambda text: text.replace("letters", "numerals"), 1),
+    ],
+    ids=["equal", "better champion", "champion of other data"],
+)
+def test_a_champion_decides(
+    delivered: Ended, pipeline: Pipeline, tmp_path: Path, spoil: Callable[[str], str], code: int
+) -> None:
+    manifest = delivered[2] / "export/bundle/manifest.json"
+    champion = tmp_path / "champion.json"
+    champion.write_text(spoil(manifest.read_text()))
+    found, printed, folder = pipeline(*POINT, "--champion", str(champion))
+    assert found == code, printed
+    assert (folder / "export").exists() == (code == 0)
+
+
+@pytest.mark.slow
+def test_dvc_repro_gives_the_same_bytes(delivered: Ended, clone: Path, tmp_path: Path) -> None:
+    _, _, folder = delivered
+    copy = tmp_path / "clone"
+    shutil.copytree(clone, copy)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["dvc", "repro", "--pull"],
+        cwd=copy,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pairs = {
+        "train/checkpoint": "checkpoint",
+        "prepare/prepared": "prepared",
+        "evaluate/evaluation": "evaluation",
+        "export/bundle": "bundle",
+    }
+    for ours, theirs in pairs.items():
+        expected = {
+            p.relative_to(copy / "artifacts" / theirs): p.read_bytes()
+            for p in (copy / "artifacts" / theirs).rglob("*")
+            if p.is_file()
+        }
+        found = {
+            p.relative_to(folder / ours): p.read_bytes()
+            for p in (folder / ours).rglob("*")
+            if p.is_file()
+        }
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name] == expected[name], f"{ours}/{name}"
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_where_it_stopped(pipeline: Pipeline, tmp_path: Path) -> None:
+    longer = (*POINT, "-S", "train.meta_iterations=400", "-S", "train.checkpoint_every=20")
+    process = pipeline.start(*longer)
+    deadline = time.monotonic() + 300
+    while not list(pipeline.work.glob("*/iteration-*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed = max(pipeline.output.iterdir())
+    assert not (killed / "train/checkpoint").exists(), "killed too late to show anything"
+
+    code, printed, resumed = pipeline(*longer)
+    assert code == 0, printed
+    start = re.search(r"from meta-iteration (\d+) of 400", printed)
+    assert start
+    assert int(start[1]) > 20
+    assert not list(pipeline.work.iterdir()), "a finished run leaves no work behind"
+
+    code, printed, whole = pipeline(*longer)
+    assert code == 0, printed
+    assert "from meta-iteration 1 of 400" in printed
+    for name in ("weights.safetensors", "checkpoint.json"):
+        ours = (resumed / "train/checkpoint" / name).read_bytes()
+        assert ours == (whole / "train/checkpoint" / name).read_bytes()
+
+
+def test_a_run_is_judged_by_what_it_left_not_by_its_status(
+    delivered: Ended, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(delivered[2], copy)
+    assert examine(copy, publishes=True).outcome is Outcome.DELIVERED
+    for path, content in {
+        "verify/verification": '{"checks": []}',
+        "export/bundle/MODEL_CARD.md": "better",
+        "publish/pointer": "outs: [{md5: 0}]",
+        "tabulate/table": None,
+    }.items():
+        before = (copy / path).read_bytes()
+        (copy / path).unlink() if content is None else (copy / path).write_text(content)
+        run = examine(copy, publishes=True)
+        assert run.outcome is Outcome.FAILED, path
+        assert run.message
+        (copy / path).write_bytes(before)
+    assert examine(copy, "Docker says so").outcome is Outcome.FAILED

@@ -1,0 +1,210 @@
+"""The built image, run as a cluster would: an unknown user, a read-only root, no network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from components.image import IMAGE as DEFAULT
+from reptile import __version__
+from reptile.learn.checkpoint import load_checkpoint
+from reptile.runtime import FewShotModel
+
+ROOT = Path(__file__).parent.parent
+ENGINE = shutil.which("docker") or shutil.which("podman") or ""
+IMAGE = os.environ.get("IMAGE", DEFAULT)
+STRANGER = 12345  # a user that no file of the image knows
+SMALL = (
+    *("-S", "prepare.images_per_class=12", "-S", "prepare.cross_domain=[]"),
+    *("-S", "train.engine=native", "-S", "train.meta_iterations=4", "-S", "train.meta_batch=2"),
+    *("-S", "train.checkpoint_every=2", "-S", "train.validation_tasks=2"),
+    *("-S", "train.model={name: conv4, filters: 8, downsampling: stride}"),
+    *("-S", "evaluate.tasks=6", "-S", "evaluate.steps=5"),
+    *("-S", "export.gate={accuracy: 0.0, above_random: -1.0}"),
+    *("-S", "verify.episodes=40", "-S", "verify.steps=5"),
+)
+
+pytestmark = [pytest.mark.images, pytest.mark.slow]
+
+
+def engine(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [ENGINE, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0 or not check, done.stdout
+    return done.stdout
+
+
+def confined(*command: str, options: tuple[str, ...] = (), image: str = IMAGE) -> str:
+    return engine(
+        *("run", "--rm", "--user", f"{STRANGER}:0", "--read-only", "--tmpfs", "/tmp"),
+        *("--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        *options,
+        image,
+        *command,
+    )
+
+
+def as_root(*command: str, image: str = IMAGE) -> str:
+    return engine("run", "--rm", "--user", "0", "--network", "none", image, *command)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def image() -> dict:
+    if not ENGINE:
+        pytest.skip("neither docker nor podman is installed")
+    if not re.search(r"\d", engine("info", "--format", "{{.ServerVersion}}", check=False)):
+        pytest.skip(f"{ENGINE} has no engine to talk to; start it")
+    found = engine("image", "inspect", IMAGE, check=False)
+    if "No such image" in found or "not known" in found:
+        pytest.skip(f"there is no image {IMAGE}; build it with `make images BASE_IMAGE=…`")
+    return json.loads(found)[0]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """All five stages on the starter data, which is mounted read-only."""
+    data, results = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("artifacts")
+    data.chmod(0o755)
+    results.chmod(0o777)
+    (data / "glyphs.zip").write_bytes(starter_data())
+    for stage in ("prepare", "train", "evaluate", "export", "verify"):
+        print(
+            confined(
+                *("reptile", stage, "--params", "/opt/reptile/params.yaml", *SMALL),
+                options=(
+                    *("--volume", f"{data}:/workspace/data:ro"),
+                    *("--volume", f"{results}:/workspace/artifacts"),
+                ),
+            )
+        )
+    yield results
+    shutil.rmtree(results)
+
+
+def starter_data() -> bytes:
+    store = ROOT / ".dvc/starter/files/md5"
+    folder = re.search(r"md5: (\w{2})(\w+\.dir)", (ROOT / "data.dvc").read_text(encoding="utf-8"))
+    assert folder
+    (entry,) = json.loads((store / folder[1] / folder[2]).read_text(encoding="utf-8"))
+    return (store / entry["md5"][:2] / entry["md5"][2:]).read_bytes()
+
+
+def test_every_stage_runs_as_any_user_on_a_read_only_root(artifacts: Path) -> None:
+    checkpoint = load_checkpoint(artifacts / "checkpoint")
+    assert checkpoint.info.iteration == 4
+    assert checkpoint.info.settings.engine == "native"  # which is an error where it cannot run
+    verification = json.loads((artifacts / "verification.json").read_text(encoding="utf-8"))
+    assert all(check["passed"] for check in verification["checks"])
+    assert len(verification["checks"]) > 5
+    written = {path.stat().st_uid for path in artifacts.rglob("*")}
+    assert written == {STRANGER}
+
+
+def test_a_bundle_made_in_the_image_works_outside_of_it(artifacts: Path) -> None:
+    FewShotModel.load(artifacts / "bundle", threads=1).check()
+
+
+def test_kernel_is_shipped_and_there_is_no_compiler() -> None:
+    looked_for = ("c++", "g++", "gcc", "cc", "clang", "ld", "as", "make", "pip")
+    assert (
+        confined("sh", "-c", f"for c in {' '.join(looked_for)}; do command -v $c; done; true") == ""
+    )
+    script = (
+        "from reptile.learn.native.build import load_kernel; "
+        "k = load_kernel(); print(k._name, bool(k.reptile_adapt))"
+    )
+    assert re.fullmatch(
+        r"/opt/reptile/reptile/learn/native/kernel-\w+-\w+\.so True\n",
+        confined("python", "-c", script),
+    )
+
+
+def test_nothing_in_the_image_can_be_changed_by_who_runs_it() -> None:
+    found = confined(
+        "sh", "-c", "find /opt /etc /usr -writable ! -type l 2> /dev/null | head -3; id -u"
+    )
+    assert found == f"{STRANGER}\n"
+
+
+def test_image_is_nobody_s_in_particular_and_says_what_it_is(image: dict) -> None:
+    user, _, group = image["Config"]["User"].partition(":")
+    assert int(user) > 0
+    assert group == "0"
+    labels = {
+        key.removeprefix("org.opencontainers.image."): value
+        for key, value in image["Config"]["Labels"].items()
+    }
+    assert labels["version"] == __version__
+    assert labels["licenses"] == "MIT"
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["revision"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", labels["created"])
+    assert labels["base.name"]
+
+
+def test_nothing_that_the_build_was_given_for_itself_stays(image: dict) -> None:
+    history = engine("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
+    told = history + "\n".join(image["Config"]["Env"])
+    assert not re.search(r"pip\.conf|PIP_|\.pem|INDEX|TOKEN|PASSWORD|://\S+:\S+@", told)
+    assert as_root("sh", "-c", "ls -d /build /opt/tools 2> /dev/null; true") == ""
+    base = image["Config"]["Labels"]["org.opencontainers.image.base.name"]
+    if "No such image" in engine("image", "inspect", base, check=False):
+        pytest.skip(f"the base {base} is not here to compare certificates with")
+    # All but certifi's, which pip installed by its hash.
+    names = r"\( -name '*.pem' -o -name '*.crt' -o -name pip.conf \)"
+    listing = f"find / -xdev {names} -not -path '/opt/venv/*' -type f -exec sha256sum {{}} +"
+    command = ("sh", "-c", f"{listing} | sort")
+    certificates = as_root(*command, image=base)
+    assert certificates
+    assert as_root(*command) == certificates
+
+
+def test_bill_of_materials_names_what_is_locked_and_the_project() -> None:
+    bill = json.loads(confined("cat", "/opt/reptile/sbom.cdx.json"))
+    assert bill["bomFormat"] == "CycloneDX"
+    parts = {part["name"].lower().replace("_", "-"): part["version"] for part in bill["components"]}
+    lock = (ROOT / "requirements/train-cpu.txt").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.MULTILINE))
+    runtime = {name for name in parts if name.startswith("onnxruntime")}
+    assert len(runtime) == 1
+    wanted = {n.replace(".", "-"): v for n, v in locked.items() if n != "onnxruntime"}
+    found = {n.replace(".", "-"): v for n, v in parts.items()}
+    assert wanted.items() <= found.items()
+    assert found["reptile-fewshot"] == __version__
+
+
+def test_cluster_commands_start_in_the_image() -> None:
+    assert "Six fields" in confined("python", "-m", "pipeline", "schedule", "--help")
+
+
+def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> None:
+    pytest.importorskip("kfp")
+    pytest.importorskip("docker")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pipeline", "run-local", "--docker", "--image", IMAGE),
+            *("--point", "5-way 1-shot frozen", *SMALL),
+        ],
+        cwd=clone,
+        env=os.environ | {"PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (clone / "artifacts/kubeflow").iterdir()
+    FewShotModel.load(run / "export/bundle", threads=1).check()
