@@ -16,7 +16,7 @@ from reptile.config import (
     TrainSettings,
 )
 from reptile.data.prepared import PreparedData
-from reptile.episodes import training_task
+from reptile.episodes import training_tasks
 from reptile.export.bundle import export_bundle
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
@@ -95,7 +95,7 @@ def checkpoint(data: PreparedData, make_checkpoint: Callable[..., Checkpoint]) -
     engine = EagerEngine(start.model, settings.optimizer, data.images, torch.device("cpu"))
     state = MetaState(start.state.weights, fresh_state(start.state.weights))
     for iteration in range(8):
-        tasks = [training_task(data.split("train"), settings, iteration, n) for n in range(5)]
+        tasks = training_tasks(data.split("train"), settings, iteration)
         state = meta_step(engine, state, tasks, settings, 1.0).state
     return start._replace(state=state)
 
