@@ -67,6 +67,14 @@ class InferenceResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
+class ServerMetadata(BaseModel):
+    """What serves."""
+
+    name: str
+    version: str
+    extensions: list[str] = []
+
+
 class TensorMetadata(BaseModel):
     """A tensor's name, datatype, and shape with -1 for a size that may vary."""
 
