@@ -106,12 +106,13 @@ def test_what_is_saved_predicts_the_same_without_the_examples(
 def test_pictures_of_any_size_and_colour_are_fitted_as_for_training(
     pictures: Path, classify: Run
 ) -> None:
-    large = Image.open(pictures / "new/alef5.png").resize((48, 48), Image.Resampling.NEAREST)
-    large.convert("RGB").save(pictures / "large.png")
-    options = "--support", "support", "--steps", 60, "--json"
-    code, out, _ = classify(*options, "large.png", "new/alef5.png")
+    Image.new("L", (12, 12), 255).save("plain.png")
+    Image.new("RGB", (48, 30), "white").save("large.jpg")
+    Image.new("RGBA", (7, 9), (0, 0, 0, 0)).save("transparent.png")
+    code, out, _ = classify(*SUPPORT, "--json", "plain.png", "large.jpg", "transparent.png")
     assert code == 0
-    assert [p["label"] for p in json.loads(out)["predictions"]] == ["alef", "alef"]
+    plain, *others = (p["probabilities"] for p in json.loads(out)["predictions"])
+    assert others == [pytest.approx(plain, abs=1e-6)] * 2
 
 
 def test_a_folder_called_digits_is_a_folder_and_not_the_dataset(
