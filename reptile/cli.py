@@ -1,4 +1,4 @@
-"""The command line: one command a stage, each reading its section of params.yaml, and the consumers'.
+"""The command line: a command for each stage, reading its section of params.yaml, and consumers'.
 
 It shows progress and results to a person; all work is done by `reptile.stages` and
 `reptile.classify`. Each command imports what it needs, so that the consumers' need no torch.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from reptile.stages import Counted
 
 app = typer.Typer(
-    help="Few-shot learning with Reptile: prepare, train, evaluate, export, verify, classify, serve.",
+    help="Few-shot learning with Reptile: from images to a bundle, and a bundle in use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
