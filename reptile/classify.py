@@ -37,7 +37,7 @@ def read_support(folder: Path, model: FewShotModel) -> tuple[UInt8Array, list[st
         if not 2 <= len(names) <= model.ways:
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise InputError(
-                f"{folder}: {len(names)} classes ({listed}); this bundle tells 2 to {model.ways} "
+                f"{folder}: classes: {len(names)} ({listed}); this bundle tells 2 to {model.ways} "
                 "apart: add or remove class folders"
             )
         files = [(file, c.name) for c in source.classes for file in c.files]
