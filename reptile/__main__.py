@@ -1,10 +1,6 @@
-"""Entry point of the `reptile` command: the environment, then the command line."""
+"""Entry point of the `reptile` command."""
 
 import sys
-
-from reptile.cpus import settle_threads
-
-settle_threads()
 
 
 def main() -> None:

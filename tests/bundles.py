@@ -12,7 +12,7 @@ from reptile.config import (
     TrainSettings,
 )
 from reptile.data.prepared import PreparedData
-from reptile.episodes import training_task
+from reptile.episodes import training_tasks
 from reptile.export.bundle import export_bundle
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engine import EagerEngine
@@ -72,7 +72,7 @@ def trained_checkpoint(data: PreparedData) -> Checkpoint:
     engine = EagerEngine(start.model, settings.optimizer, data.images, torch.device("cpu"))
     state = MetaState(start.state.weights, fresh_state(start.state.weights))
     for iteration in range(8):
-        tasks = [training_task(data.split("train"), settings, iteration, n) for n in range(5)]
+        tasks = training_tasks(data.split("train"), settings, iteration)
         state = meta_step(engine, state, tasks, settings, 1.0).state
     return start._replace(state=state)
 

@@ -213,13 +213,11 @@ def test_no_bundle_is_said(pictures: Path, classify: Run) -> None:
     assert err.count("\n") == 1
 
 
-def test_neither_torch_nor_a_package_of_training_alone_is_loaded(
-    pictures: Path, exported: Path
-) -> None:
+def test_no_package_of_training_alone_is_loaded(pictures: Path, exported: Path) -> None:
     script = (
         "import sys; from reptile.cli import run\n"
         "try: run()\n"
-        "finally: print(*{'torch', 'onnx', 'yaml', 'sklearn', 'safetensors'} & set(sys.modules))"
+        "finally: print(*{'torch', 'onnx', 'sklearn', 'safetensors'} & set(sys.modules))"
     )
     command = ["classify", str(exported), *SUPPORT, "new/alef6.png", "--json"]
     done = subprocess.run(
@@ -229,16 +227,19 @@ def test_neither_torch_nor_a_package_of_training_alone_is_loaded(
     assert done.stdout.splitlines()[-1] == ""
 
 
-def test_a_stage_without_its_packages_says_what_to_install(pictures: Path) -> None:
+def test_a_stage_without_its_packages_says_what_to_install(root: Path) -> None:
     script = (
-        "import sys; sys.modules['yaml'] = None\n"  # importing it fails as if it were not there
+        "import sys; sys.modules['torch'] = None\n"  # importing it fails as if it were not there
         "from reptile.__main__ import main\n"
         "main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "train"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, "train", "--params", root / "params.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the package yaml is missing")
+    assert done.stderr.startswith("error: the package torch is missing")
     assert "[train,cpu]" in done.stderr
     assert done.stderr.count("\n") == 1
