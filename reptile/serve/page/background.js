@@ -51,6 +51,14 @@ export class BackgroundModel {
     return model;
   }
 
+  get ways() {
+    return this.manifest.task.ways;
+  }
+
+  get imageShape() {
+    return this.manifest.task.image_shape;
+  }
+
   /** As `FewShotModel.adapt`. */
   async adapt(images, labels, options = {}) {
     const task = ++this.#calls;

@@ -30,7 +30,10 @@ export class Pad {
       host.addEventListener(end, (event) => this.#lift(event.pointerId));
     }
     host.addEventListener("keydown", (event) => this.#key(event));
-    host.addEventListener("blur", () => this.#lift("keyboard"));
+    host.addEventListener("blur", () => {
+      this.#lift("keyboard");
+      host.classList.remove("keys", "down", "pointed");
+    });
   }
 
   get empty() {
@@ -65,6 +68,7 @@ export class Pad {
     this.host.focus({ preventScroll: true });
     this.host.setPointerCapture(event.pointerId);
     this.host.classList.remove("keys");
+    this.host.classList.add("pointed");
     this.#begin(event.pointerId, this.#place(event));
   }
 
@@ -114,6 +118,7 @@ export class Pad {
     }
     event.preventDefault();
     this.host.classList.add("keys");
+    this.host.classList.remove("pointed");
     this.host.classList.toggle("down", this.#pen === "keyboard");
     this.#ring.setAttribute("cx", this.#cursor[0] * SHEET);
     this.#ring.setAttribute("cy", this.#cursor[1] * SHEET);

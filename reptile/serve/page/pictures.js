@@ -18,7 +18,7 @@ export function acceptFiles(target, input, shape, take) {
   const readAll = async (files) => {
     for (const file of files) {
       try {
-        take(fit(await readPicture(file), shape));
+        take(await pixelsOfFile(file, shape));
       } catch (error) {
         target.dispatchEvent(new CustomEvent("refused", { bubbles: true, detail: error }));
       }
@@ -41,7 +41,15 @@ export function acceptFiles(target, input, shape, take) {
   });
 }
 
-async function readPicture(file) {
+/**
+ * Read a picture file as the pixels that a bundle takes.
+ *
+ * @param {File} file a PNG or JPEG file, or another that this browser reads.
+ * @param {number[]} shape the image's channels, height and width.
+ * @returns {Promise<Uint8Array>} its C*H*W pixels.
+ * @throws {InputError} a file that is no picture, or too large.
+ */
+export async function pixelsOfFile(file, shape) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
@@ -60,7 +68,7 @@ async function readPicture(file) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
-  return context.getImageData(0, 0, width, height);
+  return fit(context.getImageData(0, 0, width, height), shape);
 }
 
 /** Show an image's pixels as they are. */

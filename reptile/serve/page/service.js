@@ -39,6 +39,14 @@ export class ServiceModel {
     return new ServiceModel(base, headers, manifest);
   }
 
+  get ways() {
+    return this.manifest.task.ways;
+  }
+
+  get imageShape() {
+    return this.manifest.task.image_shape;
+  }
+
   /** As `FewShotModel.adapt`; mini-batches cannot be given. */
   async adapt(images, labels, { steps, learningRate, seed } = {}) {
     const body = { images: this.#nested(images), labels, steps, learning_rate: learningRate, seed };
