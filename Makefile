@@ -49,8 +49,8 @@ page: setup
 	$(NPM)
 	rm -rf reptile/serve/ort && mkdir reptile/serve/ort
 	cp $(addprefix node_modules/onnxruntime-web/dist/,$(WEB)) reptile/serve/ort/
-	python -c 'import onnxruntime as o, shutil; from pathlib import Path; \
-		[shutil.copy(Path(o.__file__).with_name(n), "reptile/serve/ort") for n in ("LICENSE", "ThirdPartyNotices.txt")]'
+	ort=$$(python -c 'import onnxruntime; print(*onnxruntime.__path__)') && \
+		cp "$$ort/LICENSE" "$$ort/ThirdPartyNotices.txt" reptile/serve/ort/
 
 test-browser: page
 	cd examples/node && $(NPM)

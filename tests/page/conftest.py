@@ -26,10 +26,15 @@ from reptile.learn.train import train
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Neither a GPU nor the vendor's services belong to the tests; a container has no user namespaces.
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +72,6 @@ def serving(bundle: Path, folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "reptile", "serve", str(bundle), "--port", str(port)]
-    if os.environ.get("STUB"):
-        command = [sys.executable, "/work/tmp/page/stub.py", str(port), str(bundle)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--tasks", str(folder / "tasks")],
@@ -154,8 +157,9 @@ def open_page(chromium: Any, server: str) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
 
         def console(message: Any) -> None:
-            if message.type in ("error", "warning") and not (allowed and allowed in message.text):
-                problems.append(f"{message.type}: {message.text}")
+            text = f"{message.text} {message.location['url']}"
+            if message.type in ("error", "warning") and not (allowed and allowed in text):
+                problems.append(f"{message.type}: {text}")
 
         page.on("console", console)
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -89,7 +89,9 @@ def test_a_drawing_keeps_its_pixels_wherever_and_however_large_it_is_drawn(
     node: Callable[..., Any],
 ) -> None:
     ring = np.array(STROKES["ring"])
-    cases = [[(ring * scale + shift).tolist(), (1, 28, 28)] for scale, shift in ((1, 0), (1.5, -0.2))]
+    cases = [
+        [(ring * scale + shift).tolist(), (1, 28, 28)] for scale, shift in ((1, 0), (1.5, -0.2))
+    ]
     first, second = np.array(call(node, "pixels.js", "drawingPixels", cases))
     np.testing.assert_allclose(first, second, atol=1)
     dot, line = np.array(
