@@ -241,6 +241,9 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
     async def unknown(request: Request, error: UnknownError) -> Response:
         return answer(404, str(error))
 
+    async def failed(request: Request, error: Exception) -> Response:
+        return answer(500, "the server has a fault; its log says more")
+
     for kind, handler in (
         (InputError, bad_input),
         (NotFiniteError, not_finite),
@@ -249,6 +252,7 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         (TimeoutError, late),
         (HTTPException, http),
         (UnknownError, unknown),
+        (Exception, failed),
     ):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
 
