@@ -18,6 +18,7 @@ from pipeline.__main__ import app
 from pipeline.cron import parse_cron
 from pipeline.graph import SECRET_KEYS, WORK
 from pipeline.package import load_package, run_parameters
+from reptile.cli import app as reptile_app
 from reptile.export.verify import GRAPHS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -228,9 +229,9 @@ def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
     assert str(values["tasks"]) == container["volumeMounts"][0]["mountPath"]
     (port,) = container["ports"]
     assert port["containerPort"] == values["port"]
-    for probe in ("readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["port"] == values["port"]
-        assert container[probe]["httpGet"]["path"] in V2_HEALTH
+    for probe, path in {"readinessProbe": "ready", "livenessProbe": "live"}.items():
+        wanted = {"path": f"/v2/health/{path}", "port": values["port"]}
+        assert container[probe]["httpGet"] == wanted
     assert unknown_fields(pod, "V1PodSpec") == [
         ".minReplicas",
         ".maxReplicas",
