@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -222,14 +222,13 @@ class _HttpsOnly(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _range(answer: Any, start: int) -> tuple[int, int | None]:
+def _range(answer: HTTPResponse, start: int) -> tuple[int, int | None]:
     """Return from which byte on the server sends, and how many the whole file has."""
-    length = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
     sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
     first = int(sent[1]) if answer.status == 206 and sent else 0
     if first not in (0, start):
-        raise InputError(f"{answer.url}: the server sends from byte {first}, not {start}")
-    return first, None if length is None else first + length
+        raise InputError(f"{answer.url}: the server sends from byte {first:,}, not {start:,}")
+    return first, None if answer.length is None else first + answer.length
 
 
 def _read(file: RemoteFile, answer: HTTPResponse, done: int, total: int | None) -> bytes:

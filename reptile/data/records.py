@@ -18,7 +18,15 @@ from reptile.data.prepared import UInt8Array
 from reptile.errors import InputError
 
 BLOCK = 2**20
-BROKEN = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,  # zipfile: a kind of compression that it does not know
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 class Stream(Protocol):
@@ -34,12 +42,15 @@ def reading(label: str) -> Iterator[None]:
 
     Raises:
         InputError: instead of any of those.
+        OSError: the system's own, such as a full disk.
     """
     try:
         yield
     except InputError:
         raise
     except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # no fault of the file: no room, no permission
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{label}: cannot be read ({reason}); download it again") from error
 
