@@ -22,8 +22,14 @@ from PIL import Image
 from reptile.cpus import available_cpus
 from reptile.data.prepared import load_prepared
 
-PER_CLASS = 500
-SETTINGS = ("held_out=classes", "cross_domain=[]", "channels=rgb", "rotations=false")
+CLASSES = 100
+SETTINGS = (
+    "held_out=classes",
+    "cross_domain=[]",
+    "channels=rgb",
+    "rotations=false",
+    "images_per_class=1",
+)
 
 
 class Usage(NamedTuple):
@@ -35,16 +41,16 @@ class Usage(NamedTuple):
 
 
 def make_photographs(folder: Path, images: int, size: int) -> None:
-    """Write JPEG files of smooth noise, `PER_CLASS` in a class's folder."""
+    """Write JPEG files of smooth noise, in `CLASSES` folders in turn."""
 
     def make(number: int) -> None:
         rng = np.random.default_rng(number)
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        path = folder / f"class{number // PER_CLASS:04}" / f"{number % PER_CLASS:04}.jpg"
+        path = folder / f"class{number % CLASSES:02}" / f"{number:07}.jpg"
         coarse.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
 
-    for number in range(0, images, PER_CLASS):
-        (folder / f"class{number // PER_CLASS:04}").mkdir(parents=True)
+    for number in range(CLASSES):
+        (folder / f"class{number:02}").mkdir(parents=True)
     with ThreadPoolExecutor(available_cpus()) as pool:
         for _ in pool.map(make, range(images)):
             pass
@@ -70,14 +76,14 @@ def prepare(source: Path, artifacts: Path, size: int) -> Usage:
 
 
 def main(
-    images: int = 100_000,
+    images: Annotated[int, typer.Option(min=2000)] = 100_000,
     size: Annotated[int, typer.Option(help="Width and height, made and prepared.")] = 84,
     folder: Annotated[Path | None, typer.Option(help="Where there is room.")] = None,
 ) -> None:
-    """Print what preparing takes for a hundredth of the images, and for all of them."""
+    """Print what preparing takes for a twentieth of the images, and for all of them."""
     with TemporaryDirectory(dir=folder) as name:
         root = Path(name)
-        for count in (max(10 * PER_CLASS, images // 100), images):
+        for count in (images // 20, images):
             source = root / f"photographs{count}"
             make_photographs(source, count, size)
             usage = prepare(source, root / "artifacts", size)

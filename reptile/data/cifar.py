@@ -98,6 +98,8 @@ def _files(root: Path) -> dict[str, UInt8Array]:
         else:
             with open_regular(home) as raw, tarfile.open(fileobj=raw, mode="r|gz") as archive:
                 for member in archive:
+                    if member.size > MAX_BYTES:
+                        raise InputError(f"{home}: {member.name!r} is too large for CIFAR-100")
                     folder, _, name = member.name.rpartition("/")
                     content = archive.extractfile(member) if member.isreg() else None
                     if folder == FOLDER and name in wanted and content is not None:

@@ -39,6 +39,8 @@ class Server:
     cut_after: int | None = None
     """Bytes of the body, after which the connection ends."""
     ranges: bool = True
+    first: int | None = None
+    """The first byte that an answer to a Range says it has."""
     length: bool = True
     status: int = 200
     location: str = ""
@@ -70,7 +72,8 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_response(206 if start else 200)
             if start:
                 whole = len(server.content)
-                self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+                first = start if server.first is None else server.first
+                self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
             if server.length:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -193,6 +196,14 @@ def test_a_server_without_ranges_sends_all_of_it_again(server: Server, tmp_path:
     server.ranges = False
     download(dataset(server.url()), tmp_path)
     assert (tmp_path / "some.bin").read_bytes() == CONTENT
+
+
+def test_a_range_that_was_not_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "some.bin.part").write_bytes(CONTENT[:1000])
+    server.first = 2000
+    with pytest.raises(InputError, match="the server sends from byte 2,000, not 1,000"):
+        download(dataset(server.url()), tmp_path)
+    assert (tmp_path / "some.bin.part").read_bytes() == CONTENT[:1000]
 
 
 def test_a_whole_part_needs_nothing_more(server: Server, tmp_path: Path) -> None:

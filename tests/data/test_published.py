@@ -286,6 +286,13 @@ def write_cifar(root: Path, **changes: bytes) -> None:
     write_tar(root / "cifar-100-binary.tar.gz", files)
 
 
+def promise_terabytes(root: Path) -> None:
+    member = tarfile.TarInfo("cifar-100-binary/readme.html")
+    member.size = 10**12
+    with gzip.open(root / "cifar-100-binary.tar.gz", "wb") as archive:
+        archive.write(member.tobuf() + bytes(5000))
+
+
 BAD_CIFAR: dict[str, tuple[Callable[[Path], None], str]] = {
     "the Python version": (
         lambda root: (root / "cifar-100-python.tar.gz").write_bytes(b""),
@@ -297,6 +304,7 @@ BAD_CIFAR: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a link": (link_out, r"no coarse_label_names\.txt in it"),
     "a path that climbs out": (climb_out, r"no coarse_label_names\.txt in it"),
+    "a bomb beside the data": (promise_terabytes, "too large for CIFAR-100"),
     "half a record": (lambda root: write_cifar(root, train_bin=b"x" * 3075), "no whole number"),
     "no records": (lambda root: write_cifar(root, test_bin=b""), r"test\.bin: empty"),
     "unknown label": (
