@@ -7,17 +7,17 @@ are light on dark, and become dark on white like the other sources.
 import gzip
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from reptile.data.folders import open_regular, open_zip
-from reptile.data.prepared import UInt8Array
-from reptile.data.records import Stream, map_stream, reading
+from reptile.data.records import Records, Stream, copy_records, reading
 from reptile.data.source import Source, SourceClass
 from reptile.errors import InputError
 
@@ -29,6 +29,13 @@ PLACES = (".", "raw", "MNIST/raw", "EMNIST/raw", "gzip")  # torchvision's, and w
 
 Files = Mapping[str, Callable[[], AbstractContextManager[Stream]]]
 """How to open each file, by its name without `.gz`."""
+
+
+class Images(NamedTuple):
+    """One IDX file: its records, and the shape of each."""
+
+    records: Records
+    shape: tuple[int, ...]
 
 
 def is_idx(root: Path) -> bool:
@@ -45,35 +52,35 @@ def open_idx(root: Path) -> Iterator[Source]:
     Raises:
         InputError: a file is missing or broken, or there are several sets and none is balanced.
     """
-    with _files(root) as files:
+    with ExitStack() as stack, _files(root) as files:
         prefix = _choose(root, files)
         part = "test" if f"{prefix}test-images-idx3-ubyte" in files else "t10k"
-        images: dict[str, UInt8Array] = {}
+        images: dict[str, Images] = {}
         members: dict[int, list[str]] = {}
         for each in ("train", part):
-            images[each] = _read(root, files, f"{prefix}{each}-images-idx3-ubyte", 3)
-            labels = _read(root, files, f"{prefix}{each}-labels-idx1-ubyte", 1)
-            if len(labels) != len(images[each]):
+            images[each] = _read(stack, root, files, f"{prefix}{each}-images-idx3-ubyte", 3)
+            labels = _read(stack, root, files, f"{prefix}{each}-labels-idx1-ubyte", 1).records
+            if len(labels) != len(images[each].records):
                 raise InputError(
-                    f"{root}: {len(images[each]):,} {each} images and {len(labels):,} labels; "
-                    "download it again"
+                    f"{root}: {len(images[each].records):,} {each} images and {len(labels):,} "
+                    "labels; download it again"
                 )
-            for label in np.unique(labels):
-                places = np.flatnonzero(labels == label)
+            of_image = labels.start(1)[:, 0]
+            for label in np.unique(of_image):
+                places = np.flatnonzero(of_image == label)
                 members.setdefault(int(label), []).extend(f"{each}/{place:07}" for place in places)
         names = _class_names(root, files, prefix, sorted(members))
 
-    def read(file: str) -> Image.Image:
-        part, _, place = file.partition("/")
-        image = 255 - images[part][int(place)]
-        return Image.fromarray(
-            image.T if prefix.startswith("emnist") else image
-        )  # lies on its side
+        def read(file: str) -> Image.Image:
+            part, _, place = file.partition("/")
+            records, shape = images[part]
+            image = 255 - records.read(int(place)).reshape(shape)
+            return Image.fromarray(image.T if on_its_side else image)
 
-    classes = (SourceClass(names[label], "", tuple(members[label])) for label in members)
-    yield Source(
-        prefix.rstrip("-") or root.resolve().name, tuple(sorted(classes, key=_by_name)), read
-    )
+        on_its_side = prefix.startswith("emnist")
+        classes = (SourceClass(names[label], "", tuple(members[label])) for label in members)
+        name = prefix.rstrip("-") or root.resolve().name
+        yield Source(name, tuple(sorted(classes, key=_by_name)), read)
 
 
 def _by_name(c: SourceClass) -> str:
@@ -127,8 +134,8 @@ def _choose(root: Path, files: Files) -> str:
     return prefixes[0]
 
 
-def _read(root: Path, files: Files, name: str, dimensions: int) -> UInt8Array:
-    """Read one IDX file of bytes with so many dimensions."""
+def _read(stack: ExitStack, root: Path, files: Files, name: str, dimensions: int) -> Images:
+    """Read one IDX file of bytes with so many dimensions, the first being the number of records."""
     label = f"{root}: {name}"
     if name not in files:
         raise InputError(f"{label}: no such file; download it again")
@@ -136,14 +143,15 @@ def _read(root: Path, files: Files, name: str, dimensions: int) -> UInt8Array:
         header = stream.read(4 + 4 * dimensions)
         if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, 8, dimensions)):
             raise InputError(f"{label}: no IDX file of bytes in {dimensions} dimensions")
-        shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
-        size = int(np.prod(shape, dtype=object))
-        if not 0 < size <= MAX_BYTES:
-            raise InputError(f"{label}: promises {size:,} bytes; at most {MAX_BYTES:,}")
-        content = map_stream(label, stream, size)
-        if len(content) < size:
-            raise InputError(f"{label}: {len(content):,} of {size:,} bytes; download it again")
-        return content.reshape(shape)
+        count, *shape = (int(size) for size in np.frombuffer(header, ">u4", offset=4))
+        if not 0 < count * prod(shape) <= MAX_BYTES:
+            raise InputError(
+                f"{label}: promises {count * prod(shape):,} bytes; at most {MAX_BYTES:,}"
+            )
+        records = stack.enter_context(copy_records(label, stream, prod(shape), count))
+        if len(records) < count:
+            raise InputError(f"{label}: {len(records):,} of {count:,} records; download it again")
+        return Images(records, tuple(shape))
 
 
 def _class_names(root: Path, files: Files, prefix: str, labels: list[int]) -> dict[int, str]:

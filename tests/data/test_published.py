@@ -181,7 +181,11 @@ BAD_IDX: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda root: os.truncate(root / f"{IMAGES}.gz", 2000),
         "cannot be read .*download it again",
     ),
-    "cut content": (spoil(IMAGES, lambda content: content[:-1]), "31,359 of 31,360 bytes"),
+    "cut content": (
+        spoil(IMAGES, lambda content: content[:-1]),
+        "31,359 bytes are no whole number",
+    ),
+    "fewer than promised": (spoil(IMAGES, lambda content: content[:-784]), "39 of 40 records"),
     "longer than promised": (spoil(IMAGES, lambda content: content + b"x"), "more than the 31,360"),
     "floats": (spoil(IMAGES, lambda content: content[:2] + b"\x0d" + content[3:]), "no IDX file"),
     "labels for images": (
@@ -306,7 +310,10 @@ BAD_CIFAR: dict[str, tuple[Callable[[Path], None], str]] = {
     "a path that climbs out": (climb_out, r"no coarse_label_names\.txt in it"),
     "a bomb beside the data": (promise_terabytes, "too large for CIFAR-100"),
     "half a record": (lambda root: write_cifar(root, train_bin=b"x" * 3075), "no whole number"),
-    "no records": (lambda root: write_cifar(root, test_bin=b""), r"test\.bin: empty"),
+    "no records": (
+        lambda root: write_cifar(root, test_bin=b""),
+        r"test\.bin: 0 bytes are no whole",
+    ),
     "unknown label": (
         lambda root: write_cifar(root, test_bin=bytes([0, 100]) + bytes(3072)),
         "label without a name",
