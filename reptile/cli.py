@@ -232,7 +232,7 @@ def glyphs(
 def download(
     name: Annotated[str, typer.Argument(help="omniglot, mnist, emnist, cifar-fs or fc100.")],
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where to; datasets/NAME by default.")
+        Path | None, typer.Option("--folder", help="Where to; a folder in datasets/ by default.")
     ] = None,
 ) -> None:
     """Download a public dataset and check it; go on where an earlier try was cut off.
