@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -19,11 +19,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
@@ -44,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Make the datasets that can be made here.", no_args_is_help=True)
+data_app = typer.Typer(help="Make the starter data, or download others'.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
 
@@ -326,6 +330,37 @@ def glyphs(
     console.print(f"wrote {path}")
 
 
+@data_app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="omniglot, mnist, emnist, cifar-fs or fc100.")],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where to; a folder in datasets/ by default.")
+    ] = None,
+) -> None:
+    """Download a public dataset and check it; go on where an earlier try was cut off.
+
+    Example: reptile data download omniglot
+    """
+    from reptile.data.download import dataset_named
+    from reptile.data.download import download as fetch_files
+
+    dataset = dataset_named(name)
+    target = folder or Path(dataset.folder)
+    with _bar(columns=(DownloadColumn(), TransferSpeedColumn())) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file)
+            bar.update(tasks[file], completed=done, total=total)
+
+        fetch_files(dataset, target, observe)
+    console.print(f"{name}: {len(dataset.files)} files in {target}, as published", soft_wrap=True)
+    console.print(f"version it:  dvc add {target}", soft_wrap=True)
+    settings = " ".join(f"-S {each}" for each in (f"prepare.source={target}", *dataset.settings))
+    console.print(f"prepare it:  reptile prepare {settings}", soft_wrap=True)
+
+
 def run() -> None:
     """Run the command line and turn foreseeable errors into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -369,11 +404,11 @@ def _prediction_table(
     return table
 
 
-def _bar(*more: str) -> Progress:
+def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *columns,
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         *(TextColumn(field) for field in more),
