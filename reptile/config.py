@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Ways = Annotated[int, Field(ge=2, le=1000)]
+Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
@@ -98,6 +98,7 @@ class TrainSettings(Section):
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class kept for the last inner step; 0 keeps none apart."""
     ways: Ways = 5
+    """Classes of a task, and outputs of the network; 1 where values are to be predicted."""
     train_shots: Positive = 10
     optimizer: OptimizerSettings = OptimizerSettings()
     inner_steps: Positive = 5

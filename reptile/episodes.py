@@ -22,12 +22,12 @@ Targets = npt.NDArray[Any]
 
 
 class Task(NamedTuple):
-    """One task. Rows point into the prepared images; labels run over 0..ways-1."""
+    """One task. Rows point into the prepared images; labels run over 0..ways-1, or are values."""
 
     support: IntArray  # [S] rows
     support_labels: Targets
     query: IntArray  # [Q] rows, none of them in the support set
-    query_labels: IntArray  # [Q]
+    query_labels: Targets  # [Q]
     batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step
 
 
@@ -58,6 +58,17 @@ def sample_rows(rng: np.random.Generator, classes: ClassRange, ways: int, images
     return np.asarray(classes.start[chosen][:, None] + np.stack(picks))
 
 
+def targets(classes: ClassRange, rows: IntArray) -> Targets:
+    """Return what is to be answered for rows [ways, images] of a task, flattened.
+
+    Labels 0..ways-1, int64 [ways·images]; where the data has values to predict, these, float32
+    [ways·images, outputs].
+    """
+    if classes.targets is None:
+        return np.repeat(np.arange(len(rows)), rows.shape[1])
+    return np.asarray(classes.targets[rows.ravel()])
+
+
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
     """Refuse a split that cannot give a task of `ways` classes with `images` images each."""
     if len(classes.start) < ways:
@@ -82,7 +93,7 @@ def training_task(
     """
     rng = random_stream(settings.seed, Purpose.TRAIN, iteration, number)
     rows = sample_rows(rng, classes, settings.ways, settings.train_shots)
-    labels = np.repeat(np.arange(settings.ways), settings.train_shots)
+    labels = targets(classes, rows)
     positions = np.arange(rows.size).reshape(rows.shape)
     head = positions[:, settings.tail_shots :].ravel()
     steps = settings.inner_steps - bool(settings.tail_shots)
@@ -132,11 +143,11 @@ def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewSh
     """Draw a test task: `shots` support and `queries` query images of each class, all different."""
     ways, shots, queries, steps, batch = protocol
     rows = sample_rows(rng, classes, ways, shots + queries)
-    support, query = rows[:, :shots].ravel(), rows[:, shots:].ravel()
+    support, query = rows[:, :shots], rows[:, shots:]
     return Task(
-        support,
-        np.repeat(np.arange(ways), shots),
-        query,
-        np.repeat(np.arange(ways), queries),
+        support.ravel(),
+        targets(classes, support),
+        query.ravel(),
+        targets(classes, query),
         tuple(mini_batches(rng, support.size, batch, steps)),
     )

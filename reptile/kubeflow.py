@@ -114,8 +114,8 @@ def train(
     own = {
         "train_settings_sha256": _hash(chosen),
         "code_sha256": result.info.code_sha256,
-        "validation_accuracy": result.info.curve[-1].accuracy,
-        "accuracy": result.info.curve[-1].accuracy,
+        f"validation_{result.info.kind.metric}": result.info.curve[-1].score,
+        result.info.kind.metric: result.info.curve[-1].score,
     }
     checkpoint.metadata |= _inherit(prepared) | finite(own)
     curves.metadata |= checkpoint.metadata
@@ -282,7 +282,7 @@ class _Log:
         for point in progress.curve[self._shown :]:
             print(
                 f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                f"validation accuracy {point.accuracy:.3f}",
+                f"validation {progress.kind.title} {point.score:.3f}",
                 flush=True,
             )
         self._shown = len(progress.curve)

@@ -27,6 +27,7 @@ from reptile.evaluate.outputs import metrics
 from reptile.export.bundle import export_bundle
 from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
+from reptile.kinds import kind_of
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.curves import CurveWriter
 from reptile.learn.processes import join
@@ -63,7 +64,7 @@ def train(
         data = load_prepared(prepared)
         if not processes.first:
             return meta_train(settings, data, work, resume=resume, processes=processes)
-        with CurveWriter(curves) as writer:
+        with CurveWriter(curves, kind_of(data.values)) as writer:
 
             def observe(progress: Progress) -> None:
                 writer.write(progress.curve)

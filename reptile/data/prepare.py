@@ -5,7 +5,6 @@ on what another has trained on. How images are found and decoded is `sources`' b
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from reptile.config import PrepareSettings
+from reptile.data import sinusoid
 from reptile.data.prepared import (
     CROSS_DOMAIN_FOLDER,
     IMAGES_FILE,
@@ -27,7 +27,7 @@ from reptile.data.prepared import (
     PreparedClass,
     PreparedData,
     Split,
-    UInt8Array,
+    content_digest,
     load_prepared,
     splits_digest,
 )
@@ -58,6 +58,8 @@ def prepare(
     Raises:
         InputError: a source cannot be used; `folder` is as it was before.
     """
+    if settings.source == sinusoid.NAME:
+        return sinusoid.prepare_sinusoids(settings, folder, progress)
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))
@@ -213,16 +215,9 @@ def _write(
         name=source.name,
         image_shape=shape,
         classes=table,
-        content_sha256=_content_digest(images, table),
+        content_sha256=content_digest(images, table),
         splits_sha256=splits_digest(table),
         settings=settings.model_dump(mode="json"),
     )
     write_json(folder / INDEX_FILE, index.model_dump(mode="json"))
     return shape
-
-
-def _content_digest(images: UInt8Array, table: tuple[PreparedClass, ...]) -> str:
-    classes = [(c.name, c.group, c.rotation, c.start, c.count) for c in table]
-    digest = hashlib.sha256(json.dumps([images.shape, classes]).encode())
-    digest.update(images.reshape(-1).data)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from reptile.config import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
-from reptile.data.prepared import PreparedData, UInt8Array
+from reptile.data.prepared import Inputs, PreparedData
 from reptile.episodes import (
     FewShotProtocol,
     Purpose,
@@ -291,7 +291,7 @@ def adapt_along(
         yield step, weights
 
 
-def nearest_mean(images: UInt8Array, task: Task, ways: int) -> IntArray:
+def nearest_mean(images: Inputs, task: Task, ways: int) -> IntArray:
     """Label each query by the class whose mean support image is nearest in pixels, [Q]."""
     support = images[task.support].reshape(len(task.support), -1) / 255
     query = images[task.query].reshape(len(task.query), -1) / 255

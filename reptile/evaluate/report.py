@@ -114,7 +114,7 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     iterations = [point.iteration for point in curve]
     x = axis("meta-iterations", evaluation.checkpoint.settings.meta_iterations)
     losses = [point.loss for point in curve]
-    accuracy = Line("validation", "trained", iterations, [100 * p.accuracy for p in curve])
+    accuracy = Line("validation", "trained", iterations, [100 * p.score for p in curve])
     chance = 100 / evaluation.checkpoint.settings.ways
     guess = Line("chance", "chance", (0, x.high), (chance, chance))
     loss = Line("training", "trained", iterations, losses)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.data.prepared import UInt8Array
+from reptile.data.prepared import Inputs
 from reptile.episodes import Task
 from reptile.export.fold import fold
 from reptile.learn.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class SupportSet(NamedTuple):
     """A task to adapt to, with its mini-batches."""
 
-    images: UInt8Array  # [S, C, H, W], 0..255
+    images: Inputs  # [S, C, H, W], 0..255
     labels: IntArray  # [S]
     batches: IntArray  # [K, B], positions in the support set
 
@@ -63,7 +63,7 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
 
 
 @torch.no_grad()
-def predict(checkpoint: Checkpoint, images: UInt8Array, dtype: torch.dtype) -> Array:
+def predict(checkpoint: Checkpoint, images: Inputs, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
     logits = checkpoint.model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
@@ -71,7 +71,7 @@ def predict(checkpoint: Checkpoint, images: UInt8Array, dtype: torch.dtype) -> A
 
 
 @torch.no_grad()
-def predict_adapted(model: Model, folded: Tensors, images: UInt8Array, dtype: torch.dtype) -> Array:
+def predict_adapted(model: Model, folded: Tensors, images: Inputs, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
     params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
     logits = model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
