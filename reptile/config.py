@@ -137,8 +137,10 @@ class EvaluateSettings(Section):
     seed: Seed = 1
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
+    ways: tuple[Annotated[int, Field(ge=2, le=1000)], ...] = ()
+    """Further numbers of classes a task, fewer than the head has: how well its rest is silenced."""
     queries: Positive = 1
-    """Query images a class; the reference uses one."""
+    """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
 
@@ -150,8 +152,10 @@ class GateSettings(Section):
     mode: BatchNormMode = "transductive"
     accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The least mean accuracy on the held-out split."""
+    mean_squared_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Of a regressor: the largest mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The least difference from the random initialisation adapted in the same way."""
+    """The least gain over the random initialisation adapted in the same way."""
 
 
 class ExportSettings(Section):

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     EVALUATE = 2
     VERIFY = 3
     EXPORT = 4
+    JOINT = 5
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:

@@ -4,7 +4,7 @@ What a network's outputs are for, how they are scored and what a validation task
 rooms ask here instead of asking which kind it is. The losses are the networks' own, see `models`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Kind:
     """The score's name in metrics.json, curves and gates."""
     title: str
     """The score's name for people."""
+    unit: str
+    """What people read it in: `%` of answers, or the square of the values' own unit."""
     better: Literal[1, -1]
     """1 where a larger score is better, -1 where a smaller one is."""
     network_input: Callable[[Tensor], Tensor]
@@ -42,6 +44,15 @@ class Kind:
     def gain(self, score: Any, other: Any) -> Any:
         """Return by how much a score is better than another, of numbers or arrays."""
         return self.better * (score - other)
+
+    def show(self, mean: float, interval: float) -> str:
+        """Write a score with its 95 % interval for people, without its unit."""
+        text = (
+            f"{100 * mean:.1f} ± {100 * interval:.1f}"
+            if self.unit == "%"
+            else f"{mean:.3f} ± {interval:.3f}"
+        )
+        return text.replace("-", "\N{MINUS SIGN}")
 
     def check_ways(self, ways: int, dataset: str) -> None:
         """Refuse a number of classes a task that makes no sense for this kind.
@@ -77,6 +88,7 @@ CLASSIFICATION = Kind(
     objective="cross_entropy",
     metric="accuracy",
     title="accuracy",
+    unit="%",
     better=1,
     network_input=to_unit,
     scores=_share_right,
@@ -87,11 +99,24 @@ REGRESSION = Kind(
     objective="squared_error",
     metric="mean_squared_error",
     title="mean squared error",
+    unit="",
     better=-1,
     network_input=_as_it_is,
     scores=_mean_squared_error,
     validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
 )
+
+
+def kind_scored(scores: Mapping[str, Any]) -> Kind:
+    """Return the kind whose metric is among these scores of metrics.json.
+
+    Raises:
+        KeyError: they hold no such metric.
+    """
+    for kind in (CLASSIFICATION, REGRESSION):
+        if kind.metric in scores:
+            return kind
+    raise KeyError(CLASSIFICATION.metric)
 
 
 def kind_of(values: int) -> Kind:

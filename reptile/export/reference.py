@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.data.prepared import Inputs
 from reptile.episodes import Task
 from reptile.export.fold import fold
 from reptile.learn.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from reptile.learn.inner import InnerState
 from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
 Tensors = dict[str, Array]
 CPU = torch.device("cpu")
 
@@ -27,8 +26,8 @@ CPU = torch.device("cpu")
 class SupportSet(NamedTuple):
     """A task to adapt to, with its mini-batches."""
 
-    images: Inputs  # [S, C, H, W], 0..255
-    labels: IntArray  # [S]
+    images: Array  # [S, C, H, W], pixels 0..255; or a regressor's inputs
+    labels: Array  # [S]; or its values [S, outputs]
     batches: IntArray  # [K, B], positions in the support set
 
     def first(self, steps: int) -> "SupportSet":
@@ -63,7 +62,7 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
 
 
 @torch.no_grad()
-def predict(checkpoint: Checkpoint, images: Inputs, dtype: torch.dtype) -> Array:
+def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
     logits = checkpoint.model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
@@ -71,7 +70,7 @@ def predict(checkpoint: Checkpoint, images: Inputs, dtype: torch.dtype) -> Array
 
 
 @torch.no_grad()
-def predict_adapted(model: Model, folded: Tensors, images: Inputs, dtype: torch.dtype) -> Array:
+def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
     params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
     logits = model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))

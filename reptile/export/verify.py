@@ -18,7 +18,7 @@ import onnxruntime as ort
 import torch
 
 from reptile.config import VerifySettings
-from reptile.data.prepared import Inputs, PreparedData
+from reptile.data.prepared import PreparedData
 from reptile.episodes import (
     FewShotProtocol,
     Purpose,
@@ -147,7 +147,7 @@ class _Subject:
         batches = mini_batches(rng, size, int(self.manifest["inner"]["batch"]), steps)
         return SupportSet(np.asarray(self.data.images[rows]), labels, batches)
 
-    def queries(self) -> Inputs:
+    def queries(self) -> Array:
         return self.task(7, 0, number=1).images
 
 
