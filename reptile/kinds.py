@@ -45,6 +45,16 @@ class Kind:
         """Return by how much a score is better than another, of numbers or arrays."""
         return self.better * (score - other)
 
+    def disagreement(self, answers: Array, others: Array) -> float:
+        """Return how far two sets of outputs [..., Q, outputs] are from answering alike.
+
+        The share of labels that differ; or the root mean square of the values' difference as a
+        share of their own.
+        """
+        if self.name == "classification":
+            return float((answers.argmax(-1) != others.argmax(-1)).mean())
+        return float(np.linalg.norm(answers - others) / np.linalg.norm(others))
+
     def show(self, mean: float, interval: float) -> str:
         """Write a score with its 95 % interval for people, without its unit."""
         text = (
@@ -117,6 +127,11 @@ def kind_scored(scores: Mapping[str, Any]) -> Kind:
         if kind.metric in scores:
             return kind
     raise KeyError(CLASSIFICATION.metric)
+
+
+def kind_with(objective: Objective) -> Kind:
+    """Return the kind of task of a network with this loss."""
+    return next(kind for kind in (CLASSIFICATION, REGRESSION) if kind.objective == objective)
 
 
 def kind_of(values: int) -> Kind:

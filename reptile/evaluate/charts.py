@@ -60,8 +60,9 @@ def axis(title: str, high: float) -> Axis:
 def symmetric_axis(title: str, high: float) -> Axis:
     """Return a linear axis from -high to high, with round ticks."""
     half = axis(title, high)
-    ticks = [-tick for tick in half.ticks[:0:-1]] + list(half.ticks)
-    return half._replace(ticks=ticks if len(half.ticks) < 4 else ticks[::2], low=-half.high)
+    positive = half.ticks[1:] if len(half.ticks) < 5 else half.ticks[2::2]
+    ticks = [*(-tick for tick in reversed(positive)), 0.0, *positive]
+    return half._replace(ticks=ticks, low=-half.high)
 
 
 def line_chart(

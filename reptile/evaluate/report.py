@@ -152,7 +152,7 @@ def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
         if not ticks or math.sqrt(step) - math.sqrt(ticks[-1]) > 0.065 * math.sqrt(last):
             ticks.append(step)
     x = Axis("inner steps (square-root scale)", max(last, 1), ticks, scale=math.sqrt)
-    high = max(max(line.y) for line in lines)
+    high = max(max(line.y) + max(line.intervals, default=0) for line in lines)
     what = f"{kind.title} by inner step, {measurement.shots}-shot"
     return line_chart(what, lines, x, _score_axis(kind, high))
 
@@ -268,6 +268,7 @@ def _flat(section: Section, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Section):
             rows += _flat(value, f"{prefix}{name}.")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            several = isinstance(value, tuple)
+            shown = ", ".join(map(str, value)) or "none" if several else str(value)
             rows.append((prefix + name, shown))
     return rows
