@@ -262,8 +262,8 @@ def silence(model: Model, weights: Tensor, present: Tensor) -> Tensor:
         weights: where adaptation starts.
         present: bool [outputs], the labels that the support set has.
     """
-    bias = weights[..., -model.outputs :]  # the last of all weights
-    return torch.cat([weights[..., : -model.outputs], bias.where(present, ABSENT)], dim=-1)
+    absent = ABSENT * (~present).to(weights.dtype)
+    return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
 
 
 def initialise(model: Model, seed: int) -> Tensor:

@@ -257,7 +257,7 @@ def refusal(
     worse, better = ("below", "above") if kind.better > 0 else ("above", "below")
     limit = settings.accuracy if kind is CLASSIFICATION else settings.mean_squared_error
     # Written as `not >=` because every comparison with NaN is false.
-    if limit is not None and not kind.gain(score, limit) >= 0:
+    if limit is not None and not kind.better * score >= kind.better * limit:
         return f"{what} is {score:.4f}, {worse} the gate of {limit}"
     if not above >= settings.above_random:
         return (
@@ -266,7 +266,7 @@ def refusal(
         )
     if champion is not None:
         best = _gated(settings, dataset, champion, "measured for the champion")
-        if not kind.gain(score, best.score) >= -(interval + best.interval):
+        if not kind.better * score + interval >= kind.better * best.score - best.interval:
             return (
                 f"{what} is {score:.4f} ± {interval:.4f}, wholly {worse} the "
                 f"champion's {best.score:.4f} ± {best.interval:.4f}"

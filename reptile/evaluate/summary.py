@@ -16,7 +16,12 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Return the table of an evaluation's metrics: a row for each dataset, shots and mode."""
     kind = kind_scored(next(iter(next(iter(metrics.values())).values()))[BATCH_NORM_MODES[0]])
     what = f"{kind.title}, {kind.unit}" if kind.unit else kind.title
-    table = Table(title=f"few-shot {what} ± 95 % interval", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title=f"few-shot {what} ± 95 % interval",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     baseline = BASELINES[kind]
     modes = _modes(metrics)
     for heading in ("data", "shots", *(["batch norm"] if len(modes) > 1 else [])):
