@@ -37,7 +37,7 @@ class PrepareSettings(Section):
     """From a source of images to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, or `glyphs` or `digits`."""
+    """A folder or zip of class folders, or `glyphs`, `digits` or `sinusoid`."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
