@@ -29,7 +29,7 @@ from reptile.errors import InputError
 from reptile.evaluate.fits import Fit, fit_curves
 from reptile.evaluate.joint import train_jointly
 from reptile.kinds import CLASSIFICATION, REGRESSION, Kind
-from reptile.learn.accuracy import TASKS_AT_ONCE
+from reptile.learn.accuracy import TASKS_AT_ONCE, adapted_in_chunks
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engine import Engine, make_engine
 from reptile.learn.inner import fresh_state
@@ -311,9 +311,11 @@ class _Runner:
         targets = np.stack([task.query_labels for task in tasks])
 
         def scores(state: MetaState) -> FloatArray:
-            found = self._adapt(state, tasks, (self._settings.steps,), ways)
-            logits = np.concatenate([chunk[-1]["frozen"] for chunk in found])
-            return self._kind.scores(logits, targets)
+            logits = []
+            for chunk, weights in adapted_in_chunks(self._engine, state, tasks):
+                logits.append(self._predict(weights, chunk, "frozen", ways))
+                self._count(len(chunk))
+            return self._kind.scores(np.concatenate(logits), targets)
 
         silenced, left_out = scores(self._silenced(state, ways)), scores(state)
         gain = Score.of(silenced - left_out)
