@@ -138,7 +138,7 @@ class EvaluateSettings(Section):
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
     ways: tuple[Annotated[int, Field(ge=2, le=1000)], ...] = ()
-    """Further numbers of classes a task, fewer than the head has: how well its rest is silenced."""
+    """Further numbers of classes a task, fewer than the head has; measured at the fewest shots."""
     queries: Positive = 1
     """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50

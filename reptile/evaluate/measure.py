@@ -216,7 +216,7 @@ def evaluate(
         else:
             sources[name] = source
 
-    total = len(shots) * (len(sources) * len(STARTS[kind]) + 2 * len(few)) * settings.tasks
+    total = (len(sources) * len(shots) * len(STARTS[kind]) + 2 * len(few)) * settings.tasks
     done = 0
 
     def count(tasks: int) -> None:
@@ -239,7 +239,7 @@ def evaluate(
         tuple(measurements),
         skipped,
         any(name.startswith("norm") for name in checkpoint.model.shapes),
-        tuple(held_out.fewer_ways(number, each) for number in shots for each in few),
+        tuple(held_out.fewer_ways(shots[0], each) for each in few),
         held_out.fits(measurements[0].tasks),
     )
 

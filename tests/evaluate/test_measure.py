@@ -327,11 +327,11 @@ def test_fewer_ways_are_measured_silenced_and_merely_left_out(
     evaluation = evaluate(
         settings, checkpoint, data, {}, lambda done, total: told.append((done, total))
     )
-    assert told[-1] == (48, 48)
-    assert evaluation.adaptations == 48
-    silenced = evaluate(SETTINGS, checkpoint, data, {}, ways=2).held_out
+    assert told[-1] == (36, 36)
+    assert evaluation.adaptations == 36
+    silenced = evaluate(SETTINGS, checkpoint, data, {}, ways=2).held_out[:1]
     engine = EagerEngine(checkpoint.model, checkpoint.info.settings.optimizer, data.images, CPU)
-    assert [(few.shots, few.ways) for few in evaluation.fewer_ways] == [(1, 2), (2, 2)]
+    assert [(few.shots, few.ways) for few in evaluation.fewer_ways] == [(1, 2)]
     for few, measured in zip(evaluation.fewer_ways, silenced, strict=True):
         assert few.silenced == measured.score("trained", "frozen")
         weights = engine.adapt(*checkpoint.state, measured.tasks).weights
