@@ -81,8 +81,9 @@ def prepare(
     with _counting("preparing") as count:
         data = stages.prepare(settings.prepare, folder, count)
     sizes = {split: len(data.split(split).start) for split in ("train", "validation", "test")}
+    what = "points" if data.values else f"images of {data.image_shape}"
     console.print(
-        f"{data.name}: {len(data.images):,} images of {data.image_shape} in {folder}; classes: "
+        f"{data.name}: {len(data.images):,} {what} in {folder}; classes: "
         + ", ".join(f"{count} {split}" for split, count in sizes.items()),
         soft_wrap=True,
     )
@@ -116,7 +117,8 @@ def train(
             on_progress=observe,
         )
     last = result.info.curve[-1]
-    console.print(f"validation accuracy {last.accuracy:.3f}, loss {last.loss:.3f}; saved {folder}")
+    score = f"validation {result.info.kind.title} {last.score:.3f}"
+    console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
 
 
 @app.command()
@@ -442,7 +444,8 @@ def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None
             for point in progress.curve[shown:]:
                 bar.console.print(
                     f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                    f"validation accuracy {point.accuracy:.3f}, {rate} ({progress.engine})",
+                    f"validation {progress.kind.title} {point.score:.3f}, {rate} "
+                    f"({progress.engine})",
                     soft_wrap=True,
                 )
             shown = len(progress.curve)

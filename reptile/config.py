@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Ways = Annotated[int, Field(ge=2, le=1000)]
+Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
@@ -45,7 +45,7 @@ class PrepareSettings(Section):
     """From a source of images to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, a downloaded dataset's folder, or `glyphs` or `digits`."""
+    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `sinusoid`."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
@@ -127,6 +127,7 @@ class TrainSettings(Section):
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class kept for the last inner step; 0 keeps none apart."""
     ways: Ways = 5
+    """Classes of a task, and outputs of the network; 1 where values are to be predicted."""
     train_shots: Positive = 10
     optimizer: OptimizerSettings = OptimizerSettings()
     inner_steps: Positive = 5
@@ -165,8 +166,10 @@ class EvaluateSettings(Section):
     seed: Seed = 1
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
+    ways: tuple[Annotated[int, Field(ge=2, le=1000)], ...] = ()
+    """Further numbers of classes a task, fewer than the head has; measured at the fewest shots."""
     queries: Positive = 1
-    """Query images a class; the reference uses one."""
+    """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
 
@@ -178,8 +181,10 @@ class GateSettings(Section):
     mode: BatchNormMode = "transductive"
     accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The least mean accuracy on the held-out split."""
+    mean_squared_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Of a regressor: the largest mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The least difference from the random initialisation adapted in the same way."""
+    """The least gain over the random initialisation adapted in the same way."""
 
 
 class ExportSettings(Section):

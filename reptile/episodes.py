@@ -20,12 +20,12 @@ Targets = npt.NDArray[Any]
 
 
 class Task(NamedTuple):
-    """One task. Rows point into the prepared images; labels run over 0..ways-1."""
+    """One task. Rows point into the prepared images; labels run over 0..ways-1, or are values."""
 
     support: IntArray  # [S] rows
     support_labels: Targets
     query: IntArray  # [Q] rows, none of them in the support set
-    query_labels: IntArray  # [Q]
+    query_labels: Targets  # [Q]
     batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step
 
 
@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     EVALUATE = 2
     VERIFY = 3
     EXPORT = 4
+    JOINT = 5
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
@@ -87,6 +88,17 @@ def _repeated(values: IntArray) -> npt.NDArray[np.bool_]:
     return marks
 
 
+def targets(classes: ClassRange, rows: IntArray) -> Targets:
+    """Return what is to be answered for rows [ways, images] of a task, flattened.
+
+    Labels 0..ways-1, int64 [ways·images]; where the data has values to predict, these, float32
+    [ways·images, outputs].
+    """
+    if classes.targets is None:
+        return np.repeat(np.arange(len(rows)), rows.shape[1])
+    return np.asarray(classes.targets[rows.ravel()])
+
+
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
     """Refuse a split that cannot give a task of `ways` classes with `images` images each."""
     if len(classes.start) < ways:
@@ -110,15 +122,15 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
     rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
     ways, shots, tail = settings.ways, settings.train_shots, settings.tail_shots
     rows = sample_rows(rng, classes, settings.meta_batch, ways, shots)
-    labels = np.repeat(np.arange(ways), shots)
     positions = np.arange(ways * shots).reshape(ways, shots)
     head, last = positions[:, tail:].ravel(), (positions[:, :tail].ravel(),) if tail else ()
     steps = settings.inner_steps - len(last)
     nothing = np.empty(0, dtype=np.int64)
     tasks = []
-    for own in rows.reshape(len(rows), -1):
+    for own in rows:
         drawn = mini_batches(rng, head.size, settings.inner_batch, steps, settings.replacement)
-        tasks.append(Task(own, labels, nothing, nothing, (*head[drawn], *last)))
+        support = own.ravel(), targets(classes, own)
+        tasks.append(Task(*support, nothing, nothing, (*head[drawn], *last)))
     return tasks
 
 
@@ -141,11 +153,11 @@ def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewSh
     """Draw a test task: `shots` support and `queries` query images of each class, all different."""
     ways, shots, queries, steps, batch = protocol
     (rows,) = sample_rows(rng, classes, 1, ways, shots + queries)
-    support, query = rows[:, :shots].ravel(), rows[:, shots:].ravel()
+    support, query = rows[:, :shots], rows[:, shots:]
     return Task(
-        support,
-        np.repeat(np.arange(ways), shots),
-        query,
-        np.repeat(np.arange(ways), queries),
+        support.ravel(),
+        targets(classes, support),
+        query.ravel(),
+        targets(classes, query),
         tuple(mini_batches(rng, support.size, batch, steps)),
     )

@@ -256,7 +256,7 @@ def test_the_server_teaches_predicts_is_healthy_and_keeps_its_tasks(
         answer = ask(name, predict, {"images": images})
         assert {p["label"] for p in answer["predictions"]} <= {"a", "b"}
         until = time.monotonic() + 60
-        while "healthy" != health(name):
+        while health(name) != "healthy":
             assert time.monotonic() < until, engine("logs", name)
             time.sleep(0.5)
         engine("stop", name)

@@ -10,7 +10,7 @@ import pytest
 ORDER = [
     {"errors", "files", "minibatches", "config", "provenance", "cpus", "images"},
     {"data"},
-    {"models", "episodes"},
+    {"models", "episodes", "kinds"},
     {"learn"},
     {"evaluate"},
     {"export"},

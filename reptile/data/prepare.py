@@ -4,7 +4,6 @@ How images are found and decoded is `sources`' business, and which class is held
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from PIL import Image
 
 from reptile.config import PrepareSettings
 from reptile.cpus import available_cpus
+from reptile.data import sinusoid
 from reptile.data.held_out import assign_splits
 from reptile.data.prepared import (
     CROSS_DOMAIN_FOLDER,
@@ -27,7 +27,7 @@ from reptile.data.prepared import (
     PreparedClass,
     PreparedData,
     Split,
-    UInt8Array,
+    content_header,
     load_prepared,
     splits_digest,
 )
@@ -60,6 +60,8 @@ def prepare(
     Raises:
         InputError: a source cannot be used; `folder` is as it was before.
     """
+    if settings.source == sinusoid.NAME:
+        return sinusoid.prepare_sinusoids(settings, folder, progress)
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))
@@ -167,7 +169,7 @@ def _write(
             output, {"descr": "|u1", "fortran_order": False, "shape": (rows, *shape)}
         )
         first_row = output.tell()
-        digest = hashlib.sha256(_content_header((rows, *shape), table))
+        digest = hashlib.sha256(content_header((rows, *shape), table))
         most = max(1, min(CHUNK, CHUNK_BYTES // prod(shape)))
 
         def append(images: UInt8Array) -> None:
@@ -211,9 +213,3 @@ def _in_order(
         for chunk in (*chunks[1:], ()):
             current, ahead = ahead, pool.map(pixels, chunk)  # read while these are written
             yield np.stack(list(current))
-
-
-def _content_header(rows: tuple[int, ...], table: tuple[PreparedClass, ...]) -> bytes:
-    """What is hashed before the pixels: the array's shape and the classes, but not their splits."""
-    classes = [(c.name, c.group, c.rotation, c.start, c.count) for c in table]
-    return json.dumps([rows, classes]).encode()

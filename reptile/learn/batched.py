@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
+from reptile.data.prepared import Inputs
 from reptile.episodes import Targets, Task
-from reptile.learn.engine import Adapted, Inputs, gather, one_by_one
+from reptile.learn.engine import Adapted, gather, one_by_one
 from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray

@@ -8,21 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
-from reptile.data.prepared import UInt8Array
+from reptile.data.prepared import Inputs
 from reptile.episodes import Task
 from reptile.errors import InputError
 from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
-
-Inputs = UInt8Array | npt.NDArray[np.float32]
-"""What a network sees [N, C, H, W]: pixels, scaled to 0..1, or values, taken as they are."""
 
 
 class Adapted(NamedTuple):

@@ -17,7 +17,6 @@ import torch
 from reptile.config import TrainSettings
 from reptile.data.prepared import PreparedData, Split
 from reptile.episodes import (
-    FewShotProtocol,
     Purpose,
     Task,
     check_classes,
@@ -26,7 +25,8 @@ from reptile.episodes import (
     training_tasks,
 )
 from reptile.errors import InputError
-from reptile.learn.accuracy import accuracy
+from reptile.kinds import Kind, kind_of
+from reptile.learn.accuracy import mean_score
 from reptile.learn.checkpoint import (
     Checkpoint,
     CheckpointInfo,
@@ -38,14 +38,12 @@ from reptile.learn.engine import make_engine
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step, step_size
 from reptile.learn.processes import Processes
-from reptile.models import build_model, initialise
+from reptile.models import initialise
 from reptile.provenance import code_sha256, settings_sha256, versions
 
 log = logging.getLogger(__name__)
 
 ALONE = Processes()
-VALIDATION_STEPS = 50  # the paper's eval_iters, on batches of 5
-VALIDATION_BATCH = 5
 
 
 class Progress(NamedTuple):
@@ -54,6 +52,7 @@ class Progress(NamedTuple):
     iteration: int  # meta-iterations done
     of: int
     engine: str
+    kind: Kind
     curve: tuple[CurvePoint, ...]
 
 
@@ -84,6 +83,7 @@ def train(
         InputError: the data cannot make the tasks, the loss is no longer finite, or another
             process has gone or runs something else.
     """
+    kind_of(data.values).check_ways(settings.ways, data.name)
     classes = data.split("train")
     check_classes(classes, settings.ways, settings.train_shots, "training split")
     validation = _validation_tasks(settings, data)
@@ -118,14 +118,15 @@ def train(
             point = CurvePoint(
                 iteration=iteration + 1,
                 loss=sum(losses) / len(losses),
-                accuracy=accuracy(engine, state, validation, "transductive"),
+                score=mean_score(engine, state, validation, info.kind),
             )
             losses = []
             curve = (*info.curve, point)
             info = info.model_copy(update={"iteration": iteration + 1, "curve": curve})
             if processes.first:
                 _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
-        on_progress(Progress(iteration + 1, settings.meta_iterations, engine.name, info.curve))
+        of = settings.meta_iterations
+        on_progress(Progress(iteration + 1, of, engine.name, info.kind, info.curve))
     return Checkpoint(model, _to(state, torch.device("cpu")), info)
 
 
@@ -145,18 +146,19 @@ def run_folder(work: Path, info: CheckpointInfo) -> Path:
 
 
 def _start(settings: TrainSettings, data: PreparedData) -> Checkpoint:
-    model = build_model(settings.model, settings.ways, data.image_shape)
-    weights = initialise(model, settings.seed)
     info = CheckpointInfo(
         iteration=0,
         settings=settings,
         image_shape=data.image_shape,
+        values=data.values,
         dataset=data.name,
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
         code_sha256=code_sha256(),
         versions=versions("torch", "numpy"),
     )
+    model = info.model()
+    weights = initialise(model, settings.seed)
     return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
 
 
@@ -179,7 +181,7 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     name: Split = "validation" if data.split("validation").start.size else "train"
     classes = data.split(name)
-    protocol = FewShotProtocol(settings.ways, 1, 1, VALIDATION_STEPS, VALIDATION_BATCH)
+    protocol = kind_of(data.values).validation._replace(ways=settings.ways)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

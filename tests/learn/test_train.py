@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, data: PreparedData, tmp_pa
         case "shape":
             info.write_text(info.read_text().replace('"filters": 4', '"filters": 5'))
         case "setting":
-            info.write_text(info.read_text().replace('"ways": 3', '"ways": 1'))
+            info.write_text(info.read_text().replace('"ways": 3', '"ways": 0'))
     with pytest.raises(InputError):
         load_checkpoint(folder)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
 from reptile.cpus import available_cpus, warn_of_spinning_threads
+from reptile.data.prepared import Inputs
 from reptile.episodes import Targets, Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, Inputs, gather
+from reptile.learn.engine import Adapted, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
