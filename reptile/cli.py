@@ -26,6 +26,7 @@ from rich.progress import (
 
 from reptile.config import Settings, load_settings
 from reptile.errors import InputError
+from reptile.presets import dvc_command, preset_names, preset_path
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -42,7 +43,14 @@ data_app = typer.Typer(help="Make the datasets that can be made here.", no_args_
 app.add_typer(data_app, name="data")
 console = Console()
 
-ParamsOption = Annotated[Path, typer.Option("--params", help="File of settings.")]
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="File of settings.", show_default="params.yaml"),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="Settings of a paper; see `reptile presets`."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
@@ -56,7 +64,8 @@ ARTIFACTS = Path("artifacts")
 
 @app.command()
 def prepare(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -64,7 +73,7 @@ def prepare(
 
     Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
     """
-    settings = _settings(params, changes)
+    settings = _settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "prepared"
@@ -80,7 +89,8 @@ def prepare(
 
 @app.command()
 def train(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     resume: Annotated[
@@ -91,7 +101,7 @@ def train(
 
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
-    settings = _settings(params, changes)
+    settings = _settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "checkpoint"
@@ -111,7 +121,8 @@ def train(
 
 @app.command()
 def evaluate(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -119,7 +130,7 @@ def evaluate(
 
     Example: reptile evaluate -S evaluate.tasks=100 -S evaluate.queries=15
     """
-    settings = _settings(params, changes)
+    settings = _settings(params, preset, changes)
     from reptile import stages
     from reptile.evaluate import summary_table
 
@@ -140,7 +151,8 @@ def evaluate(
 
 @app.command()
 def export(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     ignore_gate: Annotated[
@@ -151,7 +163,7 @@ def export(
 
     Example: reptile export -S export.gate.accuracy=0.8
     """
-    settings = _settings(params, changes)
+    settings = _settings(params, preset, changes)
     from reptile import stages
 
     bundle = artifacts / "bundle"
@@ -169,7 +181,8 @@ def export(
 
 @app.command()
 def verify(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -177,7 +190,7 @@ def verify(
 
     Example: reptile verify -S verify.episodes=1000
     """
-    settings = _settings(params, changes)
+    settings = _settings(params, preset, changes)
     from reptile import stages
 
     report = artifacts / "verification.json"
@@ -243,8 +256,12 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _settings(params: Path, changes: list[str] | None) -> Settings:
-    return load_settings(params, changes or ())
+def _settings(params: Path | None, preset: str | None, changes: list[str] | None) -> Settings:
+    """Read the file of settings or the preset, then apply the changes."""
+    if params and preset:
+        raise InputError(f"--params {params} --preset {preset}: name one of them")
+    path = preset_path(preset) if preset else params or PARAMS
+    return load_settings(path, changes or ())
 
 
 def _bar(*more: str) -> Progress:

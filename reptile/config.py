@@ -171,14 +171,30 @@ class VerifySettings(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
 
 
-class Settings(Section):
-    """All stages, as params.yaml holds them."""
+class PaperRow(Section):
+    """What a preset reproduces, and the accuracy that was published for it."""
 
+    row: str
+    source: str
+    """Who has published it where."""
+    accuracy: dict[BatchNormMode, tuple[float, float]] = {}
+    """Per cent, and half the width of the interval, on the held-out classes at the fewest shots."""
+
+
+class Settings(Section):
+    """All stages, as params.yaml and presets hold them."""
+
+    paper: PaperRow | None = None
+    """Presets say here what they reproduce; no stage reads it."""
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
+
+    def stages(self) -> dict[str, Any]:
+        """Return the settings of all stages as plain nested values."""
+        return self.model_dump(mode="json", exclude={"paper"})
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
