@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from reptile.errors import InputError
 
@@ -21,6 +28,7 @@ Ways = Annotated[int, Field(ge=2, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
+PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -37,24 +45,45 @@ class PrepareSettings(Section):
     """From a source of images to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, or `glyphs` or `digits`."""
+    """A folder or zip of class folders, a downloaded dataset's folder, or `glyphs` or `digits`."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
     channels: Literal["auto", "grey", "rgb"] = "auto"
-    held_out: Literal["groups", "classes"] = "groups"
-    """What validation and test hold out: whole groups (alphabets), or single classes."""
-    validation: Fraction = 0.1
-    test: Fraction = 0.2
+    held_out: str = "groups"
+    """What validation and test hold out: whole `groups` (alphabets), or single `classes`; or which
+    list says so: the `published` one among the source's own files, one of PUBLISHED_SPLITS by its
+    name, or a JSON file by its path (`{"validation": [names], "test": [names]}`)."""
+    validation: int | float = 0.1
+    """A fraction, or a whole number of groups or classes; 0 holds out none for validation."""
+    test: int | float = 0.2
     split_seed: Seed = 0
     rotations: bool = True
     """Turn each training class by 90, 180 and 270 degrees into three more classes."""
     images_per_class: Positive = 20
     """The least number of images a class must have: shots + queries, or the train-shots."""
 
+    @field_validator("held_out")
+    @classmethod
+    def _known_split(cls, value: str) -> str:
+        names = ("groups", "classes", "published", *PUBLISHED_SPLITS)
+        if value not in names and not value.endswith(".json"):
+            raise ValueError(f"{value!r} must be {', '.join(names)}, or the path of a .json file")
+        return value
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _share(cls, value: int | float) -> int | float:
+        if not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+            raise ValueError(f"{value} must be between 0 and 1, or a whole number from 0 on")
+        return value
+
     @model_validator(mode="after")
     def _training_classes_remain(self) -> "PrepareSettings":
-        if self.validation + self.test >= 1:
+        if self.test == 0:
+            raise ValueError("test = 0: evaluation needs classes that training has not seen")
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
             raise ValueError(
                 f"validation + test = {self.validation + self.test:g}: must be below 1, "
                 "or nothing is left to train on"

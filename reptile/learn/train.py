@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from reptile.config import TrainSettings
-from reptile.data.prepared import PreparedData
+from reptile.data.prepared import PreparedData, Split
 from reptile.episodes import (
     FewShotProtocol,
     Purpose,
@@ -70,7 +70,8 @@ def train(
 
     Args:
         settings: the algorithm and all its numbers.
-        data: a prepared dataset; its training split makes tasks, its validation split the curve.
+        data: a prepared dataset; its training split makes tasks, its validation split the curve
+            (the training split does, where no classes are held out for validation).
         work: folder for unfinished runs. Each run has a folder of its own in it, named after its
             settings, data, code and packages; the latest checkpoint there is always whole.
         resume: go on from this run's latest checkpoint, if there is one; on the CPU the result is
@@ -176,9 +177,10 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
 
 
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
-    classes = data.split("validation")
+    name: Split = "validation" if data.split("validation").start.size else "train"
+    classes = data.split(name)
     protocol = FewShotProtocol(settings.ways, 1, 1, VALIDATION_STEPS, VALIDATION_BATCH)
-    check_classes(classes, protocol.ways, protocol.shots + protocol.queries, "validation split")
+    check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
         for number in range(settings.validation_tasks)
