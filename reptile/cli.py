@@ -26,7 +26,7 @@ from rich.progress import (
 
 from reptile.config import Settings, load_settings
 from reptile.errors import InputError
-from reptile.presets import dvc_command, preset_names, preset_path
+from reptile.presets import dvc_command, preset_path, presets_table
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -62,6 +62,14 @@ PARAMS = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 
 
+def read_settings(params: Path | None, preset: str | None, changes: list[str] | None) -> Settings:
+    """Read the file of settings or the preset, then apply the changes."""
+    if params and preset:
+        raise InputError(f"--params {params} --preset {preset}: name one of them")
+    path = preset_path(preset) if preset else params or PARAMS
+    return load_settings(path, changes or ())
+
+
 @app.command()
 def prepare(
     params: ParamsOption = None,
@@ -73,7 +81,7 @@ def prepare(
 
     Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
     """
-    settings = _settings(params, preset, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "prepared"
@@ -101,7 +109,7 @@ def train(
 
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
-    settings = _settings(params, preset, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "checkpoint"
@@ -130,7 +138,7 @@ def evaluate(
 
     Example: reptile evaluate -S evaluate.tasks=100 -S evaluate.queries=15
     """
-    settings = _settings(params, preset, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
     from reptile.evaluate import summary_table
 
@@ -163,7 +171,7 @@ def export(
 
     Example: reptile export -S export.gate.accuracy=0.8
     """
-    settings = _settings(params, preset, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     bundle = artifacts / "bundle"
@@ -190,7 +198,7 @@ def verify(
 
     Example: reptile verify -S verify.episodes=1000
     """
-    settings = _settings(params, preset, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     report = artifacts / "verification.json"
@@ -219,6 +227,25 @@ def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
     passed = sum(check["passed"] for check in checks)
     console.print(f"report   {evaluation / 'report.html'}")
     console.print(f"bundle   {artifacts / 'bundle'} ({passed} of {len(checks)} checks passed)")
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    params: Annotated[Path, typer.Option("--params", help="What DVC would change.")] = PARAMS,
+) -> None:
+    """List the settings of published experiments, or show one and how to run it with DVC.
+
+    Example: reptile presets omniglot-5w1s
+    """
+    if name is None:
+        console.print(presets_table())
+        console.print("reptile presets NAME shows one; reptile train --preset NAME uses it")
+        return
+    path = preset_path(name)
+    typer.echo(path.read_text(encoding="utf-8"))
+    if params.is_file():
+        typer.echo(f"# with DVC:\n{dvc_command(load_settings(path), params)}")
 
 
 @data_app.command()
@@ -254,14 +281,6 @@ def _fail(message: str) -> None:
     for line in message.splitlines():
         typer.echo(f"error: {line}", err=True)
     sys.exit(2)
-
-
-def _settings(params: Path | None, preset: str | None, changes: list[str] | None) -> Settings:
-    """Read the file of settings or the preset, then apply the changes."""
-    if params and preset:
-        raise InputError(f"--params {params} --preset {preset}: name one of them")
-    path = preset_path(preset) if preset else params or PARAMS
-    return load_settings(path, changes or ())
 
 
 def _bar(*more: str) -> Progress:

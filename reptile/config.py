@@ -200,34 +200,18 @@ class VerifySettings(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
 
 
-class PaperRow(Section):
-    """What a preset reproduces, and the accuracy that was published for it."""
-
-    row: str
-    source: str
-    """Who has published it where."""
-    accuracy: dict[BatchNormMode, tuple[float, float]] = {}
-    """Per cent, and half the width of the interval, on the held-out classes at the fewest shots."""
-
-
 class Settings(Section):
     """All stages, as params.yaml and presets hold them."""
 
-    paper: PaperRow | None = None
-    """Presets say here what they reproduce; no stage reads it."""
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
 
-    def stages(self) -> dict[str, Any]:
-        """Return the settings of all stages as plain nested values."""
-        return self.model_dump(mode="json", exclude={"paper"})
-
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read params.yaml and apply overrides such as `train.meta_iterations=500`.
+    """Read params.yaml or a preset and apply overrides such as `train.meta_iterations=500`.
 
     Raises:
         InputError: no such file, no valid YAML, or a setting that is unknown or out of range.
@@ -240,6 +224,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
+    values.pop("paper", None)  # where a preset says what it reproduces; no stage reads it
     for override in overrides:
         _apply(values, override)
     try:

@@ -9,6 +9,7 @@ import pytest
 # Each room may import those before it, and itself.
 ORDER = [
     {"errors", "files", "minibatches", "config", "provenance", "cpus", "images"},
+    {"presets"},
     {"data"},
     {"models", "episodes"},
     {"learn"},
