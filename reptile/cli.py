@@ -19,14 +19,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from reptile.config import Settings, load_settings
+from reptile.config import BatchNormMode, Settings, load_settings
 from reptile.errors import InputError
-from reptile.presets import dvc_command, preset_path, presets_table
+from reptile.presets import dvc_command, load_preset, preset_path, presets_table
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -227,6 +228,79 @@ def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
     passed = sum(check["passed"] for check in checks)
     console.print(f"report   {evaluation / 'report.html'}")
     console.print(f"bundle   {artifacts / 'bundle'} ({passed} of {len(checks)} checks passed)")
+
+
+@app.command("reproduce")
+def reproduce_command(
+    preset: Annotated[str, typer.Argument(help="Which experiment; see `reptile presets`.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs, from train.seed on.")] = 3,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Another source of images, or a prepared folder, than the preset's."),
+    ] = None,
+    changes: SetOption = None,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="artifacts/reproduce/PRESET"),
+    ] = None,
+) -> None:
+    """Train and evaluate a preset for several seeds; show it beside the published row.
+
+    What is finished is not done again, and an interrupted seed goes on where it stopped.
+
+    Example: reptile reproduce omniglot-5w1s --seeds 3 -S train.meta_iterations=5000
+    """
+    chosen = load_preset(preset)
+    settings = load_settings(preset_path(preset), changes or ())
+    from reptile.reproduce import markdown, reproduce
+
+    folder = artifacts or ARTIFACTS / "reproduce" / preset
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        result = reproduce(chosen, settings, seeds, folder, data=data, on_progress=observe)
+    typer.echo(markdown(result))
+    console.print(f"written to {folder / 'result.md'} and result.json")
+
+
+@app.command("transfer")
+def transfer_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Artifacts folders: each one a row and a column.")
+    ],
+    on: Annotated[
+        list[Path] | None,
+        typer.Option("--on", help="One more prepared dataset to test on; may be repeated."),
+    ] = None,
+    mode: Annotated[
+        BatchNormMode, typer.Option(help="Batch norm in the table; the JSON has all.")
+    ] = "transductive",
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for transfer.json and transfer.md.")] = (
+        ARTIFACTS / "transfer"
+    ),
+) -> None:
+    """Test every run's initialisation on every run's held-out classes, and on more datasets.
+
+    The classes of another split or preparation of a run's own data are left out: it may have been
+    trained on them.
+
+    Example: reptile transfer letters digits --on letters/prepared/cross_domain/emnist-balanced
+    """
+    settings = read_settings(params, preset, changes).evaluate
+    from reptile import stages
+
+    with _counting("evaluating") as count:
+        text = stages.transfer(settings, runs, on or (), output, mode, count)
+    typer.echo(text)
+    console.print(f"written to {output / 'transfer.md'} and transfer.json")
 
 
 @app.command()

@@ -16,7 +16,7 @@ ORDER = [
     {"evaluate"},
     {"export"},
     {"stages"},
-    {"kubeflow"},
+    {"kubeflow", "reproduce"},
     {"cli"},
     {"__main__"},
 ]
