@@ -4,7 +4,8 @@
 
 Four mini-batches of a task share no image and give the gradients g1 … g4. The mean of the first k
 is Reptile's direction after k steps, the k-th alone first-order MAML's: both are the library's own
-algorithms, with as many inner steps and a meta-step that makes the sums means.
+algorithms, with as many inner steps, and a meta-step that gives each the same sum of weights: that
+of plain Reptile after all four.
 """
 
 from pathlib import Path
@@ -58,12 +59,12 @@ class Combination(NamedTuple):
 
     def settings(self, base: TrainSettings) -> TrainSettings:
         """Return the settings of training along this combination."""
-        share = self.steps if self.algorithm == "reptile" else 1
+        share = base.inner_steps / (self.steps if self.algorithm == "reptile" else 1)
         return base.model_copy(
             update={
                 "algorithm": self.algorithm,
                 "inner_steps": self.steps,
-                "meta_step": base.meta_step / share,
+                "meta_step": base.meta_step * share,
             }
         )
 

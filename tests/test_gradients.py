@@ -71,7 +71,7 @@ def test_an_outer_step_is_the_combination_that_it_is_called(
         "g3": g3,
         "g4": g4,
     }[combination.label]
-    torch.testing.assert_close(weights - moved, 0.01 * expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(weights - moved, 4 * 0.01 * expected, rtol=1e-5, atol=1e-8)
 
 
 def test_the_four_batches_share_no_image(data: PreparedData) -> None:
