@@ -1,4 +1,4 @@
-"""The command line: one command a stage, each reading its section of params.yaml.
+"""The command line: one command a stage, each reading its section of params.yaml or of a preset.
 
 It shows progress and results to a person; all work is done by `reptile.stages`.
 """

@@ -114,7 +114,8 @@ def reproduce(
         seeds: how many training seeds, from `settings.train.seed` on. The test tasks are those of
             `settings.evaluate.seed` for every one of them.
         folder: where everything goes: `prepared`, and a folder for each seed.
-        data: another source of images than the preset's, or a folder that is prepared already.
+        data: another source of images than the preset's; or a folder that is prepared already,
+            whose own settings of `prepare` then count.
         on_progress: told where it is.
 
     Raises:
