@@ -91,8 +91,9 @@ def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
             ]
             lines.append(f"| {title} | {' | '.join(scores)} |")
         parts.append("\n".join(lines))
+    queries = "query" if settings.queries == 1 else "queries"
     steps = (
-        f"{settings.tasks:,} tasks a cell, {settings.queries} queries a class, {settings.steps} "
+        f"{settings.tasks:,} tasks a cell, {settings.queries} {queries} a class, {settings.steps} "
         f"inner steps on batches of {settings.batch}; ± 95 % over the tasks."
     )
     note = (
