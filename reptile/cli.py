@@ -1,4 +1,4 @@
-"""The command line: a command for each stage, reading its section of params.yaml, and consumers'.
+"""The command line: a command for each stage, with settings from params.yaml or a preset, and more.
 
 It shows progress and results to a person; all work is done by `reptile.stages` and
 `reptile.classify`. Each command imports what it needs: `classify` runs without torch.
@@ -33,8 +33,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from reptile.config import Settings, load_settings
+from reptile.config import BatchNormMode, Settings, load_settings
 from reptile.errors import InputError
+from reptile.presets import dvc_command, load_preset, preset_path, presets_table
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -52,7 +53,14 @@ data_app = typer.Typer(help="Make the starter data, or download others'.", no_ar
 app.add_typer(data_app, name="data")
 console = Console()
 
-ParamsOption = Annotated[Path, typer.Option("--params", help="File of settings.")]
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="File of settings.", show_default="params.yaml"),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="Settings of a paper; see `reptile presets`."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
@@ -64,9 +72,18 @@ PARAMS = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 
 
+def read_settings(params: Path | None, preset: str | None, changes: list[str] | None) -> Settings:
+    """Read the file of settings or the preset, then apply the changes."""
+    if params and preset:
+        raise InputError(f"--params {params} --preset {preset}: name one of them")
+    path = preset_path(preset) if preset else params or PARAMS
+    return load_settings(path, changes or ())
+
+
 @app.command()
 def prepare(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -74,7 +91,7 @@ def prepare(
 
     Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
     """
-    settings = _settings(params, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "prepared"
@@ -91,7 +108,8 @@ def prepare(
 
 @app.command()
 def train(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     resume: Annotated[
@@ -102,7 +120,7 @@ def train(
 
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
-    settings = _settings(params, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     folder = artifacts / "checkpoint"
@@ -123,7 +141,8 @@ def train(
 
 @app.command()
 def evaluate(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -131,7 +150,7 @@ def evaluate(
 
     Example: reptile evaluate -S evaluate.tasks=100 -S evaluate.queries=15
     """
-    settings = _settings(params, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
     from reptile.evaluate import summary_table
 
@@ -152,7 +171,8 @@ def evaluate(
 
 @app.command()
 def export(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     ignore_gate: Annotated[
@@ -163,7 +183,7 @@ def export(
 
     Example: reptile export -S export.gate.accuracy=0.8
     """
-    settings = _settings(params, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     bundle = artifacts / "bundle"
@@ -181,7 +201,8 @@ def export(
 
 @app.command()
 def verify(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
@@ -189,7 +210,7 @@ def verify(
 
     Example: reptile verify -S verify.episodes=1000
     """
-    settings = _settings(params, changes)
+    settings = read_settings(params, preset, changes)
     from reptile import stages
 
     report = artifacts / "verification.json"
@@ -316,6 +337,98 @@ def serve(
     run(bundle, host, port, settings)
 
 
+@app.command("reproduce")
+def reproduce_command(
+    preset: Annotated[str, typer.Argument(help="Which experiment; see `reptile presets`.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs, from train.seed on.")] = 3,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Another source of images, or a prepared folder, than the preset's."),
+    ] = None,
+    changes: SetOption = None,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="artifacts/reproduce/PRESET"),
+    ] = None,
+) -> None:
+    """Train and evaluate a preset for several seeds; show it beside the published row.
+
+    What is finished is not done again, and an interrupted seed goes on where it stopped.
+
+    Example: reptile reproduce omniglot-5w1s --seeds 3 -S train.meta_iterations=5000
+    """
+    chosen = load_preset(preset)
+    settings = load_settings(preset_path(preset), changes or ())
+    from reptile.reproduce import markdown, reproduce
+
+    folder = artifacts or ARTIFACTS / "reproduce" / preset
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        result = reproduce(chosen, settings, seeds, folder, data=data, on_progress=observe)
+    typer.echo(markdown(result))
+    console.print(f"written to {folder / 'result.md'} and result.json")
+
+
+@app.command("transfer")
+def transfer_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Artifacts folders: each one a row and a column.")
+    ],
+    on: Annotated[
+        list[Path] | None,
+        typer.Option("--on", help="One more prepared dataset to test on; may be repeated."),
+    ] = None,
+    mode: Annotated[
+        BatchNormMode, typer.Option(help="Batch norm in the table; the JSON has all.")
+    ] = "transductive",
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for transfer.json and transfer.md.")] = (
+        ARTIFACTS / "transfer"
+    ),
+) -> None:
+    """Test every run's initialisation on every run's held-out classes, and on more datasets.
+
+    The classes of another split or preparation of a run's own data are left out: it may have been
+    trained on them.
+
+    Example: reptile transfer letters digits --on letters/prepared/cross_domain/emnist-balanced
+    """
+    settings = read_settings(params, preset, changes).evaluate
+    from reptile import stages
+
+    with _counting("evaluating") as count:
+        text = stages.transfer(settings, runs, on or (), output, mode, count)
+    typer.echo(text)
+    console.print(f"written to {output / 'transfer.md'} and transfer.json")
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    params: Annotated[Path, typer.Option("--params", help="What DVC would change.")] = PARAMS,
+) -> None:
+    """List the settings of published experiments, or show one and how to run it with DVC.
+
+    Example: reptile presets omniglot-5w1s
+    """
+    if name is None:
+        console.print(presets_table())
+        console.print("reptile presets NAME shows one; reptile train --preset NAME uses it")
+        return
+    path = preset_path(name)
+    typer.echo(path.read_text(encoding="utf-8"))
+    if params.is_file():
+        typer.echo(f"# with DVC:\n{dvc_command(load_settings(path), params)}")
+
+
 @data_app.command()
 def glyphs(
     path: Annotated[Path, typer.Argument(help="Zip file to write.")],
@@ -380,10 +493,6 @@ def _fail(message: str) -> None:
     for line in message.splitlines():
         typer.echo(f"error: {line}", err=True)
     sys.exit(2)
-
-
-def _settings(params: Path, changes: list[str] | None) -> Settings:
-    return load_settings(params, changes or ())
 
 
 def _prediction_table(

@@ -206,7 +206,7 @@ class VerifySettings(Section):
 
 
 class Settings(Section):
-    """All stages, as params.yaml holds them."""
+    """All stages, as params.yaml and presets hold them."""
 
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
@@ -216,7 +216,7 @@ class Settings(Section):
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read params.yaml and apply overrides such as `train.meta_iterations=500`.
+    """Read params.yaml or a preset and apply overrides such as `train.meta_iterations=500`.
 
     Raises:
         InputError: no such file, no valid YAML, or a setting that is unknown or out of range.
@@ -229,6 +229,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
+    values.pop("paper", None)  # where a preset says what it reproduces; no stage reads it
     for override in overrides:
         _apply(values, override)
     try:

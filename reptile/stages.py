@@ -6,11 +6,12 @@ all. What a stage does lies in the room of its name; this is only where the room
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reptile.config import (
+    BatchNormMode,
     EvaluateSettings,
     ExportSettings,
     GateSettings,
@@ -24,6 +25,8 @@ from reptile.errors import InputError
 from reptile.evaluate import Evaluation, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.outputs import metrics
+from reptile.evaluate.transfer import transfer as transfer_checkpoints
+from reptile.evaluate.transfer import transfer_json, transfer_markdown
 from reptile.export.bundle import export_bundle
 from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
@@ -104,6 +107,46 @@ def measure(
     data = load_prepared(prepared)
     check_same_data(trained, data)
     return metrics(evaluate_checkpoint(settings, trained, data, {}, ways=ways))
+
+
+def transfer(
+    settings: EvaluateSettings,
+    runs: Sequence[Path],
+    datasets: Sequence[Path],
+    output: Path,
+    mode: BatchNormMode = "transductive",
+    on_progress: Counted | None = None,
+) -> str:
+    """Test the checkpoint of every run on the data of every run; return the table as Markdown.
+
+    Args:
+        settings: the protocol.
+        runs: artifacts folders, each with `checkpoint` and `prepared`.
+        datasets: further prepared folders, to test on only.
+        output: folder for transfer.json, with everything, and transfer.md.
+        mode: batch norm in the Markdown.
+        on_progress: told how many of how many adaptations are done.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    columns: dict[str, PreparedData] = {}
+    for run in runs:
+        checkpoint = load_checkpoint(run / "checkpoint")
+        checkpoints[_name(checkpoint.info.dataset, run, checkpoints)] = checkpoint
+    for folder in (*(run / "prepared" for run in runs), *datasets):
+        data = load_prepared(folder)
+        if not any(data.index == other.index for other in columns.values()):
+            columns[_name(data.name, folder, columns)] = data
+    found = transfer_checkpoints(settings, checkpoints, columns, on_progress)
+    text = transfer_markdown(found, mode)
+    with atomic_directory(output) as temporary:
+        write_json(temporary / "transfer.json", transfer_json(found))
+        (temporary / "transfer.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _name(name: str, folder: Path, taken: Collection[str]) -> str:
+    """Return a name for people that no other has."""
+    return f"{name} ({folder})" if name in taken else name
 
 
 def export(

@@ -9,13 +9,14 @@ import pytest
 # Each room may import those before it, and itself.
 ORDER = [
     {"errors", "files", "minibatches", "config", "provenance", "cpus", "images"},
+    {"presets"},
     {"data"},
     {"models", "episodes", "kinds"},
     {"learn"},
     {"evaluate"},
     {"export"},
     {"stages"},
-    {"kubeflow"},
+    {"kubeflow", "reproduce"},
     {"classify", "serve"},
     {"cli"},
     {"__main__"},

@@ -27,6 +27,7 @@ from reptile.data.prepared import (
     PreparedClass,
     PreparedData,
     Split,
+    UInt8Array,
     content_header,
     load_prepared,
     splits_digest,
