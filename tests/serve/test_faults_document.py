@@ -1,0 +1,47 @@
+"""The server holds to its own OpenAPI document, by schemathesis' reading of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.server import Server
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "allow_header_conformance",
+    "use_after_free",
+    "unsupported_method",
+)
+
+
+def check_document(bundle: Path, folder: Path, examples: int) -> None:
+    with Server(bundle, "--tasks", str(folder / "tasks"), "--max-tasks", "50") as server:
+        ran = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
+            + ["--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "0"]
+            + ["--workers", "4", "--continue-on-failure", "--no-color", "--warnings", "off"]
+            + ["--suppress-health-check", "all", "--generation-database", "none"]
+            + ["--report", "json", "--report-json-path", str(folder / "report.json")],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+        assert "Traceback" not in server.log
+        print(json.loads((folder / "report.json").read_bytes()).keys())
+
+
+def test_the_server_keeps_to_its_document(served_bundle: Path, tmp_path: Path) -> None:
+    check_document(served_bundle, tmp_path, 5)
+
+
+@pytest.mark.slow
+def test_the_server_keeps_to_its_document_for_long(served_bundle: Path, tmp_path: Path) -> None:
+    check_document(served_bundle, tmp_path, 300)
