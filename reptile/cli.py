@@ -1,6 +1,7 @@
-"""The command line: one command a stage, each reading its section of params.yaml.
+"""The command line: one command a stage, each reading its section of params.yaml, and the consumers'.
 
-It shows progress and results to a person; all work is done by `reptile.stages`.
+It shows progress and results to a person; all work is done by `reptile.stages` and
+`reptile.classify`. Each command imports what it needs, so that the consumers' need no torch.
 """
 
 import json
@@ -14,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,16 +25,20 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
 
-from reptile.config import Settings, load_settings
 from reptile.errors import InputError
 
 if TYPE_CHECKING:
+    from reptile.config import Settings
     from reptile.learn.train import Progress as TrainingProgress
+    from reptile.runtime import AdaptedModel, Prediction
     from reptile.stages import Counted
 
 app = typer.Typer(
-    help="Few-shot learning with Reptile: prepare, train, evaluate, export, verify.",
+    help="Few-shot learning with Reptile: prepare, train, evaluate, export, verify, classify, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -208,6 +214,102 @@ def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
     console.print(f"bundle   {artifacts / 'bundle'} ({passed} of {len(checks)} checks passed)")
 
 
+@app.command()
+def classify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files to name.")
+    ] = None,
+    support: Annotated[
+        Path | None,
+        typer.Option(help="Folder or zip with a folder of examples for each class."),
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Instead of --support: what --save wrote.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write what was learnt for --task.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Inner steps; the bundle's if not given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Chooses the mini-batches; 0 if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Learn new classes from a few example images, then name other images; needs no torch.
+
+    Example: reptile classify artifacts/bundle --support animals new/1.png new/2.png
+    """
+    from reptile.classify import read_images, read_support, report
+    from reptile.runtime import FewShotModel
+
+    paths = images or []
+    if (support is None) == (task is None):
+        raise InputError(
+            "give either --support, a folder of examples, or --task, what --save wrote"
+        )
+    if task is not None and (save, steps, seed) != (None, None, None):
+        raise InputError("--save, --steps and --seed go with --support: --task has learnt already")
+    if not paths and save is None:
+        raise InputError("no images to name: give PNG or JPEG files, or --save to learn only")
+    model = FewShotModel.load(bundle)
+    queries = read_images(paths, model.image_shape)
+    if support is not None:
+        examples, labels = read_support(support, model)
+        adapted = model.adapt(examples, labels, steps=steps, seed=seed or 0)
+        learnt = f"learnt {len(adapted.labels)} classes from {len(labels)} images"
+    elif task is not None:
+        adapted = model.load_adapted(task)
+        learnt = f"{task}: {len(adapted.labels)} classes"
+    prediction = adapted.predict(queries)
+    if save is not None:
+        adapted.save(save)
+    if as_json:
+        typer.echo(json.dumps(report(paths, adapted, prediction), indent=2, allow_nan=False))
+        return
+    if len(losses := adapted.losses):
+        learnt += f" in {len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    console.print(learnt, markup=False, highlight=False, soft_wrap=True)
+    if paths:
+        console.print(_prediction_table(paths, adapted, prediction))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder that keeps taught tasks over a restart.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="NAME=VALUE", help="Change a bound; --bounds lists."),
+    ] = None,
+    bounds: Annotated[bool, typer.Option("--bounds", help="List the bounds and end.")] = False,
+) -> None:
+    """Serve a bundle over HTTP, with a page to try it on; needs no torch.
+
+    A token in the environment variable REPTILE_TOKEN is asked of every request but health.
+
+    Example: reptile serve artifacts/bundle --tasks tasks -S max_tasks=100
+    """
+    from reptile.serve.settings import ServeSettings, changed
+
+    if bounds:
+        for name, field in ServeSettings.model_fields.items():
+            if name != "tasks":
+                console.print(f"{name} = {field.default}", highlight=False)
+                console.print(f"    {' '.join((field.description or '').split())}", style="dim")
+        return
+    settings = changed(tasks, changes or ())
+    from reptile.serve.run import run
+
+    run(bundle, host, port, settings)
+
+
 @data_app.command()
 def glyphs(
     path: Annotated[Path, typer.Argument(help="Zip file to write.")],
@@ -243,8 +345,30 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _settings(params: Path, changes: list[str] | None) -> Settings:
+def _settings(params: Path, changes: list[str] | None) -> "Settings":
+    from reptile.config import load_settings
+
     return load_settings(params, changes or ())
+
+
+def _prediction_table(
+    paths: list[Path], adapted: "AdaptedModel", prediction: "Prediction"
+) -> Table:
+    """One row an image: its likeliest class with its probability, and the next likeliest."""
+    columns = [Column(name, overflow="fold") for name in ("image", "class", "", "", "or")]
+    columns[3].justify = "right"
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for path, row in zip(paths, prediction.probabilities, strict=True):
+        first, second, *_ = row.argsort()[::-1]
+        name = str(path)
+        table.add_row(
+            Text(name if name.isprintable() else repr(name)),
+            Text(str(adapted.labels[first]), style="bold"),
+            ProgressBar(total=1, completed=float(row[first]), width=12),
+            f"{row[first]:.1%}",
+            Text(f"{adapted.labels[second]} {row[second]:.1%}", style="dim"),
+        )
+    return table
 
 
 def _bar(*more: str) -> Progress:
@@ -270,7 +394,7 @@ def _counting(what: str) -> "Iterator[Counted]":
 
 
 @contextmanager
-def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None]]":
+def _training(settings: "Settings") -> "Iterator[Callable[[TrainingProgress], None]]":
     """Show training: a bar in a terminal, and a line for each point of the curve."""
     shown = 0
     meta_batch = settings.train.meta_batch

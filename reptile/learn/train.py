@@ -22,8 +22,8 @@ from reptile.episodes import (
     Task,
     check_classes,
     held_out_task,
-    meta_batches,
     random_stream,
+    training_tasks,
 )
 from reptile.errors import InputError
 from reptile.learn.accuracy import accuracy
@@ -103,15 +103,14 @@ def train(
         make_engine(settings.engine, model, settings.optimizer, data.images, device)
     )
     losses: list[float] = []
-    iterations = range(info.iteration, settings.meta_iterations)
-    for iteration, tasks in enumerate(meta_batches(classes, settings, iterations), info.iteration):
+    for iteration in range(info.iteration, settings.meta_iterations):
+        tasks = training_tasks(classes, settings, iteration)
         epsilon = step_size(settings, iteration)
         state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
-        if not (task_losses.isfinite().all() and state.weights.isfinite().all()):
+        if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
             raise InputError(_diverged(settings, iteration, run))
         losses.append(float(task_losses[:, -1].mean()))
 
-        info = info.model_copy(update={"iteration": iteration + 1})
         if (iteration + 1) % settings.checkpoint_every == 0 or (
             iteration + 1 == settings.meta_iterations
         ):
@@ -121,7 +120,8 @@ def train(
                 accuracy=accuracy(engine, state, validation, "transductive"),
             )
             losses = []
-            info = info.model_copy(update={"curve": (*info.curve, point)})
+            curve = (*info.curve, point)
+            info = info.model_copy(update={"iteration": iteration + 1, "curve": curve})
             if processes.first:
                 _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
         on_progress(Progress(iteration + 1, settings.meta_iterations, engine.name, info.curve))
