@@ -88,13 +88,13 @@ def kill_again_and_again(bundle: Path, folder: Path, kills: int) -> None:
     assert not list(folder.glob(".*")), "a write that was cut short left its file for ever"
 
 
-def test_what_was_acknowledged_outlives_a_few_kills(served_bundle: Path, tmp_path: Path) -> None:
-    kill_again_and_again(served_bundle, tmp_path / "tasks", 3)
+def test_what_was_acknowledged_outlives_a_few_kills(exported: Path, tmp_path: Path) -> None:
+    kill_again_and_again(exported, tmp_path / "tasks", 3)
 
 
 @pytest.mark.slow
-def test_what_was_acknowledged_outlives_fifty_kills(served_bundle: Path, tmp_path: Path) -> None:
-    kill_again_and_again(served_bundle, tmp_path / "tasks", 50)
+def test_what_was_acknowledged_outlives_fifty_kills(exported: Path, tmp_path: Path) -> None:
+    kill_again_and_again(exported, tmp_path / "tasks", 50)
 
 
 def another_bundles(content: bytes) -> bytes:
@@ -121,10 +121,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_no_file_in_the_folder_blocks_the_start(
-    served_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, model = tmp_path / "tasks", FewShotModel.load(served_bundle)
-    with Server(served_bundle, "--tasks", str(folder)) as server:
+    folder, model = tmp_path / "tasks", FewShotModel.load(exported)
+    with Server(exported, "--tasks", str(folder)) as server:
         answer = server.request("POST", "/tasks", lesson(model, 1).request)
         assert answer.status == 201, answer
     good = answer.json()["id"]
@@ -155,7 +155,7 @@ def test_no_file_in_the_folder_blocks_the_start(
         monkeypatch.chdir(folder)  # a socket's path may only be short
         listener.bind(place().name)
         before = set(folder.iterdir())
-        with Server(served_bundle, "--tasks", str(folder)) as server:
+        with Server(exported, "--tasks", str(folder)) as server:
             check_tasks(server, model, {good: lesson(model, 1)})
             listed = {task["id"] for task in server.request("GET", "/tasks").json()["tasks"]}
             # Root may read what nobody may.
@@ -164,8 +164,8 @@ def test_no_file_in_the_folder_blocks_the_start(
         assert set(folder.iterdir()) == before - {file}  # what is not understood is not touched
 
 
-def test_a_folder_that_cannot_be_used_is_said_at_once(served_bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_is_said_at_once(exported: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(InputError, match=r"the server ended with 2: error: .*file"):
-        Server(served_bundle, "--tasks", str(file))
+        Server(exported, "--tasks", str(file))

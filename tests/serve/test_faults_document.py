@@ -22,7 +22,7 @@ CHECKS = (
 
 
 def check_document(bundle: Path, folder: Path, examples: int) -> None:
-    with Server(bundle, "--tasks", str(folder / "tasks"), "--max-tasks", "50") as server:
+    with Server(bundle, "--tasks", str(folder / "tasks"), "-S", "max_tasks=50") as server:
         ran = subprocess.run(
             [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
             + ["--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "0"]
@@ -38,10 +38,10 @@ def check_document(bundle: Path, folder: Path, examples: int) -> None:
         print(json.loads((folder / "report.json").read_bytes()).keys())
 
 
-def test_the_server_keeps_to_its_document(served_bundle: Path, tmp_path: Path) -> None:
-    check_document(served_bundle, tmp_path, 5)
+def test_the_server_keeps_to_its_document(exported: Path, tmp_path: Path) -> None:
+    check_document(exported, tmp_path, 5)
 
 
 @pytest.mark.slow
-def test_the_server_keeps_to_its_document_for_long(served_bundle: Path, tmp_path: Path) -> None:
-    check_document(served_bundle, tmp_path, 300)
+def test_the_server_keeps_to_its_document_for_long(exported: Path, tmp_path: Path) -> None:
+    check_document(exported, tmp_path, 300)

@@ -24,8 +24,8 @@ SLACK = 5  # seconds that a busy machine may add
 
 
 @pytest.fixture
-def images(served_bundle: Path) -> Any:
-    shape = FewShotModel.load(served_bundle).image_shape
+def images(exported: Path) -> Any:
+    shape = FewShotModel.load(exported).image_shape
     return np.random.default_rng(0).integers(0, 256, (4, *shape)).tolist()
 
 
@@ -38,10 +38,10 @@ def started(bundle: Path, images: Any, *options: str) -> Iterator[tuple[Server, 
         yield server, f"/tasks/{answer.json()['id']}/predict"
 
 
-def test_clients_that_stall_are_let_go_and_hinder_nobody(served_bundle: Path, images: Any) -> None:
+def test_clients_that_stall_are_let_go_and_hinder_nobody(exported: Path, images: Any) -> None:
     with ExitStack() as stack:
-        options = ("--body-seconds", str(BODY_SECONDS))
-        server, predict = stack.enter_context(started(served_bundle, images, *options))
+        options = ("-S", f"body_seconds={BODY_SECONDS}")
+        server, predict = stack.enter_context(started(exported, images, *options))
         whole = json_request("POST", predict, {"images": images})
         before = server.footprint
         stalled = []
@@ -67,9 +67,9 @@ def test_clients_that_stall_are_let_go_and_hinder_nobody(served_bundle: Path, im
 
 
 def test_a_thousand_connections_are_served_or_told_to_come_back(
-    served_bundle: Path, images: Any
+    exported: Path, images: Any
 ) -> None:
-    with started(served_bundle, images) as (server, predict), ExitStack() as stack:
+    with started(exported, images) as (server, predict), ExitStack() as stack:
         request = json_request("POST", predict, {"images": images})
         before = server.footprint
         clients = []
@@ -103,9 +103,9 @@ LARGE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LARGE)
 def test_large_bodies_at_once_fit_a_machine_of_a_gigabyte(
-    kind: str, served_bundle: Path, images: Any
+    kind: str, exported: Path, images: Any
 ) -> None:
-    with started(served_bundle, images) as (server, predict):
+    with started(exported, images) as (server, predict):
         places = ("/tasks", predict, "/v2/models/few_shot/infer", "/v2/models/predict/infer") * 4
         head = {"content-type": "application/json"}
 
@@ -129,9 +129,9 @@ def test_large_bodies_at_once_fit_a_machine_of_a_gigabyte(
 
 @pytest.mark.slow
 def test_many_large_pictures_are_stopped_in_time_and_others_are_served(
-    served_bundle: Path, images: Any
+    exported: Path, images: Any
 ) -> None:
-    with started(served_bundle, images, "--request-seconds", "5") as (server, predict):
+    with started(exported, images, "-S", "request_seconds=5") as (server, predict):
         files = [(name, "a.png", pictures.large_png()) for name in ("cat", "dog")]
         body, kind = multipart(files * 100)
         done: list[Answer] = []
@@ -162,11 +162,11 @@ class Exchange(NamedTuple):
 
 
 def test_sigterm_under_load_answers_what_is_under_way_and_exits_with_0(
-    served_bundle: Path, images: Any, tmp_path: Path
+    exported: Path, images: Any, tmp_path: Path
 ) -> None:
     options = ("--tasks", str(tmp_path / "tasks"))
-    with started(served_bundle, images, *options) as (server, predict):
-        steps = FewShotModel.load(served_bundle).bundle.max_steps
+    with started(exported, images, *options) as (server, predict):
+        steps = FewShotModel.load(exported).bundle.max_steps
         task = {"images": images, "labels": LABELS, "steps": steps}
         exchanges: list[Exchange] = []
         taught: list[str] = []
