@@ -10,15 +10,17 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow test-images lint bench load-test images lock clean
+.PHONY: help setup repro test test-slow test-images test-browser page lint bench load-test images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
+	@echo "make page       fetch onnxruntime-web, so that the page can learn in the browser too (npm)"
+	@echo "make test-browser  try the page in Chromium, and the JavaScript examples in Node (npm)"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
-	@echo "make load-test  serve a bundle to 64 clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundle)"
+	@echo "make load-test  serve a bundle to many clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundle)"
 	@echo "make images     build the container image (deploy/build-image --help); make test-images tries it"
 	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"
@@ -37,10 +39,26 @@ repro: setup
 	@reptile show
 
 test: setup
-	pytest -m "not slow"
+	pytest -m "not slow and not browser"
 
 test-slow: setup
-	pytest
+	pytest -m "not browser"
+
+NPM := npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+WEB := ort.wasm.bundle.min.mjs ort-wasm-simd-threaded.wasm
+
+# npm's package comes without its licence; the Python package is built from the same sources.
+page: setup
+	$(NPM)
+	rm -rf reptile/serve/ort && mkdir reptile/serve/ort
+	cp $(addprefix node_modules/onnxruntime-web/dist/,$(WEB)) reptile/serve/ort/
+	ort=$$(python -c 'import onnxruntime; print(*onnxruntime.__path__)') && \
+		cp "$$ort/LICENSE" "$$ort/ThirdPartyNotices.txt" reptile/serve/ort/
+
+test-browser: page
+	cd examples/node && $(NPM)
+	pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	pytest -m browser
 
 lint: setup
 	ruff format --check .

@@ -1,6 +1,6 @@
 """Folders and files of images for a bundle: what `reptile classify` reads and says.
 
-Not for training data (see `data`). Needs Pillow beside what the runtime needs, and no torch.
+Not for training data (see `data`). Needs no torch.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reptile.data.sources import MAX_BYTES, open_source
+from reptile.data.sources import open_source
 from reptile.errors import InputError
 from reptile.images import decode, fit
 from reptile.runtime import AdaptedModel, FewShotModel, Prediction
 
 UInt8Array = npt.NDArray[np.uint8]
+
+MAX_BYTES = 64 * 2**20  # of one image file, as in training data
 
 
 def read_support(folder: Path, model: FewShotModel) -> tuple[UInt8Array, list[str]]:
@@ -37,7 +39,7 @@ def read_support(folder: Path, model: FewShotModel) -> tuple[UInt8Array, list[st
         if not 2 <= len(names) <= model.ways:
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise InputError(
-                f"{folder}: {len(names)} classes ({listed}); this bundle tells 2 to {model.ways} "
+                f"{folder}: classes: {len(names)} ({listed}); this bundle tells 2 to {model.ways} "
                 "apart: add or remove class folders"
             )
         files = [(file, c.name) for c in source.classes for file in c.files]

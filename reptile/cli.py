@@ -1,7 +1,7 @@
-"""The command line: one command a stage, each reading its section of params.yaml, and the consumers'.
+"""The command line: a command for each stage, reading its section of params.yaml, and consumers'.
 
 It shows progress and results to a person; all work is done by `reptile.stages` and
-`reptile.classify`. Each command imports what it needs, so that the consumers' need no torch.
+`reptile.classify`. Each command imports what it needs: `classify` runs without torch.
 """
 
 import json
@@ -29,16 +29,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from reptile.config import Settings, load_settings
 from reptile.errors import InputError
 
 if TYPE_CHECKING:
-    from reptile.config import Settings
     from reptile.learn.train import Progress as TrainingProgress
     from reptile.runtime import AdaptedModel, Prediction
     from reptile.stages import Counted
 
 app = typer.Typer(
-    help="Few-shot learning with Reptile: prepare, train, evaluate, export, verify, classify, serve.",
+    help="Few-shot learning with Reptile: from images to a bundle, and a bundle in use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -345,9 +345,7 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _settings(params: Path, changes: list[str] | None) -> "Settings":
-    from reptile.config import load_settings
-
+def _settings(params: Path, changes: list[str] | None) -> Settings:
     return load_settings(params, changes or ())
 
 
@@ -394,7 +392,7 @@ def _counting(what: str) -> "Iterator[Counted]":
 
 
 @contextmanager
-def _training(settings: "Settings") -> "Iterator[Callable[[TrainingProgress], None]]":
+def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None]]":
     """Show training: a bar in a terminal, and a line for each point of the curve."""
     shown = 0
     meta_batch = settings.train.meta_batch

@@ -1,6 +1,7 @@
 """`reptile classify` as a person meets it: pictures in, names out, one line for each mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,13 @@ def test_pictures_of_any_size_and_colour_are_fitted_as_for_training(
     assert others == [pytest.approx(plain, abs=1e-6)] * 2
 
 
+def test_the_examples_may_be_zipped(pictures: Path, classify: Run) -> None:
+    shutil.make_archive("zipped", "zip", root_dir=pictures, base_dir="support")
+    _, folder, _ = classify("--support", "support", "--json", "new/bet7.png")
+    _, zipped, _ = classify("--support", "zipped.zip", "--json", "new/bet7.png")
+    assert json.loads(zipped) == json.loads(folder)
+
+
 def test_a_folder_called_digits_is_a_folder_and_not_the_dataset(
     pictures: Path, classify: Run
 ) -> None:
@@ -149,8 +157,8 @@ def one_class(folder: Path) -> None:
 
 SUPPORT = ["--support", "support"]
 MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
-    "too many classes": (more_classes, SUPPORT, ["5 classes", "dalet", "2 to 3"]),
-    "one class": (one_class, SUPPORT, ["1 classes", "alef", "2 to 3"]),
+    "too many classes": (more_classes, SUPPORT, ["classes: 5", "dalet", "2 to 3"]),
+    "one class": (one_class, SUPPORT, ["classes: 1 (alef)", "2 to 3"]),
     "too many images": (more_images, SUPPORT, ["65 images", "at most 50"]),
     "empty class": (lambda p: (p / "support/dalet").mkdir(), SUPPORT, ["support", "'dalet'"]),
     "empty folder": (lambda p: (p / "empty").mkdir(), ["--support", "empty"], ["no PNG or JPEG"]),
@@ -205,13 +213,11 @@ def test_no_bundle_is_said(pictures: Path, classify: Run) -> None:
     assert err.count("\n") == 1
 
 
-def test_neither_torch_nor_a_package_of_training_alone_is_loaded(
-    pictures: Path, exported: Path
-) -> None:
+def test_no_package_of_training_alone_is_loaded(pictures: Path, exported: Path) -> None:
     script = (
         "import sys; from reptile.cli import run\n"
         "try: run()\n"
-        "finally: print(*{'torch', 'onnx', 'yaml', 'sklearn', 'safetensors'} & set(sys.modules))"
+        "finally: print(*{'torch', 'onnx', 'sklearn', 'safetensors'} & set(sys.modules))"
     )
     command = ["classify", str(exported), *SUPPORT, "new/alef6.png", "--json"]
     done = subprocess.run(
@@ -219,3 +225,21 @@ def test_neither_torch_nor_a_package_of_training_alone_is_loaded(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_stage_without_its_packages_says_what_to_install(root: Path) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"  # importing it fails as if it were not there
+        "from reptile.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", "--params", root / "params.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the package torch is missing")
+    assert "[train,cpu]" in done.stderr
+    assert done.stderr.count("\n") == 1

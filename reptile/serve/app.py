@@ -3,6 +3,7 @@
 Turns requests into calls of `service` and its errors into answers; decides nothing else.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -12,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -42,7 +44,7 @@ from reptile.serve.protocol import (
     read_inputs,
     write_outputs,
 )
-from reptile.serve.service import GRAPHS, NotFiniteError, Service, UnknownError
+from reptile.serve.service import NotFiniteError, Service, UnknownError
 from reptile.serve.settings import ServeSettings
 from reptile.serve.store import TaughtTask
 from reptile.serve.workers import BusyError
@@ -152,7 +154,7 @@ def make_app(model: FewShotModel, settings: ServeSettings, token: str | None = N
     for router in (_protocol(service), _tasks(service), _files(model)):
         app.include_router(router)
     _handle_errors(app, registry)
-    registry.register(_Measures(service))  # type: ignore[arg-type]
+    registry.register(_Measures(service))
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
@@ -173,7 +175,10 @@ class _Measures:
         service = self._service
         values = {
             "reptile_adaptations_pending": ("Running and waiting.", service.adapter.pending),
-            "reptile_predictions_pending": ("Images, running and waiting.", service.predictor.images),
+            "reptile_predictions_pending": (
+                "Images, running and waiting.",
+                service.predictor.images,
+            ),
             "reptile_tasks": ("Taught tasks that are kept.", len(service.store)),
             "reptile_task_bytes": ("Taught tasks that are kept.", service.store.size),
             "reptile_ready": ("1 when requests are taken.", int(service.ready)),
@@ -185,9 +190,7 @@ class _Measures:
 
 
 def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
-    diverged = Counter(
-        "reptile_not_finite", "Adaptations that diverged.", registry=registry
-    )
+    diverged = Counter("reptile_not_finite", "Adaptations that diverged.", registry=registry)
 
     def answer(status: int, text: str, **headers: str) -> JSONResponse:
         return JSONResponse({"error": text}, status, headers)
@@ -297,7 +300,7 @@ def _protocol(service: Service) -> APIRouter:
     async def infer(model: str, request: Request) -> Response:
         """Run a model on tensors."""
         inputs, _ = service.tensors(model)
-        body = await request.body()
+        body = await _json_body(request, service)
         asked, feeds = await _apart(len(body), lambda: _infer_request(body, inputs))
         found = await service.infer(model, feeds)
         return await _apart(
@@ -348,9 +351,10 @@ def _tasks(service: Service) -> APIRouter:
         given = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
         if _is_form(request):
             named = await _read_files(request, service)
-            images, labels = np.stack([image for _, image in named]), [name for name, _ in named]
+            images = np.stack([image for _, image in named])
+            labels: list[Any] = [name for name, _ in named]
         else:
-            body = await request.body()
+            body = await _json_body(request, service)
 
             def read() -> tuple[Array, Support]:
                 support = _parse(Support, body)
@@ -395,10 +399,8 @@ def _tasks(service: Service) -> APIRouter:
             named = await _read_files(request, service)
             images = np.stack([image for _, image in named])
         else:
-            body = await request.body()
-            images = await _apart(
-                len(body), lambda: service.images(_parse(Queries, body).images)
-            )
+            body = await _json_body(request, service)
+            images = await _apart(len(body), lambda: service.images(_parse(Queries, body).images))
         labels = task.model.labels
         probabilities = await service.predictor.predict(task.model, images)
         names = [str(label) for label in labels]
@@ -431,10 +433,12 @@ async def _read_files(request: Request, service: Service) -> list[tuple[str, Arr
     """Return the form's image files as (field name, pixels [C, H, W])."""
     settings = service.settings
     async with request.form(max_files=settings.max_images, max_fields=16) as form:
-        contents = []
+        contents: list[tuple[str, str, bytes]] = []
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
-                raise InputError(f"field {name[:100]!r} is text: send image files, as -F NAME=@FILE")
+                raise InputError(
+                    f"field {name[:100]!r} is text: send image files, as -F NAME=@FILE"
+                )
             if len(name) > MAX_LABEL:
                 raise InputError(f"a field's name has {len(name)} characters: at most {MAX_LABEL}")
             contents.append((name, value.filename or name, await value.read()))
@@ -442,13 +446,19 @@ async def _read_files(request: Request, service: Service) -> list[tuple[str, Arr
         raise InputError("no images: send one or more files, as -F NAME=@FILE")
 
     def decoded() -> list[tuple[str, Array]]:
-        shape, most = service.model.image_shape, settings.max_image_pixels
-        return [
-            (name, fit(decode(file[:200], content, most), shape).astype(np.float32))
-            for name, file, content in contents
-        ]
+        found, left = [], settings.max_request_pixels
+        until = time.monotonic() + settings.request_seconds
+        for name, file, content in contents:
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    f"the images were not read within {settings.request_seconds:g} s"
+                )
+            image = decode(file[:200], content, min(left, settings.max_image_pixels))
+            left -= image.width * image.height
+            found.append((name, fit(image, service.model.image_shape).astype(np.float32)))
+        return found
 
-    return await to_thread.run_sync(decoded)
+    return await to_thread.run_sync(decoded, limiter=_few())
 
 
 # ---- The page and the bundle's files
@@ -501,6 +511,19 @@ def _describe_bodies(app: FastAPI) -> None:
     written["components"]["schemas"].update(definitions["$defs"])
 
 
+async def _json_body(request: Request, service: Service) -> bytes:
+    size, most = 0, service.settings.max_json_bytes
+    parts = []
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise HTTPException(
+                413, f"JSON of more than {most} bytes: send image files as a form, or fewer images"
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
 def _parse(kind: type[Model], body: bytes) -> Model:
     try:
         values = from_json(body, allow_inf_nan=False)
@@ -514,7 +537,19 @@ def _parse(kind: type[Model], body: bytes) -> Model:
 
 async def _apart(size: int, work: Callable[[], Result]) -> Result:
     """Run what takes long for large bodies in a thread, so that others are answered meanwhile."""
-    return await to_thread.run_sync(work) if size > LARGE else work()
+    return await to_thread.run_sync(work, limiter=_few()) if size > LARGE else work()
+
+
+_LIMITER: RunVar[CapacityLimiter] = RunVar("large bodies")
+
+
+def _few() -> CapacityLimiter:
+    """Return what lets two large bodies be read at a time: they grow, and take the processor."""
+    try:
+        return _LIMITER.get()
+    except LookupError:
+        _LIMITER.set(CapacityLimiter(2))
+        return _LIMITER.get()
 
 
 def _json(model: BaseModel) -> Response:

@@ -21,8 +21,15 @@ from reptile.serve.settings import ServeSettings
 
 log = structlog.get_logger("reptile.serve")
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OPEN = re.compile(r"/v2/health/(live|ready)")  # answered without the token
 REQUEST_ID = re.compile(r"[\w.:-]{1,100}")
+
+
+class _Body:
+    """How much of a request's body is here."""
+
+    size = 0
 
 
 class Guard:
@@ -32,6 +39,7 @@ class Guard:
         self, app: ASGIApp, settings: ServeSettings, token: str | None, registry: CollectorRegistry
     ) -> None:
         self._app, self._settings, self._token = app, settings, token
+        self._held = 0  # bytes of all bodies that are here
         self._seconds = Histogram(
             "reptile_request_seconds",
             "From a request's start to its answer's end.",
@@ -39,7 +47,10 @@ class Guard:
             registry=registry,
         )
         self._refused = Counter(
-            "reptile_refused_requests", "Requests refused, by reason.", ["reason"], registry=registry
+            "reptile_refused_requests",
+            "Requests refused, by reason.",
+            ["reason"],
+            registry=registry,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +61,7 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        start, status = time.perf_counter(), 0
+        start, status, body = time.perf_counter(), 0, _Body()
 
         async def respond(message: Message) -> None:
             nonlocal status
@@ -64,20 +75,23 @@ class Guard:
         else:
             try:
                 async with asyncio.timeout(self._settings.request_seconds):
-                    await self._app(scope, self._bounded(receive), respond)
+                    await self._app(scope, self._bounded(receive, body), respond)
             except TimeoutError:
                 self._refused.labels("deadline").inc()
                 if not status:
                     late = f"no answer within {self._settings.request_seconds:g} s; try again"
                     response = JSONResponse({"error": late}, 503, {"retry-after": "1"})
                     await response(scope, receive, respond)
+            finally:
+                self._held -= body.size
         seconds = time.perf_counter() - start
         route = getattr(scope.get("route"), "path", "unknown")
-        self._seconds.labels(route, scope["method"], status).observe(seconds)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._seconds.labels(route, method, status).observe(seconds)
         log.info(
             "request",
             id=request_id,
-            method=scope["method"],
+            method=method,
             path=scope["path"][:200],
             status=status,
             milliseconds=round(1000 * seconds, 1),
@@ -101,12 +115,12 @@ class Guard:
             return JSONResponse({"error": self._too_large()}, 413, {"connection": "close"})
         return None
 
-    def _bounded(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
-        size, complete = 0, False
+    def _bounded(self, receive: Receive, body: "_Body") -> Callable[[], Awaitable[Message]]:
+        complete = False
         until = time.monotonic() + self._settings.body_seconds
 
         async def bounded() -> Message:
-            nonlocal size, complete
+            nonlocal complete
             if complete:  # what comes now is the end of the connection, however late
                 return await receive()
             try:
@@ -116,11 +130,17 @@ class Guard:
                 self._refused.labels("slow").inc()
                 late = f"the body did not arrive within {self._settings.body_seconds:g} s"
                 raise HTTPException(408, late, {"connection": "close"}) from None
-            size += len(message.get("body", b""))
+            received = len(message.get("body", b""))
+            body.size += received
+            self._held += received
             complete = not message.get("more_body", False)
-            if size > self._settings.max_body_bytes:
+            if body.size > self._settings.max_body_bytes:
                 self._refused.labels("body").inc()
                 raise HTTPException(413, self._too_large(), {"connection": "close"})
+            if self._held > self._settings.max_held_bytes:
+                self._refused.labels("held").inc()
+                full = "too much is being sent at once; try again in 1 s"
+                raise HTTPException(429, full, {"connection": "close", "retry-after": "1"})
             return message
 
         return bounded

@@ -126,9 +126,10 @@ def _read(tensor: InputTensor, expected: TensorType) -> Array:
     if tensor.datatype not in allowed:
         raise InputError(f"{name}: datatype {tensor.datatype[:20]!r}, use {' or '.join(allowed)}")
     shape = tuple(tensor.shape)
+    if expected.shape == () and shape == (1,):  # Triton knows no tensor without dimensions
+        shape = ()
     if len(shape) != len(expected.shape) or any(
-        want is not None and want != size
-        for want, size in zip(expected.shape, shape, strict=True)
+        want is not None and want != size for want, size in zip(expected.shape, shape, strict=True)
     ):
         raise InputError(f"{name}: shape {list(shape)}, expected {expected}")
     try:

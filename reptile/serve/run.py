@@ -3,12 +3,14 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
 
 from reptile.runtime import FewShotModel
 from reptile.serve.app import make_app
+from reptile.serve.connection import Connection
 from reptile.serve.settings import ServeSettings
 
 TOKEN = "REPTILE_TOKEN"
@@ -32,13 +34,16 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         limit_concurrency=settings.connections,
         timeout_keep_alive=int(settings.body_seconds),
         timeout_graceful_shutdown=int(settings.request_seconds),
-        h11_max_incomplete_event_size=2**15,
+        http=Connection,
         ws="none",
     )
 
 
 def _log_as_json() -> None:
-    shared = [structlog.processors.TimeStamper(fmt="iso"), structlog.processors.add_log_level]
+    shared: list[Any] = [
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.add_log_level,
+    ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

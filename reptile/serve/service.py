@@ -1,4 +1,4 @@
-"""What the server does with a bundle, without HTTP: teach, predict, and run the graphs as models."""
+"""What the server does with a bundle, without HTTP: teach, predict, run graphs as models."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -20,6 +20,7 @@ class ServeSettings(BaseModel):
     tasks: Path | None = None
     """Folder that keeps taught tasks over a restart; None forgets them."""
     max_tasks: Positive = 1000
+    """Taught tasks that are kept; the one used longest ago is forgotten first."""
     max_task_bytes: Positive = 2**29
     """All taught tasks together, in memory and on disk."""
     task_days: Annotated[float, Field(gt=0)] = 30.0
@@ -35,11 +36,19 @@ class ServeSettings(BaseModel):
     body_seconds: Seconds = 20.0
     """For a client to send a whole body."""
     max_body_bytes: Positive = 2**24
+    """Of one request; image files, mostly."""
+    max_json_bytes: Positive = 2**23
+    """Of one request in JSON, which grows twentyfold when it is read."""
+    max_held_bytes: Positive = 2**27
+    """Of all requests that are being received or answered."""
     max_image_pixels: Positive = 2**24
     """Of one uploaded image file, before it is fitted."""
+    max_request_pixels: Positive = 2**26
+    """Of all image files of one request."""
     max_images: Positive = 1000
     """In one request."""
     connections: Positive = 500
+    """At the same time; more are answered 503."""
 
 
 def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
@@ -60,5 +69,7 @@ def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{name}: no such bound; `reptile serve --bounds` lists them") from None
+            raise InputError(
+                f"{name}: no such bound; `reptile serve --bounds` lists them"
+            ) from None
         raise InputError(f"{name} = {first['input']}: {first['msg']}") from None

@@ -57,17 +57,23 @@ class TaskStore:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
+            for unfinished in folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
+                unfinished.unlink(missing_ok=True)
+            files = sorted(folder.glob(f"*{SUFFIX}"))
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}; name another with --tasks") from None
+        found = []
         for file in files:
             try:
+                if not file.is_file() or str(uuid.UUID(file.stem)) != file.stem:
+                    raise InputError("no file that this server has written")
                 adapted, status = model.load_adapted(file), file.stat()
-                name = str(uuid.UUID(file.stem))
             except (InputError, OSError, ValueError) as error:
                 log.warning("%s is left out: %s", file, error)
                 continue
-            self._keep(TaughtTask(name, adapted, status.st_mtime, status.st_size))
+            found.append(TaughtTask(file.stem, adapted, status.st_mtime, status.st_size))
+        for task in sorted(found, key=lambda task: task.taught):
+            self._keep(task)
 
     def write(self, adapted: AdaptedModel) -> TaughtTask:
         """Save a new task to disk; to be called from a worker thread, before `add`.
@@ -121,8 +127,7 @@ class TaskStore:
         self.size += task.size
         self._forget_old()
         while (
-            len(self._tasks) > self._settings.max_tasks
-            or self.size > self._settings.max_task_bytes
+            len(self._tasks) > self._settings.max_tasks or self.size > self._settings.max_task_bytes
         ):
             self.remove(next(iter(self._tasks)))
 

@@ -124,9 +124,7 @@ class Predictor:
         loop = asyncio.get_running_loop()
         future.add_done_callback(partial(_from_thread, loop, self._finish, model, batch, future))
 
-    def _finish(
-        self, model: AdaptedModel, batch: list[_Waiting], future: "Future[Array]"
-    ) -> None:
+    def _finish(self, model: AdaptedModel, batch: list[_Waiting], future: "Future[Array]") -> None:
         self._running.discard(model)
         error, start = future.exception(), 0
         for one in batch:

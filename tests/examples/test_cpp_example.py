@@ -1,7 +1,7 @@
 """The C++ consumer, built from examples/cpp against the installed library of ONNX Runtime.
 
 Needs a compiler, CMake and ONNX Runtime's headers, which its Python package lacks: in a standard
-place, or below a folder of the environment variable CMAKE_PREFIX_PATH.
+place, or below a folder of the environment variable CMAKE_PREFIX_PATH (see onnxruntime-headers).
 """
 
 import re
@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"
     done = call("cmake", "-S", sources, "-B", build, found, "-DCMAKE_BUILD_TYPE=Debug")
     if done.returncode and "ONNXRUNTIME_INCLUDE_DIR" in done.stderr:
-        pytest.skip("no headers of ONNX Runtime; see CMAKE_PREFIX_PATH in this file's docstring")
+        pytest.skip("no C++ headers of ONNX Runtime; tests/examples/onnxruntime-headers has a way")
     assert done.returncode == 0, done.stderr
     done = call("cmake", "--build", build)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -407,7 +407,8 @@ class Attacker:
         first = f"GET {place} HTTP/1.1\r\nHost: {HOST}\r\n".encode()
         number = rng.randrange(len(lines))
         sent = first + lines[number] + b"\r\n"
-        return Case(f"head {number}", (sent,), malformed=True)
+        # Of a large head the connection is closed before it has been read.
+        return Case(f"head {number}", (sent,), answered=len(sent) < 30_000, malformed=True)
 
     def _noise(self, rng: random.Random) -> Case:
         made: tuple[bytes, ...] = (

@@ -1,0 +1,313 @@
+/** The page at /: symbols are drawn, learnt on the server or in the browser, and recognised. */
+
+import { BackgroundModel } from "./background.js";
+import { curveInWords, drawCurve } from "./curve.js";
+import { InputError } from "./fewshot.js";
+import { Pad } from "./pad.js";
+import { acceptFiles, paint } from "./pictures.js";
+import { drawingPixels } from "./pixels.js";
+import { ServiceError, ServiceModel } from "./service.js";
+import { SymbolCard } from "./symbols.js";
+
+const ROOT = new URL("..", import.meta.url);
+const RUNTIME = new URL("ort/ort.wasm.bundle.min.mjs", ROOT);
+const FIRST_SYMBOLS = 3;
+
+const $ = (id) => document.getElementById(id);
+const symbols = [];
+const models = {}; // by where they run; a promise each
+const headers = {};
+let manifest;
+let task = null; // what was learnt last, and where
+let query;
+
+$("token").addEventListener("submit", (event) => {
+  event.preventDefault();
+  headers.Authorization = `Bearer ${$("token-value").value}`;
+  start();
+});
+start();
+
+async function start() {
+  try {
+    const response = await fetch(new URL("bundle/manifest.json", ROOT), { headers });
+    $("token").hidden = response.status !== 401;
+    if (response.status === 401) {
+      return;
+    }
+    if (!response.ok) {
+      throw new InputError(`The server answers ${response.status} when asked for its bundle.`);
+    }
+    manifest = await response.json();
+  } catch (error) {
+    fail(error instanceof InputError ? error : new Error("The server cannot be reached."));
+    return;
+  }
+  fail(null);
+  build();
+}
+
+function build() {
+  const { ways, image_shape: shape } = manifest.task;
+  for (let i = 0; i < Math.min(FIRST_SYMBOLS, ways); i++) {
+    addSymbol();
+  }
+  $("add").addEventListener("click", () => addSymbol().focus());
+  $("symbols").addEventListener("remove", ({ detail }) => removeSymbol(detail));
+  $("symbols").addEventListener("change", outdated);
+  document.addEventListener("refused", ({ detail }) => fail(detail));
+  // A file that misses its target must not replace the page.
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => event.preventDefault());
+  $("learn").addEventListener("click", learn);
+  document.getElementsByName("where").forEach((radio) => radio.addEventListener("change", move));
+  query = new Query(shape);
+  const [channels, height, width] = shape;
+  $("about").textContent =
+    `${manifest.name}: up to ${ways} symbols, pictures of ${width} × ${height} pixels` +
+    `${channels === 3 ? " in colour" : ""}, ${manifest.inner.steps} steps of learning.`;
+}
+
+function addSymbol() {
+  const symbol = new SymbolCard(manifest.task.image_shape);
+  symbols.push(symbol);
+  $("symbols").append(symbol.card);
+  number();
+  return symbol;
+}
+
+function removeSymbol(symbol) {
+  symbols.splice(symbols.indexOf(symbol), 1);
+  symbol.card.remove();
+  number();
+  outdated();
+  $("add").focus();
+}
+
+function number() {
+  symbols.forEach((symbol, i) => symbol.number(i + 1, symbols.length > 2));
+  $("add").hidden = symbols.length >= manifest.task.ways;
+}
+
+function where() {
+  return document.querySelector("[name=where]:checked").value;
+}
+
+function move() {
+  task?.forget().catch(() => {}); // the server forgets it by itself in time
+  task = null;
+  query.show(null);
+  fail(null);
+  say(
+    where() === "browser"
+      ? "Nothing you draw leaves this computer. Press Learn."
+      : "Your drawings go to this server. Press Learn.",
+  );
+}
+
+function outdated() {
+  if (task) {
+    say("Your examples have changed. Press Learn to teach them.");
+  }
+}
+
+async function learn() {
+  symbols.forEach((symbol) => symbol.keep());
+  const taught = symbols.filter(({ examples }) => examples.length);
+  const names = taught.map(({ name }) => name);
+  try {
+    if (taught.length < 2) {
+      throw new InputError("Draw at least one example of two symbols, so that there is a choice.");
+    }
+    const twice = names.find((name, i) => names.indexOf(name) !== i);
+    if (twice !== undefined) {
+      throw new InputError(`Two symbols are called ${twice}: give each a name of its own.`);
+    }
+    fail(null);
+    busy(true);
+    const place = where();
+    say(place in models ? "" : "Getting ready …");
+    const model = await open(place);
+    const images = taught.flatMap(({ examples }) => examples);
+    const labels = taught.flatMap(({ name, examples }) => examples.map(() => name));
+    say(`Learning from ${images.length} examples in ${manifest.inner.steps} steps …`);
+    const began = performance.now();
+    const learnt = await model.adapt(images, labels);
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    task?.forget().catch(() => {});
+    task = learnt;
+    drawCurve($("curve"), task.losses);
+    say(`Learnt from ${images.length} examples in ${seconds} s. ${curveInWords(task.losses)}`);
+    query.begin(task);
+    $("query").scrollIntoView({ block: "nearest" });
+  } catch (error) {
+    say("");
+    fail(error);
+  } finally {
+    busy(false);
+  }
+}
+
+function open(place) {
+  models[place] ??= (place === "browser" ? openInBrowser() : ServiceModel.load(ROOT, headers)).catch(
+    (error) => {
+      delete models[place]; // so that the next Learn tries again
+      throw error;
+    },
+  );
+  return models[place];
+}
+
+async function openInBrowser() {
+  const runtime = await fetch(RUNTIME, { headers });
+  if (!runtime.ok) {
+    throw new InputError(
+      "This server has no onnxruntime-web to hand to browsers: run `make page` where it is " +
+        "installed, or learn on the server.",
+    );
+  }
+  return BackgroundModel.load(new URL("bundle/", ROOT), RUNTIME, headers);
+}
+
+function busy(is) {
+  $("learn").disabled = is;
+  $("progress").hidden = !is;
+  document.getElementsByName("where").forEach((radio) => (radio.disabled = is));
+}
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+function fail(error) {
+  $("error").hidden = error === null;
+  $("error").textContent = error?.message ?? "";
+  const known = error === null || error instanceof InputError || error instanceof ServiceError;
+  if (!known) {
+    console.error(error);
+  }
+}
+
+/** The third part: a new drawing or picture, and what it is taken for. */
+class Query {
+  #shape;
+  #pad = new Pad($("query"));
+  #picture = null; // pixels and canvas of a picture file, instead of a drawing
+  #waiting = false;
+  #running = false;
+
+  constructor(shape) {
+    this.#shape = shape;
+    this.#pad.host.addEventListener("draw", () => {
+      if (!this.#pad.empty) {
+        this.#remove();
+      }
+      this.#ask();
+    });
+    $("query-clear").addEventListener("click", () => {
+      this.#remove();
+      this.#pad.clear();
+    });
+    acceptFiles(this.#pad.host, $("query-file"), shape, (pixels) => {
+      this.#pad.clear();
+      this.#remove();
+      const canvas = document.createElement("canvas");
+      paint(canvas, pixels, shape);
+      this.#pad.host.prepend(canvas);
+      this.#pad.host.classList.add("pictured");
+      this.#picture = { pixels, canvas };
+      this.#ask();
+    });
+  }
+
+  /** Start afresh with what was just learnt. */
+  begin(learnt) {
+    $("probabilities").replaceChildren(...learnt.labels.map(row));
+    this.show(null);
+    this.#ask();
+  }
+
+  /** Show one image's probabilities, or none. */
+  show(probabilities) {
+    Array.from($("probabilities").children, (item, i) => {
+      const percent = Math.round(100 * (probabilities?.[i] ?? 0));
+      item.querySelector(".fill").style.width = `${percent}%`;
+      item.querySelector(".percent").textContent = probabilities ? `${percent} %` : "";
+    });
+    if (probabilities === null) {
+      $("verdict").textContent = task
+        ? "Draw a new one, and watch what it is taken for."
+        : "First let it learn; then draw a new one here.";
+      $("spoken").textContent = "";
+      return;
+    }
+    const best = probabilities.indexOf(Math.max(...probabilities));
+    const name = document.createElement("strong");
+    name.textContent = task.labels[best];
+    $("verdict").replaceChildren("looks like", name);
+    if (!this.#pad.drawing) {
+      const percent = Math.round(100 * probabilities[best]);
+      $("spoken").textContent = `Looks like ${task.labels[best]}, ${percent} percent.`;
+    }
+  }
+
+  #remove() {
+    this.#picture?.canvas.remove();
+    this.#picture = null;
+    this.#pad.host.classList.remove("pictured");
+  }
+
+  #pixels() {
+    if (this.#picture) {
+      return this.#picture.pixels;
+    }
+    return this.#pad.empty ? null : drawingPixels(this.#pad.strokes, this.#shape);
+  }
+
+  /** Ask about the newest drawing; one question at a time, and what is overtaken is left out. */
+  async #ask() {
+    this.#waiting = true;
+    if (this.#running) {
+      return;
+    }
+    this.#running = true;
+    while (this.#waiting) {
+      this.#waiting = false;
+      const pixels = this.#pixels();
+      paint($("seen"), pixels ?? new Uint8Array(this.#size()).fill(255), this.#shape);
+      if (pixels === null || task === null) {
+        this.show(null);
+        continue;
+      }
+      const asked = task;
+      try {
+        const { probabilities } = await asked.predict([pixels]);
+        if (asked === task) {
+          this.show(this.#pixels() === null ? null : probabilities[0]);
+          fail(null);
+        }
+      } catch (error) {
+        if (asked === task) {
+          fail(error);
+        }
+      }
+    }
+    this.#running = false;
+  }
+
+  #size() {
+    return this.#shape.reduce((product, n) => product * n, 1);
+  }
+}
+
+function row(label) {
+  const item = document.createElement("li");
+  for (const name of ["label", "percent", "bar"]) {
+    const part = document.createElement(name === "bar" ? "div" : "span");
+    part.className = name;
+    item.append(part);
+  }
+  item.querySelector(".label").textContent = label;
+  item.querySelector(".bar").append(Object.assign(document.createElement("div"), { className: "fill" }));
+  return item;
+}

@@ -1,0 +1,198 @@
+"""A bundle, a server on it, Chromium and Node, for the tests of the page and of its modules."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from patterns import make_data
+
+from reptile.config import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings
+from reptile.data.glyphs import write_glyphs
+from reptile.data.prepare import prepare
+from reptile.export.bundle import export_bundle
+from reptile.learn.train import train
+
+ROOT = Path(__file__).parent.parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Neither a GPU nor the vendor's services belong to the tests; a container has no user namespaces.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make repro` has made, or else a bundle after very little training."""
+    made = ROOT / "artifacts/bundle"
+    if (made / "manifest.json").is_file():
+        return made
+    folder = tmp_path_factory.mktemp("tiny")
+    write_glyphs(folder / "glyphs.zip", alphabets=8, characters=8, hands=10)
+    data = prepare(PrepareSettings(source=str(folder / "glyphs.zip"), images_per_class=10), folder)
+    settings = TrainSettings.model_validate(
+        {
+            "model": {"filters": 32, "downsampling": "stride"},
+            "train_shots": 5,
+            "meta_iterations": 100,
+        }
+    )
+    checkpoint = train(settings, data, folder / "work")
+    export_bundle(
+        ExportSettings(name="tiny"),
+        checkpoint,
+        data,
+        {},
+        folder / "bundle",
+        protocol=EvaluateSettings(steps=50, batch=5),
+    )
+    return folder / "bundle"
+
+
+@contextmanager
+def serving(bundle: Path, folder: Path) -> Iterator[str]:
+    """Run `reptile serve` on a bundle until it is no longer needed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "reptile", "serve", str(bundle), "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--tasks", str(folder / "tasks")],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/v2/health/ready").close()
+                    break
+                except URLError:
+                    said = (folder / "log").read_text()
+                    assert process.poll() is None, said
+                    assert time.monotonic() < until, said
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server on the bundle."""
+    with serving(bundle, tmp_path_factory.mktemp("serve")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def colour_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server on a bundle for colour images, hardly trained."""
+    folder = tmp_path_factory.mktemp("colour")
+    data = make_data((3, 12, 12))
+    settings = TrainSettings.model_validate(
+        {
+            "model": {"filters": 8},
+            "train_shots": 5,
+            "meta_iterations": 3,
+            "validation_tasks": 1,
+            "engine": "eager",
+        }
+    )
+    export_bundle(
+        ExportSettings(name="colour"),
+        train(settings, data, folder / "work"),
+        data,
+        {},
+        folder / "bundle",
+        protocol=EvaluateSettings(steps=50, batch=5),
+    )
+    with serving(folder / "bundle", folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any, server: str) -> Iterator[Callable[..., Any]]:
+    """Open the page, or another address, in a fresh profile.
+
+    Console errors, uncaught exceptions, and requests to other origins fail the test at its end;
+    `allowed` is what a console error may say.
+    """
+    contexts, problems = [], []
+
+    def opener(address: str = server, *, allowed: str = "", **options: Any) -> Any:
+        context = chromium.new_context(**{"viewport": {"width": 1180, "height": 900}} | options)
+        contexts.append(context)
+        page = context.new_page()
+
+        def console(message: Any) -> None:
+            text = f"{message.text} {message.location['url']}"
+            if message.type in ("error", "warning") and not (allowed and allowed in text):
+                problems.append(f"{message.type}: {text}")
+
+        page.on("console", console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith(address) or problems.append(f"asks for {request.url}")
+            ),
+        )
+        page.goto(address)
+        return page
+
+    yield opener
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.fixture(scope="session")
+def node() -> Callable[..., Any]:
+    """Run an ES module in Node from the project's root: JSON in on stdin, JSON out on stdout."""
+
+    def run(script: str, value: Any = None, folder: Path = ROOT) -> Any:
+        done = subprocess.run(
+            ["node", "--input-type=module", "--eval", script],
+            input=json.dumps(value),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
