@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"error: Python {v[0]}.{v[1]} is too old, 3.11 is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),train,dvc,kubeflow,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),serve,train,dvc,kubeflow,dev]'
 	touch $@
 
 repro: setup

@@ -65,9 +65,10 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> UInt8Arra
 
 
 def _content(path: Path) -> bytes:
-    if not path.is_file():
-        problem = "a folder, not" if path.is_dir() else "no such file, or not"
-        raise InputError(f"{path}: {problem} a regular file; give PNG or JPEG files")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; give the PNG or JPEG files in it")
+    if not path.is_file():  # a pipe or a device would never end
+        raise InputError(f"{path}: no such file, or not a regular one; give PNG or JPEG files")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

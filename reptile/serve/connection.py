@@ -21,6 +21,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""
         super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
+            transport.close()  # uvicorn refuses requests, but keeps connections that ask nothing
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -14,6 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +23,7 @@ from reptile.serve.settings import ServeSettings
 log = structlog.get_logger("reptile.serve")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+GONE = 499  # logged for a client that hung up while it sent
 OPEN = re.compile(r"/v2/health/(live|ready)")  # answered without the token
 REQUEST_ID = re.compile(r"[\w.:-]{1,100}")
 
@@ -39,7 +41,8 @@ class Guard:
         self, app: ASGIApp, settings: ServeSettings, token: str | None, registry: CollectorRegistry
     ) -> None:
         self._app, self._settings, self._token = app, settings, token
-        self._held = 0  # bytes of all bodies that are here
+        self._requests = 0  # that are being answered
+        self._held = 0  # bytes of all their bodies
         self._seconds = Histogram(
             "reptile_request_seconds",
             "From a request's start to its answer's end.",
@@ -73,6 +76,7 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             await refusal(scope, receive, respond)
         else:
+            self._requests += 1
             try:
                 async with asyncio.timeout(self._settings.request_seconds):
                     await self._app(scope, self._bounded(receive, body), respond)
@@ -82,7 +86,12 @@ class Guard:
                     late = f"no answer within {self._settings.request_seconds:g} s; try again"
                     response = JSONResponse({"error": late}, 503, {"retry-after": "1"})
                     await response(scope, receive, respond)
+            except ClientDisconnect:
+                status = GONE
+            except Exception:  # answered with 500 by the application's last handler
+                log.exception("failed", id=request_id)
             finally:
+                self._requests -= 1
                 self._held -= body.size
         seconds = time.perf_counter() - start
         route = getattr(scope.get("route"), "path", "unknown")
@@ -98,6 +107,13 @@ class Guard:
         )
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        if self._requests >= self._settings.connections:
+            self._refused.labels("connections").inc()
+            return JSONResponse(
+                {"error": f"more than {self._settings.connections} requests at once; try again"},
+                503,
+                {"retry-after": "1"},
+            )
         if self._token and not OPEN.fullmatch(scope["path"]):
             kind, _, given = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         InputError: a bundle that cannot be opened, or a folder for tasks that cannot be used.
     """
     _log_as_json()
+    # uvicorn raises what stopped it once more when all is answered; that end is no failure.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, frame: sys.exit(0))
     app = make_app(FewShotModel.load(bundle, threads=1), settings, os.environ.get(TOKEN))
     uvicorn.run(
         app,
@@ -31,7 +36,7 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.connections,
+        limit_concurrency=2 * settings.connections,  # the guard answers before
         timeout_keep_alive=int(settings.body_seconds),
         timeout_graceful_shutdown=int(settings.request_seconds),
         http=Connection,
@@ -43,6 +48,7 @@ def _log_as_json() -> None:
     shared: list[Any] = [
         structlog.processors.TimeStamper(fmt="iso"),
         structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
     ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],

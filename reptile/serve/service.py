@@ -30,11 +30,16 @@ class NotFiniteError(Exception):
 
 
 class Service:
-    """A bundle being served."""
+    """A bundle being served.
+
+    Raises:
+        InputError: the folder of the kept tasks cannot be used.
+    """
 
     def __init__(self, model: FewShotModel, settings: ServeSettings) -> None:
         self.model, self.settings = model, settings
         self.store = TaskStore(settings)
+        self.store.load(model)
         self.adapter = Adapter(settings)
         self.predictor = Predictor(settings)
         self.ready = False
@@ -43,8 +48,7 @@ class Service:
         }
 
     async def start(self) -> None:
-        """Read the kept tasks and run every graph once, so that no request pays for it."""
-        self.store.load(self.model)
+        """Run every graph once, so that no request pays for it."""
         images = np.zeros((2, *self.model.image_shape), dtype=np.uint8)
         adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=1))
         await self.predictor.predict(adapted, images)

@@ -48,7 +48,7 @@ class ServeSettings(BaseModel):
     max_images: Positive = 1000
     """In one request."""
     connections: Positive = 500
-    """At the same time; more are answered 503."""
+    """Requests at the same time, of which more are answered 503; and half of all connections."""
 
 
 def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
