@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 ROOM = 1 << 16
+LONGER = 30.0  # seconds to wait for a first answer
 _CODE = len("HTTP/1.1 ")  # where an answer's status begins
 
 
@@ -59,7 +60,7 @@ class _Client:
 
 
 def run(order: Order) -> Load:
-    """Send requests until the time is up, then drop what is still under way.
+    """Send requests until the time is up and one was served; drop what is still under way.
 
     A client that is told to come back later (429 or 503 with Retry-After) does so.
     """
@@ -92,13 +93,14 @@ def run(order: Order) -> Load:
         renew(client)
     start = time.perf_counter() + order.warm_up
     end, counted, cpu = start + order.seconds, False, 0.0
-    while (now := time.perf_counter()) < end:
+    while (now := time.perf_counter()) < end or (not milliseconds and now < end + LONGER):
         if not counted and now >= start:
             counted, start, cpu = True, now, time.process_time()
             broken = 0
         while later and later[0][0] <= now:
             send(heapq.heappop(later)[2])
-        for key, _ in selector.select(min([later[0][0] if later else end, end]) - now):
+        until = min(later[0][0] if later else end, end) if now < end else now + 0.1
+        for key, _ in selector.select(max(until - now, 0.0)):
             client = key.data
             try:
                 received = client.socket.recv(ROOM)

@@ -26,7 +26,7 @@ def check_document(bundle: Path, folder: Path, examples: int) -> None:
         ran = subprocess.run(
             [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
             + ["--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "0"]
-            + ["--workers", "4", "--continue-on-failure", "--no-color", "--warnings", "off"]
+            + ["--workers", "1", "--continue-on-failure", "--no-color", "--warnings", "off"]
             + ["--suppress-health-check", "all", "--generation-database", "none"]
             + ["--report", "json", "--report-json-path", str(folder / "report.json")],
             cwd=folder,
