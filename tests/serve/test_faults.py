@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile_requests import Attacker, Target
-from wire import Case, Reply, attack_all
+from wire import Case, Reply, Verdict, attack_all
 
 from benchmarks.server import Footprint, Server
 
@@ -79,26 +79,30 @@ def complaint(case: Case, reply: Reply) -> str | None:
 def check_attacks(server: Server, target: Target, seed: int, numbers: range) -> Counter[int]:
     """Send attacks; nothing may fail, stay behind, or change an answer to others."""
     attacker = Attacker(target, seed)
-    warm_up = asyncio.run(attack_all(server.port, map(attacker.case, range(-50, 0)), CONNECTIONS))
-    right, before = predict(server, target), server.footprint
 
-    found = asyncio.run(attack_all(server.port, map(attacker.case, numbers), CONNECTIONS))
+    def attack(numbers: range) -> list[Verdict]:
+        cases = map(attacker.case, numbers)
+        return asyncio.run(attack_all(server.port, cases, CONNECTIONS, complaint))
+
+    warm_up = attack(range(-50, 0))
+    right, before = predict(server, target), server.footprint
+    start = time.monotonic()
+    found = attack(numbers)
+    seconds = time.monotonic() - start
 
     assert server.process.poll() is None, server.log[-3000:]
     peak = server.footprint.peak
     assert predict(server, target) == right  # at once, and the same
-    wrong = [
-        (case.name, said) for case, reply in found + warm_up if (said := complaint(case, reply))
-    ]
-    assert not wrong, f"{len(wrong)} of {len(found)}: " + "\n".join(map(str, wrong[:20]))
+    wrong = [f"{one.name}: {one.complaint}" for one in warm_up + found if one.complaint]
+    assert not wrong, f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong[:20])
     assert not re.findall(r".*(?:Traceback|Exception in ASGI).*", server.log)
     assert peak < MOST_AT_ONCE
     after = settled(server, before.threads, before.files)
     assert after.threads <= before.threads
     assert after.files <= before.files
     assert after.resident < before.resident + MOST_GROWTH
-    statuses = Counter(reply.status for _, reply in found)
-    print(dict(sorted(statuses.items())), "before", before, "after", after)
+    statuses = Counter(one.status for one in found)
+    print(f"{len(found)} in {seconds:.0f} s: {dict(sorted(statuses.items()))}; {before}; {after}")
     return statuses
 
 

@@ -1,4 +1,4 @@
-"""A task that was acknowledged outlives a kill, and no file in the folder of tasks blocks a start."""
+"""An acknowledged task outlives a kill, and no file in the folder of tasks blocks a start."""
 
 import http.client
 import os

@@ -66,14 +66,14 @@ def test_clients_that_stall_are_let_go_and_hinder_nobody(exported: Path, images:
         assert server.footprint.files <= before.files
 
 
-def test_a_thousand_connections_are_served_or_told_to_come_back(
+def test_more_connections_than_it_takes_are_served_or_told_to_come_back(
     exported: Path, images: Any
 ) -> None:
     with started(exported, images) as (server, predict), ExitStack() as stack:
         request = json_request("POST", predict, {"images": images})
         before = server.footprint
         clients = []
-        for _ in range(1000):
+        for _ in range(800):
             client = socket.create_connection((HOST, server.port), timeout=60)
             stack.callback(client.close)
             clients.append(client)

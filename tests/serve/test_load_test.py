@@ -93,9 +93,9 @@ def test_the_command_prints_one_table_and_keeps_every_round(
     exported: Path, root: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "load.json"
+    options = ("--quick", "--markdown", "--json", str(file))
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving", str(exported), "--quick", "--markdown"]
-        + ["--json", str(file)],
+        [sys.executable, "-m", "benchmarks.serving", str(exported), *options],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,

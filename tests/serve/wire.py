@@ -1,7 +1,7 @@
 """Bytes to a server and whatever comes back, over many connections at once; nothing is tidied."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from benchmarks.server import HOST
@@ -31,6 +31,14 @@ class Reply(NamedTuple):
     body: bytes
 
 
+class Verdict(NamedTuple):
+    """What became of a case."""
+
+    name: str
+    status: int
+    complaint: str | None
+
+
 SILENCE, HANG = Reply(0, {}, b""), Reply(-1, {}, b"")
 
 
@@ -44,15 +52,19 @@ async def attack(port: int, case: Case) -> Reply:
 
 
 async def attack_all(
-    port: int, cases: Iterable[Case], connections: int
-) -> list[tuple[Case, Reply]]:
-    """Send all cases, that many at a time."""
+    port: int,
+    cases: Iterable[Case],
+    connections: int,
+    judge: Callable[[Case, Reply], str | None],
+) -> list[Verdict]:
+    """Send all cases, that many at a time, and judge each reply as it comes."""
     waiting: Iterator[Case] = iter(cases)
-    found: list[tuple[Case, Reply]] = []
+    found: list[Verdict] = []
 
     async def work() -> None:
         for case in waiting:
-            found.append((case, await attack(port, case)))
+            reply = await attack(port, case)
+            found.append(Verdict(case.name, reply.status, judge(case, reply)))
 
     await asyncio.gather(*(work() for _ in range(connections)))
     return found
