@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving artifacts/bundle
 
-Starts a real server and stops it. What is measured, and how to read it: docs/serving.md.
+Starts a real server and stops it. What is measured, and how to read it: docs/load.md.
 """
 
 import io
