@@ -146,7 +146,7 @@ def test_many_large_pictures_are_stopped_in_time_and_others_are_served(
         assert server.request("POST", predict, {"images": images}).status == 200
         assert time.monotonic() - start < SLACK
         thread.join()
-        assert done[0].status in {400, 413, 503}
+        assert done[0].status in {400, 413, 422, 503}, done
         assert time.monotonic() - start < 5 + SLACK
         # Whatever worked on them has stopped: two good pictures are not kept waiting.
         small = [(name, "a.png", pictures.png()) for name in ("cat", "dog")]
