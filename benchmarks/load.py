@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 ROOM = 1 << 16
-LONGER = 30.0  # seconds to wait for a first answer
+LONGER = 30.0  # seconds to wait for a first answer, and for the last ones
+TICK = 0.01  # seconds between looks at the clock while nothing comes
 _CODE = len("HTTP/1.1 ")  # where an answer's status begins
 
 
@@ -60,7 +61,7 @@ class _Client:
 
 
 def run(order: Order) -> Load:
-    """Send requests until the time is up and one was served; drop what is still under way.
+    """Send requests until the time is up and one was served; wait for what is under way then.
 
     A client that is told to come back later (429 or 503 with Retry-After) does so.
     """
@@ -70,10 +71,12 @@ def run(order: Order) -> Load:
     milliseconds: list[float] = []
     statuses: Counter[str] = Counter()
     broken = 0
+    under_way: set[int] = set()
 
     def send(client: _Client) -> None:
         client.got.clear()
         client.size = -1
+        under_way.add(id(client))
         client.sent = time.perf_counter()
         client.socket.sendall(request)
 
@@ -92,23 +95,30 @@ def run(order: Order) -> Load:
         client.socket.close()
         renew(client)
     start = time.perf_counter() + order.warm_up
-    end, counted, cpu = start + order.seconds, False, 0.0
-    while (now := time.perf_counter()) < end or (not milliseconds and now < end + LONGER):
-        if not counted and now >= start:
-            counted, start, cpu = True, now, time.process_time()
-            broken = 0
-        while later and later[0][0] <= now:
+    end, counts, over = start + order.seconds, False, False
+    cpu = seconds = 0.0
+    while not over or (under_way and time.perf_counter() < end + LONGER):
+        now = time.perf_counter()
+        if not counts and not over and now >= start:
+            counts, start, cpu, broken = True, now, time.process_time(), 0
+        if not over and now >= end and (milliseconds or now >= end + LONGER):
+            counts, over = False, True
+            seconds, cpu = now - start, time.process_time() - cpu
+        while later and not over and later[0][0] <= now:
             send(heapq.heappop(later)[2])
-        until = min(later[0][0] if later else end, end) if now < end else now + 0.1
-        for key, _ in selector.select(max(until - now, 0.0)):
+        for key, _ in selector.select(TICK):
             client = key.data
             try:
                 received = client.socket.recv(ROOM)
             except OSError:
                 received = b""
             if not received:
-                broken += 1
-                renew(client)
+                broken += not over
+                under_way.discard(id(client))
+                if over:
+                    selector.unregister(client.socket)
+                else:
+                    renew(client)
                 continue
             client.got += received
             if client.size < 0 and (head := client.got.find(b"\r\n\r\n")) >= 0:
@@ -116,21 +126,22 @@ def run(order: Order) -> Load:
             if not 0 <= client.size <= len(client.got):
                 continue
             done = time.perf_counter()
+            under_way.discard(id(client))
             status = client.got[_CODE : _CODE + 3].decode()
-            if counted:
+            if counts:
                 statuses[status] += 1
                 if status.startswith("2"):
                     milliseconds.append(1000 * (done - client.sent))
+            if over:
+                continue
             if status in ("429", "503"):
                 pause = float(_header(client.got, b"retry-after"))
                 heapq.heappush(later, (done + pause, id(client), client))
             else:
                 send(client)
-    spent = time.process_time() - cpu
-    seconds = time.perf_counter() - start
     for client in clients:
         client.socket.close()
-    return Load(seconds, milliseconds, dict(statuses), broken, spent)
+    return Load(seconds, milliseconds, dict(statuses), broken, cpu)
 
 
 def _header(head: bytes | bytearray, name: bytes) -> bytes:
