@@ -50,4 +50,4 @@ def test_the_server_keeps_to_its_document(exported: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_server_keeps_to_its_document_for_long(exported: Path, tmp_path: Path) -> None:
-    check_document(exported, tmp_path, 300)
+    check_document(exported, tmp_path, 100)
