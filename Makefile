@@ -54,7 +54,6 @@ page: setup
 
 test-browser: page
 	cd examples/node && $(NPM)
-	pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	pytest -m browser
 
 lint: setup

@@ -17,11 +17,21 @@ from urllib.request import urlopen
 import pytest
 from patterns import make_data
 
-from reptile.config import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings
+from reptile.config import (
+    EvaluateSettings,
+    ExportSettings,
+    ModelSettings,
+    PrepareSettings,
+    TrainSettings,
+)
 from reptile.data.glyphs import write_glyphs
 from reptile.data.prepare import prepare
 from reptile.export.bundle import export_bundle
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.learn.inner import fresh_state
+from reptile.learn.meta import MetaState
 from reptile.learn.train import train
+from reptile.models import build_model, initialise
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -105,21 +115,26 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture(scope="session")
 def colour_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server on a bundle for colour images, hardly trained."""
+    """The address of a server on a bundle for colour images, not trained at all."""
     folder = tmp_path_factory.mktemp("colour")
-    data = make_data((3, 12, 12))
-    settings = TrainSettings.model_validate(
-        {
-            "model": {"filters": 8},
-            "train_shots": 5,
-            "meta_iterations": 3,
-            "validation_tasks": 1,
-            "engine": "eager",
-        }
+    shape = (3, 12, 12)
+    data = make_data(shape)
+    settings = TrainSettings(model=ModelSettings(filters=8))
+    model = build_model(settings.model, settings.ways, shape)
+    weights = initialise(model, 0)
+    info = CheckpointInfo(
+        iteration=0,
+        settings=settings,
+        image_shape=shape,
+        dataset="patterns",
+        data_sha256="0" * 64,
+        splits_sha256="0" * 64,
+        code_sha256="0" * 64,
+        versions={},
     )
     export_bundle(
         ExportSettings(name="colour"),
-        train(settings, data, folder / "work"),
+        Checkpoint(model, MetaState(weights, fresh_state(weights)), info),
         data,
         {},
         folder / "bundle",
