@@ -30,7 +30,8 @@ start();
 
 async function start() {
   try {
-    const response = await fetch(new URL("bundle/manifest.json", ROOT), { headers });
+    const address = new URL("bundle/manifest.json", ROOT);
+    const response = await fetch(address, { headers, cache: "no-cache" });
     $("token").hidden = response.status !== 401;
     if (response.status === 401) {
       return;
