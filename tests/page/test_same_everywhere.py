@@ -95,7 +95,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """The page of docs/browser.md beside its folders as plain files: the site's folder and address."""
+    """The page of docs/browser.md on a site of plain files: its folder and its address."""
     site = tmp_path / "site"
     site.mkdir()
     example = re.search(

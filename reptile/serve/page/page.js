@@ -34,6 +34,8 @@ async function start() {
     const response = await fetch(address, { headers, cache: "no-cache" });
     $("token").hidden = response.status !== 401;
     if (response.status === 401) {
+      fail(headers.Authorization ? new InputError("The server does not accept this token.") : null);
+      $("token-value").focus();
       return;
     }
     if (!response.ok) {
