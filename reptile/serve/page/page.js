@@ -21,6 +21,7 @@ let manifest;
 let task = null; // what was learnt last, and where
 let query;
 
+$("error").querySelector("button").addEventListener("click", () => fail(null));
 $("token").addEventListener("submit", (event) => {
   event.preventDefault();
   headers.Authorization = `Bearer ${$("token-value").value}`;
@@ -184,7 +185,7 @@ function say(text) {
 
 function fail(error) {
   $("error").hidden = error === null;
-  $("error").textContent = error?.message ?? "";
+  $("error").querySelector("p").textContent = error?.message ?? "";
   const known = error === null || error instanceof InputError || error instanceof ServiceError;
   if (!known) {
     console.error(error);
