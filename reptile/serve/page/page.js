@@ -64,7 +64,9 @@ function build() {
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => event.preventDefault());
   $("learn").addEventListener("click", learn);
-  document.getElementsByName("where").forEach((radio) => radio.addEventListener("change", move));
+  for (const radio of document.getElementsByName("where")) {
+    radio.addEventListener("change", changePlace);
+  }
   query = new Query(shape);
   const [channels, height, width] = shape;
   $("about").textContent =
@@ -97,7 +99,7 @@ function where() {
   return document.querySelector("[name=where]:checked").value;
 }
 
-function move() {
+function changePlace() {
   task?.forget().catch(() => {}); // the server forgets it by itself in time
   task = null;
   query.show(null);
@@ -131,7 +133,7 @@ async function learn() {
     busy(true);
     const place = where();
     say(place in models ? "" : "Getting ready …");
-    const model = await open(place);
+    const model = await openModel(place);
     const images = taught.flatMap(({ examples }) => examples);
     const labels = taught.flatMap(({ name, examples }) => examples.map(() => name));
     say(`Learning from ${images.length} examples in ${manifest.inner.steps} steps …`);
@@ -152,13 +154,12 @@ async function learn() {
   }
 }
 
-function open(place) {
-  models[place] ??= (place === "browser" ? openInBrowser() : ServiceModel.load(ROOT, headers)).catch(
-    (error) => {
-      delete models[place]; // so that the next Learn tries again
-      throw error;
-    },
-  );
+function openModel(place) {
+  const load = { server: () => ServiceModel.load(ROOT, headers), browser: openInBrowser };
+  models[place] ??= load[place]().catch((error) => {
+    delete models[place]; // so that the next Learn tries again
+    throw error;
+  });
   return models[place];
 }
 
@@ -312,6 +313,7 @@ function row(label) {
     item.append(part);
   }
   item.querySelector(".label").textContent = label;
-  item.querySelector(".bar").append(Object.assign(document.createElement("div"), { className: "fill" }));
+  const fill = item.querySelector(".bar").appendChild(document.createElement("div"));
+  fill.className = "fill";
   return item;
 }

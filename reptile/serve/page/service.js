@@ -78,8 +78,11 @@ export class ServiceModel {
   }
 
   async #post(path, body) {
-    const headers = { "Content-Type": "application/json" };
-    const response = await this.#send(path, { method: "POST", headers, body: JSON.stringify(body) });
+    const response = await this.#send(path, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    });
     return response.json();
   }
 
