@@ -18,7 +18,7 @@ help:
 	@echo "make test-browser  try the page in Chromium, and the JavaScript examples in Node (npm)"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
-	@echo "make images     build the container image (deploy/build-image --help); make test-images tries it"
+	@echo "make images     build the container images (deploy/build-image --help); make test-images tries it"
 	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"
 
@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"error: Python {v[0]}.{v[1]} is too old, 3.11 is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),train,dvc,kubeflow,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),serve,train,dvc,kubeflow,dev]'
 	touch $@
 
 repro: setup
@@ -74,14 +74,16 @@ test-images: setup
 lock:
 	$(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/pip install --quiet --upgrade pip pip-tools
-	for lock in build cpu gpu; do \
+	for lock in build train-cpu train-gpu serve-cpu serve-gpu; do \
+		ort=$${lock#*-}; \
 		case $$lock in \
-			build) set -- --output-file requirements/build.txt requirements/build.in ;; \
-			*) set -- --constraint constraints.txt --extra $$lock,train,dvc,kubeflow \
-				--output-file requirements/train-$$lock.txt pyproject.toml ;; \
+			build) set -- requirements/build.in ;; \
+			train-*) set -- --constraint constraints.txt --extra $$ort,train,dvc,kubeflow pyproject.toml ;; \
+			serve-*) set -- --constraint constraints.txt --extra $$ort,serve pyproject.toml ;; \
 		esac; \
 		CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/lock/bin/pip-compile --quiet --generate-hashes \
-			--no-emit-index-url --strip-extras --allow-unsafe "$$@" || exit; \
+			--no-emit-index-url --strip-extras --allow-unsafe \
+			--output-file requirements/$$lock.txt "$$@" || exit; \
 	done
 	rm -rf $(VENV)/lock
 

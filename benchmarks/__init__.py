@@ -1,5 +1,5 @@
 """How fast the library is, each figure measured beside its baseline: `python -m benchmarks`."""
 
-from reptile.cpus import settle_threads
+import reptile  # sets the defaults of OpenMP before any module here imports torch
 
-settle_threads()  # before any module here imports torch, as the `reptile` command does
+__all__ = ["reptile"]

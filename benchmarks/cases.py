@@ -11,7 +11,7 @@ import torch
 
 from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
 from reptile.data.prepared import ClassRange
-from reptile.episodes import Task, training_task
+from reptile.episodes import Task, training_tasks
 from reptile.learn.engine import Engine, make_engine
 from reptile.learn.inner import InnerState
 from reptile.learn.meta import MetaState, meta_step
@@ -91,7 +91,8 @@ class Work:
 
     def meta_batch(self, tasks: int) -> list[Task]:
         """Draw a meta-batch."""
-        return [training_task(self.classes, self.settings, 0, number) for number in range(tasks)]
+        settings = self.settings.model_copy(update={"meta_batch": tasks})
+        return training_tasks(self.classes, settings, 0)
 
     def meta_iteration(self, engine: str, state: str, tasks: int) -> Callable[[], object]:
         """Return what runs one meta-step, always from the same start on the same tasks."""

@@ -14,7 +14,7 @@ from benchmarks.results import Line, Point, Row, compared
 from benchmarks.timing import Effort, Measure, interleave, paired, stopwatch
 from benchmarks.training import busy_core, overhead, processes
 from reptile.config import BATCH_NORM_MODES, EvaluateSettings, TrainSettings
-from reptile.episodes import FewShotProtocol, held_out_task, training_task
+from reptile.episodes import FewShotProtocol, held_out_task, training_tasks
 from reptile.learn.engine import Engine
 
 EVALUATED = 8  # test tasks in one timing
@@ -90,9 +90,7 @@ def sampling(effort: Effort) -> Row:
 
     def draw(classes: int, images: int) -> Callable[[], object]:
         index = class_range(classes, images)
-        return lambda: [
-            training_task(index, settings, 0, number) for number in range(settings.meta_batch)
-        ]
+        return lambda: training_tasks(index, settings, 0)
 
     times = interleave(
         {label: stopwatch(draw(*size)) for label, size in DATASETS.items()},

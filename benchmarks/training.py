@@ -22,7 +22,7 @@ from reptile.config import PrepareSettings, TrainSettings
 from reptile.data.glyphs import write_glyphs
 from reptile.data.prepare import prepare
 from reptile.data.prepared import PreparedData, load_prepared
-from reptile.episodes import meta_batches
+from reptile.episodes import training_tasks
 from reptile.learn.engine import Engine, make_engine
 from reptile.learn.inner import fresh_state
 from reptile.learn.meta import MetaState, meta_step
@@ -39,15 +39,11 @@ TRAINING = "training, as it is"
 KERNEL = "the inner loops alone"
 REST = "everything else"
 ARGUMENTS = "gathering and the meta-step, of that"
-DRAWING = "drawing the tasks, beside it"
+DRAWING = "drawing the tasks, of that"
 
 
 def overhead(effort: Effort) -> Row:
-    """Time whole training beside its inner loops alone, on the same tasks.
-
-    Tasks are drawn in a thread of their own while the inner loops run, so their time is shown but
-    is not a part of the rest; what they slow down is.
-    """
+    """Time whole training beside its inner loops alone, on the same tasks."""
     iterations = 5 if effort.quick else 40
     settings = TrainSettings()
     with _prepared_glyphs() as folder:
@@ -58,7 +54,7 @@ def overhead(effort: Effort) -> Row:
         start = MetaState(weights, fresh_state(weights))
         engine = make_engine("auto", model, settings.optimizer, data.images, torch.device("cpu"))
         calls = _timed_calls(engine)
-        drawn = list(meta_batches(classes, settings, range(iterations)))
+        drawn = [training_tasks(classes, settings, iteration) for iteration in range(iterations)]
         inner_loops: list[float] = []
 
         def meta_steps() -> float:
@@ -70,14 +66,11 @@ def overhead(effort: Effort) -> Row:
             inner_loops.append(sum(calls) / iterations * 1e3)
             return total / iterations * 1e3
 
-        def draw() -> object:
-            return [list(batch) for batch in meta_batches(classes, settings, range(1))]
-
         times = interleave(
             {
                 TRAINING: lambda: _train(settings, data, iterations),
                 ARGUMENTS: meta_steps,
-                DRAWING: stopwatch(draw),
+                DRAWING: stopwatch(lambda: training_tasks(classes, settings, 0)),
             },
             effort,
         )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import COMPILED
-from reptile.cli import PARAMS, ParamsOption, SetOption
+from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
 from reptile.config import Settings, load_settings
 from reptile.errors import InputError
 from reptile.files import atomic_file
@@ -91,7 +91,8 @@ def compile_() -> None:
 
 @app.command()
 def run_local(
-    params: ParamsOption = PARAMS,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
     changes: SetOption = None,
     repository: Annotated[
         Path, typer.Option(help="Clone whose data.dvc tracks the data.", file_okay=False)
@@ -120,7 +121,7 @@ def run_local(
 
     Example: python -m pipeline run-local -S train.meta_iterations=300
     """
-    settings = load_settings(params, changes or ())
+    settings = read_settings(params, preset, changes)
     from components.image import IMAGE
     from pipeline import local
     from pipeline.graph import POINTS

@@ -135,7 +135,9 @@ def _prepared(folder: Path) -> str:
 
 def _trained(folder: Path) -> str:
     info = load_checkpoint(folder / "train/checkpoint").info
-    return f"{info.iteration} meta-iterations, validation accuracy {info.curve[-1].accuracy:.3f}"
+    return (
+        f"{info.iteration} meta-iterations, validation {info.kind.title} {info.curve[-1].score:.3f}"
+    )
 
 
 def _evaluated(folder: Path) -> str:

@@ -5,4 +5,8 @@ The rooms, in the order data flows: `data`, `episodes`, `models`, `learn`, `eval
 numpy and onnxruntime only (`from reptile.runtime import FewShotModel`).
 """
 
+from reptile.cpus import settle_threads
+
+settle_threads()  # before any module here imports torch
+
 __version__ = "0.1.0"

@@ -1,22 +1,22 @@
-"""Entry point of the `reptile` command: the environment, then the command line."""
+"""Entry point of the `reptile` command."""
 
 import sys
-
-from reptile.cpus import settle_threads
-
-settle_threads()
 
 
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
     try:
         from reptile.cli import run
+
+        run()
     except ModuleNotFoundError as error:
-        sys.exit(
-            f"error: the package {error.name} is missing; the command line needs "
-            "pip install 'reptile-fewshot[train,cpu]' (or [train,gpu] on a CUDA machine)"
+        message = (
+            f"error: the package {error.name} is missing; `reptile classify` needs "
+            "pip install 'reptile-fewshot[cli,cpu]', the stages 'reptile-fewshot[train,cpu]' "
+            "(gpu instead of cpu on a CUDA machine)"
         )
-    run()
+        print(message, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

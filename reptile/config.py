@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from reptile.errors import InputError
 
@@ -17,10 +24,11 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Ways = Annotated[int, Field(ge=2, le=1000)]
+Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
+PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -37,24 +45,45 @@ class PrepareSettings(Section):
     """From a source of images to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, or `glyphs` or `digits`."""
+    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `sinusoid`."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
     channels: Literal["auto", "grey", "rgb"] = "auto"
-    held_out: Literal["groups", "classes"] = "groups"
-    """What validation and test hold out: whole groups (alphabets), or single classes."""
-    validation: Fraction = 0.1
-    test: Fraction = 0.2
+    held_out: str = "groups"
+    """What validation and test hold out: whole `groups` (alphabets), or single `classes`; or which
+    list says so: the `published` one among the source's own files, one of PUBLISHED_SPLITS by its
+    name, or a JSON file by its path (`{"validation": [names], "test": [names]}`)."""
+    validation: int | float = 0.1
+    """A fraction, or a whole number of groups or classes; 0 holds out none for validation."""
+    test: int | float = 0.2
     split_seed: Seed = 0
     rotations: bool = True
     """Turn each training class by 90, 180 and 270 degrees into three more classes."""
     images_per_class: Positive = 20
     """The least number of images a class must have: shots + queries, or the train-shots."""
 
+    @field_validator("held_out")
+    @classmethod
+    def _known_split(cls, value: str) -> str:
+        names = ("groups", "classes", "published", *PUBLISHED_SPLITS)
+        if value not in names and not value.endswith(".json"):
+            raise ValueError(f"{value!r} must be {', '.join(names)}, or the path of a .json file")
+        return value
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _share(cls, value: int | float) -> int | float:
+        if not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+            raise ValueError(f"{value} must be between 0 and 1, or a whole number from 0 on")
+        return value
+
     @model_validator(mode="after")
     def _training_classes_remain(self) -> "PrepareSettings":
-        if self.validation + self.test >= 1:
+        if self.test == 0:
+            raise ValueError("test = 0: evaluation needs classes that training has not seen")
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
             raise ValueError(
                 f"validation + test = {self.validation + self.test:g}: must be below 1, "
                 "or nothing is left to train on"
@@ -98,6 +127,7 @@ class TrainSettings(Section):
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class kept for the last inner step; 0 keeps none apart."""
     ways: Ways = 5
+    """Classes of a task, and outputs of the network; 1 where values are to be predicted."""
     train_shots: Positive = 10
     optimizer: OptimizerSettings = OptimizerSettings()
     inner_steps: Positive = 5
@@ -136,8 +166,10 @@ class EvaluateSettings(Section):
     seed: Seed = 1
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
+    ways: tuple[Annotated[int, Field(ge=2, le=1000)], ...] = ()
+    """Further numbers of classes a task, fewer than the head has; measured at the fewest shots."""
     queries: Positive = 1
-    """Query images a class; the reference uses one."""
+    """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
 
@@ -149,8 +181,10 @@ class GateSettings(Section):
     mode: BatchNormMode = "transductive"
     accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The least mean accuracy on the held-out split."""
+    mean_squared_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Of a regressor: the largest mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The least difference from the random initialisation adapted in the same way."""
+    """The least gain over the random initialisation adapted in the same way."""
 
 
 class ExportSettings(Section):
@@ -172,7 +206,7 @@ class VerifySettings(Section):
 
 
 class Settings(Section):
-    """All stages, as params.yaml holds them."""
+    """All stages, as params.yaml and presets hold them."""
 
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
@@ -182,7 +216,7 @@ class Settings(Section):
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read params.yaml and apply overrides such as `train.meta_iterations=500`.
+    """Read params.yaml or a preset and apply overrides such as `train.meta_iterations=500`.
 
     Raises:
         InputError: no such file, no valid YAML, or a setting that is unknown or out of range.
@@ -195,6 +229,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
+    values.pop("paper", None)  # where a preset says what it reproduces; no stage reads it
     for override in overrides:
         _apply(values, override)
     try:

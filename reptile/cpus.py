@@ -3,19 +3,38 @@
 To be imported before torch, so nothing here imports it.
 """
 
+import logging
 import math
 import os
+import sys
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+_late = False  # torch had read its settings before we made them
 
 
 def settle_threads() -> None:
     """Set the defaults of OpenMP, which torch reads when it is loaded; the environment wins.
 
     As many threads as this process may keep busy, and threads that sleep at a barrier: spinning
-    ones slow everything down a hundredfold when another process shares the cores.
+    ones slow everything down a hundredfold when another process shares the cores, and the native
+    engine, which has threads of its own, threefold.
     """
+    global _late
+    _late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def warn_of_spinning_threads() -> None:
+    """Say once if torch was loaded before us, with threads that spin."""
+    global _late
+    if _late:
+        _late = False
+        log.warning(
+            "torch was imported before reptile, so its threads spin between operations: training "
+            "may take three times as long; import reptile first, or set OMP_WAIT_POLICY=PASSIVE"
+        )
 
 
 def available_cpus() -> int:

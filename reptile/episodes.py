@@ -1,11 +1,9 @@
 """Few-shot tasks as index arrays into a prepared dataset: sampled, seeded, resumable.
 
-Every task has its own random stream, keyed by (seed, purpose, iteration, number), so any task can
-be drawn again without drawing those before it. No image is touched here.
+Every meta-batch and every test task has its own random stream, keyed by (seed, purpose, number), so
+any can be drawn again without drawing those before it. No image is touched here.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -22,12 +20,12 @@ Targets = npt.NDArray[Any]
 
 
 class Task(NamedTuple):
-    """One task. Rows point into the prepared images; labels run over 0..ways-1."""
+    """One task. Rows point into the prepared images; labels run over 0..ways-1, or are values."""
 
     support: IntArray  # [S] rows
     support_labels: Targets
     query: IntArray  # [Q] rows, none of them in the support set
-    query_labels: IntArray  # [Q]
+    query_labels: Targets  # [Q]
     batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step
 
 
@@ -39,23 +37,66 @@ class Purpose(IntEnum):
     EVALUATE = 2
     VERIFY = 3
     EXPORT = 4
+    JOINT = 5
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
-    """Return the generator of one task; the same arguments give the same stream anywhere."""
+    """Return a generator; the same arguments give the same stream anywhere."""
     return np.random.default_rng((seed, purpose, *numbers))
 
 
-def sample_rows(rng: np.random.Generator, classes: ClassRange, ways: int, images: int) -> IntArray:
-    """Draw `ways` classes in random order and `images` different images of each.
+def sample_rows(
+    rng: np.random.Generator, classes: ClassRange, tasks: int, ways: int, images: int
+) -> IntArray:
+    """Draw for each task `ways` classes in random order and `images` different images of each.
 
     Returns:
-        rows [ways, images]: row w holds images of the class that gets label w, so each call is
-        also a fresh random map from classes to labels.
+        rows [tasks, ways, images]: row w of a task holds images of the class that gets label w, so
+        each call is also a fresh random map from classes to labels.
     """
-    chosen = rng.choice(len(classes.start), ways, replace=False)
-    picks = [rng.choice(count, images, replace=False) for count in classes.count[chosen]]
-    return np.asarray(classes.start[chosen][:, None] + np.stack(picks))
+    chosen = _distinct(rng, np.full(tasks, len(classes.start)), ways)
+    picks = _distinct(rng, classes.count[chosen].ravel(), images)
+    return np.asarray(classes.start[chosen][..., None] + picks.reshape(tasks, ways, images))
+
+
+def _distinct(rng: np.random.Generator, ends: IntArray, size: int) -> IntArray:
+    """Draw `size` different numbers below each of the `ends` [N]; the time depends on `size` alone.
+
+    Nothing here depends on what a number is, so all outcomes [N, size] are equally likely.
+    """
+    drawn = np.empty((len(ends), size), dtype=np.int64)
+    few = ends <= 8 * size
+    if few.any():  # order all of them at random
+        keys = rng.random((np.count_nonzero(few), ends[few].max()))
+        keys[np.arange(keys.shape[1]) >= ends[few, None]] = 1
+        drawn[few] = np.argsort(keys, axis=1)[:, :size]
+    if not few.all():  # draw again what is there already
+        many = np.repeat(ends[~few, None], size, axis=1)
+        found = rng.integers(many)
+        while (again := _repeated(found)).any():
+            found[again] = rng.integers(many[again])
+        drawn[~few] = found
+    return drawn
+
+
+def _repeated(values: IntArray) -> npt.NDArray[np.bool_]:
+    """Mark what is in its row [N, size] a second time."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    marks = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(marks, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return marks
+
+
+def targets(classes: ClassRange, rows: IntArray) -> Targets:
+    """Return what is to be answered for rows [ways, images] of a task, flattened.
+
+    Labels 0..ways-1, int64 [ways·images]; where the data has values to predict, these, float32
+    [ways·images, outputs].
+    """
+    if classes.targets is None:
+        return np.repeat(np.arange(len(rows)), rows.shape[1])
+    return np.asarray(classes.targets[rows.ravel()])
 
 
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
@@ -72,45 +113,25 @@ def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> Non
         )
 
 
-def training_task(
-    classes: ClassRange, settings: TrainSettings, iteration: int, number: int
-) -> Task:
-    """Draw task `number` of a meta-iteration: train_shots images a class, and its mini-batches.
+def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
+    """Draw the tasks of a meta-iteration: train_shots images a class, and their mini-batches.
 
     With a FOMAML tail, the last mini-batch is `tail_shots` images of every class, kept out of the
     mini-batches before it.
     """
-    rng = random_stream(settings.seed, Purpose.TRAIN, iteration, number)
-    rows = sample_rows(rng, classes, settings.ways, settings.train_shots)
-    labels = np.repeat(np.arange(settings.ways), settings.train_shots)
-    positions = np.arange(rows.size).reshape(rows.shape)
-    head = positions[:, settings.tail_shots :].ravel()
-    steps = settings.inner_steps - bool(settings.tail_shots)
-    drawn = mini_batches(rng, head.size, settings.inner_batch, steps, settings.replacement)
-    batches = tuple(head[drawn])
-    if settings.tail_shots:
-        batches += (positions[:, : settings.tail_shots].ravel(),)
+    rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
+    ways, shots, tail = settings.ways, settings.train_shots, settings.tail_shots
+    rows = sample_rows(rng, classes, settings.meta_batch, ways, shots)
+    positions = np.arange(ways * shots).reshape(ways, shots)
+    head, last = positions[:, tail:].ravel(), (positions[:, :tail].ravel(),) if tail else ()
+    steps = settings.inner_steps - len(last)
     nothing = np.empty(0, dtype=np.int64)
-    return Task(rows.ravel(), labels, nothing, nothing, batches)
-
-
-def meta_batches(
-    classes: ClassRange, settings: TrainSettings, iterations: range
-) -> Iterator[list[Task]]:
-    """Yield the tasks of each meta-iteration; the next are drawn while these are learnt."""
-
-    def draw(iteration: int) -> list[Task]:
-        return [
-            training_task(classes, settings, iteration, number)
-            for number in range(settings.meta_batch)
-        ]
-
-    with ThreadPoolExecutor(1, "sampling") as sampler:
-        drawn = sampler.submit(draw, iterations.start)
-        for iteration in iterations:
-            tasks = drawn.result()
-            drawn = sampler.submit(draw, iteration + 1)
-            yield tasks
+    tasks = []
+    for own in rows:
+        drawn = mini_batches(rng, head.size, settings.inner_batch, steps, settings.replacement)
+        support = own.ravel(), targets(classes, own)
+        tasks.append(Task(*support, nothing, nothing, (*head[drawn], *last)))
+    return tasks
 
 
 class FewShotProtocol(NamedTuple):
@@ -131,12 +152,12 @@ class FewShotProtocol(NamedTuple):
 def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol) -> Task:
     """Draw a test task: `shots` support and `queries` query images of each class, all different."""
     ways, shots, queries, steps, batch = protocol
-    rows = sample_rows(rng, classes, ways, shots + queries)
-    support, query = rows[:, :shots].ravel(), rows[:, shots:].ravel()
+    (rows,) = sample_rows(rng, classes, 1, ways, shots + queries)
+    support, query = rows[:, :shots], rows[:, shots:]
     return Task(
-        support,
-        np.repeat(np.arange(ways), shots),
-        query,
-        np.repeat(np.arange(ways), queries),
+        support.ravel(),
+        targets(classes, support),
+        query.ravel(),
+        targets(classes, query),
         tuple(mini_batches(rng, support.size, batch, steps)),
     )

@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from reptile.errors import InputError
 
@@ -40,7 +40,10 @@ def decode(label: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Im
     except InputError:
         raise
     except Exception as error:  # Pillow documents no closed set for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text is of an object in memory
+        reason = (
+            "it is neither" if unknown else " ".join(str(error).split()) or type(error).__name__
+        )
         raise InputError(f"{label}: cannot be read as a PNG or JPEG image ({reason})") from error
 
 

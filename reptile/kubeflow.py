@@ -30,6 +30,7 @@ from reptile.data.fetch import fetch
 from reptile.errors import InputError
 from reptile.export.publish import publish as publish_bundle
 from reptile.files import sha256_file
+from reptile.kinds import kind_scored
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.train import Progress
 from reptile.provenance import settings_sha256
@@ -114,8 +115,8 @@ def train(
     own = {
         "train_settings_sha256": _hash(chosen),
         "code_sha256": result.info.code_sha256,
-        "validation_accuracy": result.info.curve[-1].accuracy,
-        "accuracy": result.info.curve[-1].accuracy,
+        f"validation_{result.info.kind.metric}": result.info.curve[-1].score,
+        result.info.kind.metric: result.info.curve[-1].score,
     }
     checkpoint.metadata |= _inherit(prepared) | finite(own)
     curves.metadata |= checkpoint.metadata
@@ -135,11 +136,13 @@ def evaluate(
     stages.evaluate(chosen, Path(prepared.path), Path(checkpoint.path), folder)
     scores = flatten(stages.read_metrics(folder))
     # The first is of the held-out data, at the fewest shots, transductive: as the curve's points.
-    own = {"evaluate_settings_sha256": _hash(chosen), "accuracy": next(iter(scores.values()))}
+    name, score = next(iter(scores.items()))
+    own = {"evaluate_settings_sha256": _hash(chosen), name.rpartition("/")[2]: score}
     lineage = _inherit(checkpoint) | finite(own)
     evaluation.metadata |= lineage | finite(scores)
-    categories, matrix = confusion_matrix(folder / "confusion.csv")
-    confusion.log_confusion_matrix(categories, matrix)
+    if (folder / "confusion.csv").is_file():  # a regressor has none
+        categories, matrix = confusion_matrix(folder / "confusion.csv")
+        confusion.log_confusion_matrix(categories, matrix)
     confusion.metadata |= lineage
     shutil.copyfile(folder / "report.html", report.path)
     report.metadata |= lineage
@@ -171,8 +174,9 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
         return f"| {point} | {error} | |"
     (by_shots,) = scores.values()
     score = by_shots[f"{shots}-shot"][mode]
+    kind = kind_scored(score)
     trained, random = (
-        f"{100 * score[f'{start}accuracy']:.1f} ± {100 * score[f'{start}interval']:.1f}"
+        kind.show(score[f"{start}{kind.metric}"], score[f"{start}interval"])
         for start in ("", "random_")
     )
     return f"| {point} | {trained} | {random} |"
@@ -200,14 +204,16 @@ def export(
     chosen = parse_settings(ExportSettings, settings)
     folder = Path(bundle.path)
     stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
-    dataset = load_checkpoint(Path(checkpoint.path)).info.dataset
-    scores = stages.read_metrics(Path(evaluation.path))[dataset]
+    info = load_checkpoint(Path(checkpoint.path)).info
+    metric, point = info.kind.metric, chosen.gate
+    scores = stages.read_metrics(Path(evaluation.path))[info.dataset]
+    gated = scores[f"{point.shots}-shot"][point.mode]
     own = {
         "export_settings_sha256": _hash(chosen),
         "name": chosen.name,
         "manifest_sha256": sha256_file(folder / "manifest.json"),
-        "accuracy": scores[f"{chosen.gate.shots}-shot"][chosen.gate.mode]["accuracy"],
-        "interval": scores[f"{chosen.gate.shots}-shot"][chosen.gate.mode]["interval"],
+        metric: gated[metric],
+        "interval": gated["interval"],
     }
     bundle.metadata |= _inherit(evaluation) | finite(own)
 
@@ -282,7 +288,7 @@ class _Log:
         for point in progress.curve[self._shown :]:
             print(
                 f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                f"validation accuracy {point.accuracy:.3f}",
+                f"validation {progress.kind.title} {point.score:.3f}",
                 flush=True,
             )
         self._shown = len(progress.curve)

@@ -23,6 +23,7 @@ Objective = Literal["cross_entropy", "squared_error"]
 
 BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, with which the paper's numbers were made
 CONV_LAYERS = 4
+ABSENT = -1e9  # a bias that leaves an output exactly no probability, in float32 and float64
 
 
 class LayerStatistics(NamedTuple):
@@ -248,6 +249,21 @@ def unflatten(model: Model, weights: Tensor) -> dict[str, Tensor]:
 def flatten(model: Model, params: Params) -> Tensor:
     """Join named weights into one flat vector [P], the inverse of `unflatten`."""
     return torch.cat([params[name].reshape(-1) for name in model.shapes])
+
+
+def silence(model: Model, weights: Tensor, present: Tensor) -> Tensor:
+    """Return weights [..., P] under which a classifier has only the outputs in `present`.
+
+    A bias of `ABSENT` takes an output out of the softmax: its probability and all of its gradients
+    are exactly 0, so it stays out however long one adapts. Where all are present nothing changes.
+
+    Args:
+        model: the network.
+        weights: where adaptation starts.
+        present: bool [outputs], the labels that the support set has.
+    """
+    absent = ABSENT * (~present).to(weights.dtype)
+    return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
 
 
 def initialise(model: Model, seed: int) -> Tensor:

@@ -6,11 +6,12 @@ all. What a stage does lies in the room of its name; this is only where the room
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reptile.config import (
+    BatchNormMode,
     EvaluateSettings,
     ExportSettings,
     GateSettings,
@@ -24,9 +25,12 @@ from reptile.errors import InputError
 from reptile.evaluate import Evaluation, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.outputs import metrics
+from reptile.evaluate.transfer import transfer as transfer_checkpoints
+from reptile.evaluate.transfer import transfer_json, transfer_markdown
 from reptile.export.bundle import export_bundle
 from reptile.export.verify import verify_bundle
 from reptile.files import atomic_directory, write_json
+from reptile.kinds import CLASSIFICATION, Kind, kind_of, kind_scored
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.curves import CurveWriter
 from reptile.learn.processes import join
@@ -63,7 +67,7 @@ def train(
         data = load_prepared(prepared)
         if not processes.first:
             return meta_train(settings, data, work, resume=resume, processes=processes)
-        with CurveWriter(curves) as writer:
+        with CurveWriter(curves, kind_of(data.values)) as writer:
 
             def observe(progress: Progress) -> None:
                 writer.write(progress.curve)
@@ -85,7 +89,7 @@ def evaluate(
     evaluation: Path,
     on_progress: Counted | None = None,
 ) -> Evaluation:
-    """Measure few-shot accuracy on held-out classes and on the cross-domain data."""
+    """Measure few-shot scores on held-out classes and on the cross-domain data."""
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     check_same_data(trained, data)
@@ -103,6 +107,46 @@ def measure(
     data = load_prepared(prepared)
     check_same_data(trained, data)
     return metrics(evaluate_checkpoint(settings, trained, data, {}, ways=ways))
+
+
+def transfer(
+    settings: EvaluateSettings,
+    runs: Sequence[Path],
+    datasets: Sequence[Path],
+    output: Path,
+    mode: BatchNormMode = "transductive",
+    on_progress: Counted | None = None,
+) -> str:
+    """Test the checkpoint of every run on the data of every run; return the table as Markdown.
+
+    Args:
+        settings: the protocol.
+        runs: artifacts folders, each with `checkpoint` and `prepared`.
+        datasets: further prepared folders, to test on only.
+        output: folder for transfer.json, with everything, and transfer.md.
+        mode: batch norm in the Markdown.
+        on_progress: told how many of how many adaptations are done.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    columns: dict[str, PreparedData] = {}
+    for run in runs:
+        checkpoint = load_checkpoint(run / "checkpoint")
+        checkpoints[_name(checkpoint.info.dataset, run, checkpoints)] = checkpoint
+    for folder in (*(run / "prepared" for run in runs), *datasets):
+        data = load_prepared(folder)
+        if not any(data.index == other.index for other in columns.values()):
+            columns[_name(data.name, folder, columns)] = data
+    found = transfer_checkpoints(settings, checkpoints, columns, on_progress)
+    text = transfer_markdown(found, mode)
+    with atomic_directory(output) as temporary:
+        write_json(temporary / "transfer.json", transfer_json(found))
+        (temporary / "transfer.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _name(name: str, folder: Path, taken: Collection[str]) -> str:
+    """Return a name for people that no other has."""
+    return f"{name} ({folder})" if name in taken else name
 
 
 def export(
@@ -186,7 +230,7 @@ def read_champion(manifest: str) -> Champion:
         source = values["provenance"]
         return Champion(
             name=values["name"],
-            ways=values["task"]["ways"],
+            ways=values["task"].get("ways", 1),
             dataset=source["dataset"],
             data_sha256=source["data_sha256"],
             splits_sha256=source["splits_sha256"],
@@ -244,40 +288,50 @@ def refusal(
 ) -> str | None:
     """Say why metrics do not pass the gate; None if they do. NaN never passes.
 
-    Both floors are on the mean. Against a champion the 95 % intervals decide: only a checkpoint
+    Both limits are on the mean. Against a champion the 95 % intervals decide: only a checkpoint
     whose whole interval lies below the champion's is worse than it.
 
     Raises:
         InputError: the metric that the gate asks for is missing.
     """
-    result = _gated(settings, dataset, metrics, "evaluated")
-    accuracy, above = result["accuracy"], result["accuracy"] - result["random_accuracy"]
-    what = f"{settings.shots}-shot {settings.mode} accuracy on {dataset}"
+    kind, score, interval, random = _gated(settings, dataset, metrics, "evaluated")
+    above = kind.gain(score, random)
+    what = f"{settings.shots}-shot {settings.mode} {kind.title} on {dataset}"
+    worse, better = ("below", "above") if kind.better > 0 else ("above", "below")
+    limit = settings.accuracy if kind is CLASSIFICATION else settings.mean_squared_error
     # Written as `not >=` because every comparison with NaN is false.
-    if not accuracy >= settings.accuracy:
-        return f"{what} is {accuracy:.4f}, below the gate of {settings.accuracy}"
+    if limit is not None and not kind.better * score >= kind.better * limit:
+        return f"{what} is {score:.4f}, {worse} the gate of {limit}"
     if not above >= settings.above_random:
         return (
-            f"{what} is {accuracy:.4f}, only {above:.4f} above the random initialisation's; "
+            f"{what} is {score:.4f}, only {above:.4f} {better} the random initialisation's; "
             f"the gate asks for {settings.above_random}"
         )
     if champion is not None:
         best = _gated(settings, dataset, champion, "measured for the champion")
-        if not accuracy + result["interval"] >= best["accuracy"] - best["interval"]:
+        if not kind.better * score + interval >= kind.better * best.score - best.interval:
             return (
-                f"{what} is {accuracy:.4f} ± {result['interval']:.4f}, wholly below the "
-                f"champion's {best['accuracy']:.4f} ± {best['interval']:.4f}"
+                f"{what} is {score:.4f} ± {interval:.4f}, wholly {worse} the "
+                f"champion's {best.score:.4f} ± {best.interval:.4f}"
             )
     return None
 
 
-def _gated(
-    settings: GateSettings, dataset: str, metrics: Mapping[str, Any], how: str
-) -> dict[str, float]:
-    """Return the scores that the gate looks at."""
+class _Gated(NamedTuple):
+    """The scores that the gate looks at."""
+
+    kind: Kind
+    score: float
+    interval: float
+    random: float
+
+
+def _gated(settings: GateSettings, dataset: str, metrics: Mapping[str, Any], how: str) -> _Gated:
     try:
         scores = metrics[dataset][f"{settings.shots}-shot"][settings.mode]
-        return {name: float(scores[name]) for name in ("accuracy", "interval", "random_accuracy")}
+        kind = kind_scored(scores)
+        names = kind.metric, "interval", f"random_{kind.metric}"
+        return _Gated(kind, *(float(scores[name]) for name in names))
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"the gate asks for {settings.shots}-shot {settings.mode} on {dataset}, which was not "

@@ -1,7 +1,8 @@
-"""What the tests of all rooms share: threads that do not spin, small data, the project's root."""
+"""What the tests of all rooms share: threads that do not spin, small data, a bundle, the root."""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch, for these and for child processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more
@@ -11,10 +12,33 @@ from patterns import make_data
 
 from reptile.data.prepared import PreparedData
 
+if TYPE_CHECKING:
+    from reptile.learn.checkpoint import Checkpoint
+
 
 @pytest.fixture(scope="session")
 def data() -> PreparedData:
     return make_data()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(data: PreparedData) -> "Checkpoint":
+    """A conv4 after a few meta-steps on the patterns."""
+    from bundles import trained_checkpoint  # imports torch, which most rooms' tests do without
+
+    return trained_checkpoint(data)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    checkpoint: "Checkpoint", data: PreparedData, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checkpoint's bundle, not to be changed."""
+    from bundles import write_bundle
+
+    folder = tmp_path_factory.mktemp("export") / "bundle"
+    write_bundle(folder, data, checkpoint)
+    return folder
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 
+from benchmarks import preparing
 from benchmarks.__main__ import main
 from benchmarks.machine import OtherWork, describe_machine
 from benchmarks.results import Line, Results, Row, compared, read_results
@@ -228,3 +229,11 @@ def test_an_unknown_row_or_file_is_refused_with_the_way_out(tmp_path: Path) -> N
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(InputError, match=r"bad.json: machine.*measure again"):
         main(shown=tmp_path / "bad.json")
+
+
+@pytest.mark.slow
+def test_preparing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preparing.main(images=2000, size=16, folder=tmp_path)
+    small, large = capsys.readouterr().out.splitlines()
+    assert small.startswith("100 images, 0 MB written")
+    assert large.startswith("2,000 images, 2 MB written")

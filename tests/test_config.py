@@ -35,7 +35,7 @@ def test_an_override_changes_one_setting_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train: {ways: 1}", ["train.ways", "1", "2"]),
+        ("train: {ways: 0}", ["train.ways", "0", "1"]),
         ("train: {way: 5}", ["train.way", "no such setting"]),
         ("train: {inner_steps: many}", ["train.inner_steps", "many"]),
         ("train: {optimizer: {learning_rate: .nan}}", ["train.optimizer.learning_rate"]),

@@ -8,7 +8,7 @@ import pytest
 
 from reptile.cpus import available_cpus
 
-THREADS = "from reptile.cpus import settle_threads; settle_threads(); import torch; {}"
+THREADS = "import reptile, torch; {}"
 
 
 def test_available_cpus_stay_within_the_machine() -> None:
@@ -35,3 +35,23 @@ def test_torch_gets_the_environments_threads_or_all_that_are_granted(
     script = THREADS.format("print(torch.get_num_threads())")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert int(done.stdout) == threads
+
+
+@pytest.mark.parametrize(
+    ("order", "policy", "warned"),
+    [
+        ("torch, reptile", None, True),
+        ("reptile, torch", None, False),
+        ("torch, reptile", "x", False),
+    ],
+)
+def test_the_native_engine_warns_of_threads_that_were_there_first(
+    order: str, policy: str | None, warned: bool
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    script = f"import {order}\nfrom reptile.cpus import *\n" + "warn_of_spinning_threads()\n" * 2
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("torch was imported before reptile") == warned

@@ -1,4 +1,4 @@
-"""The built image, run as a cluster would: an unknown user, a read-only root, no network."""
+"""The built images, run as a cluster would: an unknown user, a read-only root, no network."""
 
 import json
 import os
@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 
 from components.image import IMAGE as DEFAULT
@@ -19,6 +22,7 @@ from reptile.runtime import FewShotModel
 ROOT = Path(__file__).parent.parent
 ENGINE = shutil.which("docker") or shutil.which("podman") or ""
 IMAGE = os.environ.get("IMAGE", DEFAULT)
+SERVER = os.environ.get("SERVER_IMAGE", DEFAULT.replace("train", "serve"))
 STRANGER = 12345  # a user that no file of the image knows
 SMALL = (
     *("-S", "prepare.images_per_class=12", "-S", "prepare.cross_domain=[]"),
@@ -61,15 +65,25 @@ def as_root(*command: str, image: str = IMAGE) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def image() -> dict:
+def images() -> None:
+    """Make sure that there is an engine, and what it is to run."""
     if not ENGINE:
         pytest.skip("neither docker nor podman is installed")
     if not re.search(r"\d", engine("info", "--format", "{{.ServerVersion}}", check=False)):
         pytest.skip(f"{ENGINE} has no engine to talk to; start it")
-    found = engine("image", "inspect", IMAGE, check=False)
-    if "No such image" in found or "not known" in found:
-        pytest.skip(f"there is no image {IMAGE}; build it with `make images BASE_IMAGE=…`")
-    return json.loads(found)[0]
+    for name in (IMAGE, SERVER):
+        found = engine("image", "inspect", name, check=False)
+        if "No such image" in found or "not known" in found:
+            pytest.skip(f"there is no image {name}; build it with `make images BASE_IMAGE=…`")
+
+
+@pytest.fixture(params=[IMAGE, SERVER])
+def image(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def settings_of(image: str) -> dict:
+    return json.loads(engine("image", "inspect", image))[0]["Config"]
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +145,20 @@ def test_kernel_is_shipped_and_there_is_no_compiler() -> None:
     )
 
 
-def test_nothing_in_the_image_can_be_changed_by_who_runs_it() -> None:
-    found = confined(
-        "sh", "-c", "find /opt /etc /usr -writable ! -type l 2> /dev/null | head -3; id -u"
-    )
+def test_nothing_in_the_image_can_be_changed_by_who_runs_it(image: str) -> None:
+    search = "find /opt /etc /usr -writable ! -type l 2> /dev/null | head -3; id -u"
+    found = confined("sh", "-c", search, image=image)
     assert found == f"{STRANGER}\n"
 
 
-def test_image_is_nobody_s_in_particular_and_says_what_it_is(image: dict) -> None:
-    user, _, group = image["Config"]["User"].partition(":")
+def test_image_is_nobody_s_in_particular_and_says_what_it_is(image: str) -> None:
+    settings = settings_of(image)
+    user, _, group = settings["User"].partition(":")
     assert int(user) > 0
     assert group == "0"
     labels = {
         key.removeprefix("org.opencontainers.image."): value
-        for key, value in image["Config"]["Labels"].items()
+        for key, value in settings["Labels"].items()
     }
     assert labels["version"] == __version__
     assert labels["licenses"] == "MIT"
@@ -153,12 +167,13 @@ def test_image_is_nobody_s_in_particular_and_says_what_it_is(image: dict) -> Non
     assert labels["base.name"]
 
 
-def test_nothing_that_the_build_was_given_for_itself_stays(image: dict) -> None:
-    history = engine("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
-    told = history + "\n".join(image["Config"]["Env"])
+def test_nothing_that_the_build_was_given_for_itself_stays(image: str) -> None:
+    history = engine("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
+    settings = settings_of(image)
+    told = history + "\n".join(settings["Env"])
     assert not re.search(r"pip\.conf|PIP_|\.pem|INDEX|TOKEN|PASSWORD|://\S+:\S+@", told)
-    assert as_root("sh", "-c", "ls -d /build /opt/tools 2> /dev/null; true") == ""
-    base = image["Config"]["Labels"]["org.opencontainers.image.base.name"]
+    assert as_root("sh", "-c", "ls -d /build /opt/tools 2> /dev/null; true", image=image) == ""
+    base = settings["Labels"]["org.opencontainers.image.base.name"]
     if "No such image" in engine("image", "inspect", base, check=False):
         pytest.skip(f"the base {base} is not here to compare certificates with")
     # All but certifi's, which pip installed by its hash.
@@ -167,14 +182,15 @@ def test_nothing_that_the_build_was_given_for_itself_stays(image: dict) -> None:
     command = ("sh", "-c", f"{listing} | sort")
     certificates = as_root(*command, image=base)
     assert certificates
-    assert as_root(*command) == certificates
+    assert as_root(*command, image=image) == certificates
 
 
-def test_bill_of_materials_names_what_is_locked_and_the_project() -> None:
-    bill = json.loads(confined("cat", "/opt/reptile/sbom.cdx.json"))
+def test_bill_of_materials_names_what_is_locked_and_the_project(image: str) -> None:
+    bill = json.loads(confined("cat", "/opt/reptile/sbom.cdx.json", image=image))
     assert bill["bomFormat"] == "CycloneDX"
     parts = {part["name"].lower().replace("_", "-"): part["version"] for part in bill["components"]}
-    lock = (ROOT / "requirements/train-cpu.txt").read_text(encoding="utf-8")
+    stage = settings_of(image)["Labels"]["org.opencontainers.image.title"].removeprefix("reptile-")
+    lock = (ROOT / f"requirements/{stage}-cpu.txt").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.MULTILINE))
     runtime = {name for name in parts if name.startswith("onnxruntime")}
     assert len(runtime) == 1
@@ -189,8 +205,6 @@ def test_cluster_commands_start_in_the_image() -> None:
 
 
 def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> None:
-    pytest.importorskip("kfp")
-    pytest.importorskip("docker")
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     done = subprocess.run(
@@ -208,3 +222,67 @@ def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (clone / "artifacts/kubeflow").iterdir()
     FewShotModel.load(run / "export/bundle", threads=1).check()
+
+
+def test_the_server_has_no_torch_and_no_compiler() -> None:
+    script = (
+        "import importlib.util as u; "
+        "print([n for n in ('torch', 'onnx', 'kfp', 'dvc', 'typer') if u.find_spec(n)])"
+    )
+    assert confined("python", "-c", script, image=SERVER) == "[]\n"
+    looked_for = "for c in c++ g++ gcc cc ld as pip; do command -v $c; done; true"
+    assert confined("sh", "-c", looked_for, image=SERVER) == ""
+
+
+def test_the_server_teaches_predicts_is_healthy_and_keeps_its_tasks(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    tasks.chmod(0o777)
+    name = f"reptile-serve-{os.getpid()}"
+    start = (
+        *("run", "--detach", "--name", name, "--user", f"{STRANGER}:0", "--read-only"),
+        *("--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        *("--health-interval", "1s", "--publish", "127.0.0.1::8080"),
+        *("--volume", f"{artifacts}/bundle:/bundle:ro", "--volume", f"{tasks}:/tasks"),
+        SERVER,
+    )
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28)).tolist()
+    try:
+        engine(*start)
+        taught = ask(name, "/tasks", {"images": images, "labels": ["a", "a", "b", "b"]})
+        predict = f"/tasks/{taught['id']}/predict"
+        answer = ask(name, predict, {"images": images})
+        assert {p["label"] for p in answer["predictions"]} <= {"a", "b"}
+        until = time.monotonic() + 60
+        while health(name) != "healthy":
+            assert time.monotonic() < until, engine("logs", name)
+            time.sleep(0.5)
+        engine("stop", name)
+        code = "{{.State.ExitCode}}"
+        assert engine("inspect", "--format", code, name) == "0\n", engine("logs", name)
+        engine("start", name)
+        assert ask(name, predict, {"images": images}) == answer
+    finally:
+        engine("rm", "--force", name, check=False)
+
+
+def health(container: str) -> str:
+    return engine("inspect", "--format", "{{.State.Health.Status}}", container).strip()
+
+
+def ask(container: str, path: str, body: dict) -> dict:
+    """Post to a container once it is ready."""
+    address = engine("port", container, "8080").splitlines()[0]
+    url, until = f"http://{address}", time.monotonic() + 60
+    while True:
+        try:
+            with urlopen(f"{url}/v2/health/ready", timeout=5):
+                break
+        except OSError:
+            assert time.monotonic() < until, engine("logs", container)
+            time.sleep(0.2)
+    request = Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urlopen(request, timeout=60) as response:
+        return json.load(response)

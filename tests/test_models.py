@@ -15,6 +15,7 @@ from reptile.models import (
     build_model,
     flatten,
     initialise,
+    silence,
     size,
     to_unit,
     unflatten,
@@ -155,3 +156,31 @@ def test_too_small_images_are_refused() -> None:
 
 def test_pixels_become_the_unit_interval() -> None:
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
+
+
+def test_silenced_outputs_get_no_probability_and_no_gradient() -> None:
+    model = build_model(ModelSettings(name="mlp", hidden=(8,)), 5, (1, 4, 4))
+    for dtype in (torch.float32, torch.float64):
+        images = torch.rand(6, 1, 4, 4, dtype=dtype)
+        labels = torch.tensor([0, 2, 0, 2, 2, 0])
+        present = torch.isin(torch.arange(5), labels)
+        weights = silence(model, initialise(model, 0).to(dtype), present).requires_grad_()
+        logits = model.logits(unflatten(model, weights), images)
+        assert (logits.softmax(1)[:, ~present] == 0).all()
+        heard = torch.nn.functional.cross_entropy(logits[:, [0, 2]], labels // 2)
+        loss = model.loss(logits, labels)
+        torch.testing.assert_close(loss, heard)
+        loss.backward()
+        gradient = unflatten(model, weights.grad)
+        for name in ("head.weight", "head.bias"):
+            assert (gradient[name][~present] == 0).all()
+            assert (gradient[name][present] != 0).any()
+
+
+def test_where_all_labels_are_present_silencing_changes_nothing() -> None:
+    model = build_model(ModelSettings(filters=4), 3, (1, 8, 8))
+    weights = initialise(model, 1)
+    present = torch.ones(3, dtype=torch.bool)
+    assert torch.equal(silence(model, weights, present), weights)
+    both = silence(model, weights.expand(2, -1), present)
+    assert torch.equal(both, weights.expand(2, -1))

@@ -1,24 +1,24 @@
 """From a source of images to the prepared dataset: splits, sizes, rotations, hashes.
 
-The splits depend on names and `split_seed` alone, never on a training run, so that no run can test
-on what another has trained on. How images are found and decoded is `sources`' business.
+How images are found and decoded is `sources`' business, and which class is held out `held_out`'s.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from reptile.config import PrepareSettings
+from reptile.cpus import available_cpus
+from reptile.data import sinusoid
+from reptile.data.held_out import assign_splits
 from reptile.data.prepared import (
     CROSS_DOMAIN_FOLDER,
     IMAGES_FILE,
@@ -28,15 +28,18 @@ from reptile.data.prepared import (
     PreparedData,
     Split,
     UInt8Array,
+    content_header,
     load_prepared,
     splits_digest,
 )
-from reptile.data.sources import Source, open_source
+from reptile.data.source import Source
+from reptile.data.sources import open_source
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.images import fit
 
 CHUNK = 256  # images in flight: bounds memory, and how late an error stops the work
+CHUNK_BYTES = 32 * 2**20
 ROTATIONS: tuple[Literal[0, 90, 180, 270], ...] = (0, 90, 180, 270)
 
 Progress = Callable[[int, int], None]
@@ -58,6 +61,8 @@ def prepare(
     Raises:
         InputError: a source cannot be used; `folder` is as it was before.
     """
+    if settings.source == sinusoid.NAME:
+        return sinusoid.prepare_sinusoids(settings, folder, progress)
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))
@@ -82,44 +87,6 @@ def prepare(
                 table = _class_table(other, {c.name: "test" for c in other.classes}, (0,))
                 _write(other, table, "L" if shape[0] == 1 else "RGB", settings, target, tick)
     return load_prepared(folder)
-
-
-def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]:
-    """Say for each class which split it belongs to.
-
-    Groups (or classes) are ordered by a hash of `split_seed` and their name: the first part is
-    the test split, the next validation, the rest training; small sets hold out at least one for
-    each. So a new group moves few others.
-
-    Raises:
-        InputError: there are no groups, or too few for three splits.
-    """
-    held_out = settings.held_out
-    unit = {c.name: c.group if held_out == "groups" else c.name for c in source.classes}
-    if "" in unit.values():
-        raise InputError(
-            f"{source.name}: its classes lie in no groups, so no groups can be held out; "
-            "set held_out: classes"
-        )
-    units = sorted(set(unit.values()), key=partial(_split_key, settings.split_seed))
-    test = max(1, round(settings.test * len(units)))
-    validation = max(1, round(settings.validation * len(units)))
-    train = len(units) - test - validation
-    if min(test, validation, train) < 1:
-        way_out = " or set held_out: classes" if held_out == "groups" else ""
-        raise InputError(
-            f"{source.name}: {len(units)} {held_out} make {train} for training, {validation} for "
-            f"validation and {test} for test, and each needs one; change the fractions "
-            f"(validation = {settings.validation:g}, test = {settings.test:g}){way_out}"
-        )
-    split: dict[str, Split] = dict.fromkeys(units, "train")
-    split |= dict.fromkeys(units[:test], "test")
-    split |= dict.fromkeys(units[test : test + validation], "validation")
-    return {name: split[group] for name, group in unit.items()}
-
-
-def _split_key(seed: int, name: str) -> str:
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def _image_count(source: Source) -> int:
@@ -185,35 +152,51 @@ def _write(
     size = settings.image_size
     shape = (len(Image.new(target, (1, 1)).getbands()), size, size)
     rows = table[-1].start + table[-1].count
-    images = open_memmap(folder / IMAGES_FILE, "w+", np.uint8, (rows, *shape))
 
-    def fill(row: int) -> None:
-        image = source.read(files[row])
+    def pixels(file: str) -> UInt8Array:
+        image = source.read(file)
         if mode is None and image.mode != target:
             kinds = {"L": "grey", "RGB": "in colour"}
             raise InputError(
-                f"{source.name}: {files[0]} is {kinds[target]} and {files[row]} is "
+                f"{source.name}: {files[0]} is {kinds[target]} and {file} is "
                 f"{kinds[image.mode]}; set channels: grey or channels: rgb"
             )
-        images[row] = fit(image, shape)
+        return fit(image, shape)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(files)))
-            tick(sum(1 for _ in pool.map(fill, chunk)))
+    # Written as a plain file: the pages of a mapped one would count as this process's memory.
+    path = folder / IMAGES_FILE
+    with path.open("wb") as output, path.open("rb") as written:
+        write_array_header_1_0(
+            output, {"descr": "|u1", "fortran_order": False, "shape": (rows, *shape)}
+        )
+        first_row = output.tell()
+        digest = hashlib.sha256(content_header((rows, *shape), table))
+        most = max(1, min(CHUNK, CHUNK_BYTES // prod(shape)))
 
-    upright = {c.name: images[c.start : c.start + c.count] for c in table if c.rotation == 0}
-    for c in table:
-        if c.rotation:
-            turned = np.rot90(upright[c.name], c.rotation // 90, axes=(2, 3))
-            images[c.start : c.start + c.count] = turned
-    images.flush()
+        def append(images: UInt8Array) -> None:
+            content = np.ascontiguousarray(images).data
+            output.write(content)
+            digest.update(content)
+
+        for images in _in_order(pixels, files, most):
+            append(images)
+            tick(len(images))
+        output.flush()
+        upright = {c.name: c.start for c in table if c.rotation == 0}
+        for c in table:
+            if c.rotation:
+                written.seek(first_row + upright[c.name] * prod(shape))
+                for start in range(0, c.count, most):
+                    count = min(most, c.count - start)
+                    images = np.fromfile(written, np.uint8, count * prod(shape))
+                    turned = np.rot90(images.reshape(count, *shape), c.rotation // 90, axes=(2, 3))
+                    append(turned)
 
     index = DatasetIndex(
         name=source.name,
         image_shape=shape,
         classes=table,
-        content_sha256=_content_digest(images, table),
+        content_sha256=digest.hexdigest(),
         splits_sha256=splits_digest(table),
         settings=settings.model_dump(mode="json"),
     )
@@ -221,8 +204,13 @@ def _write(
     return shape
 
 
-def _content_digest(images: UInt8Array, table: tuple[PreparedClass, ...]) -> str:
-    classes = [(c.name, c.group, c.rotation, c.start, c.count) for c in table]
-    digest = hashlib.sha256(json.dumps([images.shape, classes]).encode())
-    digest.update(images.reshape(-1).data)
-    return digest.hexdigest()
+def _in_order(
+    pixels: Callable[[str], UInt8Array], files: Sequence[str], most: int
+) -> Iterator[UInt8Array]:
+    """Read files on all processors; yield their images stacked, at most so many at a time."""
+    chunks = [files[start : start + most] for start in range(0, len(files), most)]
+    with ThreadPoolExecutor(available_cpus(), "reading") as pool:
+        ahead = pool.map(pixels, chunks[0])
+        for chunk in (*chunks[1:], ()):
+            current, ahead = ahead, pool.map(pixels, chunk)  # read while these are written
+            yield np.stack(list(current))

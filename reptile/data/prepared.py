@@ -1,6 +1,7 @@
-"""The prepared dataset: one memory-mapped array of images, and the table of its classes.
+"""The prepared dataset: one memory-mapped array of inputs, and the table of its classes.
 
-What every later stage reads. How it is made is `prepare`'s business.
+The inputs are images, or the points of functions with the values there. What every later stage
+reads; how it is made is `prepare`'s business.
 """
 
 import hashlib
@@ -20,9 +21,13 @@ from reptile.errors import InputError
 from reptile.minibatches import IntArray
 
 UInt8Array = npt.NDArray[np.uint8]
+Inputs = UInt8Array | npt.NDArray[np.float32]
+"""What a network sees [N, C, H, W]: pixels, scaled to 0..1, or values, taken as they are."""
+Values = npt.NDArray[np.float32]
 Split = Literal["train", "validation", "test"]
 
 IMAGES_FILE = "images.npy"
+TARGETS_FILE = "targets.npy"
 INDEX_FILE = "dataset.json"
 CROSS_DOMAIN_FOLDER = "cross_domain"
 
@@ -32,6 +37,7 @@ class ClassRange(NamedTuple):
 
     start: IntArray  # [K]
     count: IntArray  # type: ignore[assignment]  # [K]; hides tuple.count, which nobody needs
+    targets: Values | None = None  # [N, outputs] of all rows, where a task is to predict them
 
 
 class PreparedClass(BaseModel):
@@ -65,8 +71,9 @@ class DatasetIndex(BaseModel):
 class PreparedData:
     """A prepared dataset in use."""
 
-    images: UInt8Array  # [N, C, H, W], memory-mapped, read-only
+    images: Inputs  # [N, C, H, W], memory-mapped, read-only; float32 with targets
     index: DatasetIndex
+    targets: Values | None = None  # [N, outputs], likewise: what a regressor is to predict
 
     @property
     def name(self) -> str:
@@ -80,7 +87,7 @@ class PreparedData:
 
     @property
     def content_sha256(self) -> str:
-        """Hash of the pixels and of the class table."""
+        """Hash of the pixels (or points and values) and of the class table."""
         return self.index.content_sha256
 
     @property
@@ -93,11 +100,30 @@ class PreparedData:
         """Channels, height and width."""
         return self.index.image_shape
 
+    @property
+    def values(self) -> int:
+        """How many values there are to predict for each input; 0 where classes are to be named."""
+        return 0 if self.targets is None else self.targets.shape[1]
+
     def split(self, name: Split) -> ClassRange:
         """Return the rows of the classes of one split."""
         rows = [(c.start, c.count) for c in self.classes if c.split == name]
         table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        return ClassRange(table[:, 0], table[:, 1])
+        return ClassRange(table[:, 0], table[:, 1], self.targets)
+
+
+def content_header(shape: tuple[int, ...], classes: Iterable[PreparedClass]) -> bytes:
+    """What is hashed before the pixels: the array's shape and the classes, but not their splits."""
+    table = [(c.name, c.group, c.rotation, c.start, c.count) for c in classes]
+    return json.dumps([shape, table]).encode()
+
+
+def content_digest(images: Inputs, classes: Iterable[PreparedClass], targets: Values) -> str:
+    """Hash points and values, and which rows are whose; 64 hexadecimal digits."""
+    digest = hashlib.sha256(content_header(images.shape, classes))
+    digest.update(images.reshape(-1).data)
+    digest.update(targets.reshape(-1).data)
+    return digest.hexdigest()
 
 
 def splits_digest(classes: Iterable[PreparedClass]) -> str:
@@ -117,16 +143,26 @@ def load_prepared(folder: Path) -> PreparedData:
         values = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         index = DatasetIndex.model_validate(values)
         images = open_memmap(folder / IMAGES_FILE, mode="r")
+        path = folder / TARGETS_FILE
+        targets = open_memmap(path, mode="r") if path.exists() else None
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file; run `reptile prepare` first") from None
     except ValidationError as error:
         raise InputError(f"{folder / INDEX_FILE}: {describe(error)[0]}; {again}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: damaged ({error}); {again}") from None
-    if images.dtype != np.uint8 or images.shape[1:] != index.image_shape:
+    expected = np.dtype(np.uint8 if targets is None else np.float32)
+    if images.dtype != expected or images.shape[1:] != index.image_shape:
         raise InputError(
-            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected uint8 of "
-            f"shape (N, {', '.join(map(str, index.image_shape))}); {again}"
+            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected {expected} "
+            f"of shape (N, {', '.join(map(str, index.image_shape))}); {again}"
+        )
+    if targets is not None and (
+        targets.dtype != np.float32 or targets.ndim != 2 or len(targets) != len(images)
+    ):
+        raise InputError(
+            f"{path}: {targets.dtype} of shape {targets.shape}, expected float32 of shape "
+            f"({len(images)}, outputs); {again}"
         )
     end = 0
     for entry in index.classes:
@@ -139,7 +175,7 @@ def load_prepared(folder: Path) -> PreparedData:
         )
     if splits_digest(index.classes) != index.splits_sha256:
         raise InputError(f"{folder / INDEX_FILE}: the splits were changed by hand; {again}")
-    return PreparedData(images, index)
+    return PreparedData(images, index, targets)
 
 
 def load_cross_domain(folder: Path) -> dict[str, PreparedData]:

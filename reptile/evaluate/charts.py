@@ -24,18 +24,29 @@ class Line(NamedTuple):
     intervals: Sequence[float] = ()  # half the height of the band at each point
 
 
+class Dots(NamedTuple):
+    """Points without a line between them."""
+
+    style: str  # CSS classes
+    radius: float
+    x: Sequence[float]
+    y: Sequence[float]
+
+
 class Axis(NamedTuple):
-    """One axis from 0 to `high`."""
+    """One axis from `low` to `high`."""
 
     title: str
     high: float
     ticks: Sequence[float]
     unit: str = ""
     scale: Callable[[float], float] = float
+    low: float = 0.0
 
     def place(self, value: float) -> float:
         """Return where a value lies, 0..1."""
-        return self.scale(value) / self.scale(self.high)
+        low = self.scale(self.low)
+        return (self.scale(value) - low) / (self.scale(self.high) - low)
 
 
 def axis(title: str, high: float) -> Axis:
@@ -46,7 +57,17 @@ def axis(title: str, high: float) -> Axis:
     return Axis(title, high, [step * i for i in range(int(high / step + 1e-9) + 1)])
 
 
-def line_chart(what: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
+def symmetric_axis(title: str, high: float) -> Axis:
+    """Return a linear axis from -high to high, with round ticks."""
+    half = axis(title, high)
+    positive = half.ticks[1:] if len(half.ticks) < 5 else half.ticks[2::2]
+    ticks = [*(-tick for tick in reversed(positive)), 0.0, *positive]
+    return half._replace(ticks=ticks, low=-half.high)
+
+
+def line_chart(
+    what: str, lines: Sequence[Line], x: Axis, y: Axis, dots: Sequence[Dots] = ()
+) -> Markup:
     """Draw lines over two axes.
 
     Args:
@@ -54,6 +75,7 @@ def line_chart(what: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
         lines: drawn in this order; a dot where a line has one point only.
         x: horizontal axis.
         y: vertical axis.
+        dots: drawn over the lines.
     """
 
     def across(value: float) -> float:
@@ -97,6 +119,12 @@ def line_chart(what: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
                 f'<circle class="dot {line.style}" r="3.5" '
                 f'cx="{across(line.x[0]):.1f}" cy="{down(line.y[0]):.1f}"/>'
             )
+    for group in dots:
+        parts += [
+            f'<circle class="{group.style}" r="{group.radius:g}" '
+            f'cx="{across(a):.1f}" cy="{down(b):.1f}"/>'
+            for a, b in zip(group.x, group.y, strict=True)
+        ]
     labelled = [line for line in lines if line.label]
     places = _spread([down(line.y[-1]) for line in labelled])
     for line, place in zip(labelled, places, strict=True):

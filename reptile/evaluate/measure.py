@@ -1,4 +1,4 @@
-"""Running test tasks: what each method predicts for every query, and the accuracy that makes.
+"""Running test tasks: what each method predicts for every query, and the score that makes.
 
 Keeps predictions rather than scores, so that every number and picture comes from the same tasks.
 Writes nothing.
@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from reptile.config import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
-from reptile.data.prepared import PreparedData, UInt8Array
+from reptile.data.prepared import Inputs, PreparedData
 from reptile.episodes import (
     FewShotProtocol,
     Purpose,
@@ -25,23 +26,32 @@ from reptile.episodes import (
     random_stream,
 )
 from reptile.errors import InputError
-from reptile.learn.accuracy import TASKS_AT_ONCE
+from reptile.evaluate.fits import Fit, fit_curves
+from reptile.evaluate.joint import train_jointly
+from reptile.kinds import CLASSIFICATION, REGRESSION, Kind
+from reptile.learn.accuracy import TASKS_AT_ONCE, adapted_in_chunks
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engine import Engine, make_engine
 from reptile.learn.inner import fresh_state
 from reptile.learn.meta import MetaState
 from reptile.learn.train import choose_device
 from reptile.minibatches import IntArray
-from reptile.models import initialise
+from reptile.models import initialise, silence
 
 log = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
-Start = Literal["trained", "random"]
-STARTS: tuple[Start, ...] = ("trained", "random")
+Starts = dict["Start", MetaState]
 
-PATH_TASKS = 3 * TASKS_AT_ONCE  # whose accuracy is also taken on the way, at these steps
+FloatArray = npt.NDArray[np.float64]
+Start = Literal["trained", "random", "joint"]
+STARTS: Mapping[Kind, tuple[Start, ...]] = {
+    CLASSIFICATION: ("trained", "random"),
+    REGRESSION: ("trained", "random", "joint"),
+}
+
+PATH_TASKS = 3 * TASKS_AT_ONCE  # whose score is also taken on the way, at these steps
 PATH_STEPS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800)
+FITS = 6  # tasks whose functions are drawn
 PATH_MODES: tuple[BatchNormMode, ...] = ("transductive", "frozen")
 
 
@@ -62,33 +72,42 @@ class Measurement:
     """Every prediction on one dataset at one number of shots: T tasks of Q queries."""
 
     dataset: str
+    kind: Kind
     shots: int
     tasks: tuple[Task, ...]
-    logits: Mapping[tuple[Start, BatchNormMode], FloatArray]  # [T, Q, ways], after all steps
-    nearest_mean: IntArray  # [T, Q] labels
+    logits: Mapping[tuple[Start, BatchNormMode], FloatArray]  # [T, Q, outputs], after all steps
+    baseline: FloatArray  # [T] scores of a method without a network, see `BASELINES`
     steps: tuple[int, ...] = ()  # where `by_step` was measured; empty on cross-domain data
     by_step: Mapping[tuple[Start, BatchNormMode], FloatArray] = field(default_factory=dict)
-    """Accuracy of each of the first tasks after so many steps, [steps, first tasks]."""
+    """Score of each of the first tasks after so many steps, [steps, first tasks]."""
 
-    def accuracies(self, start: Start, mode: BatchNormMode) -> FloatArray:
-        """Return the share of right answers of each task [T]."""
-        return self._share_right(self.logits[start, mode].argmax(-1))
+    def scores(self, start: Start, mode: BatchNormMode) -> FloatArray:
+        """Return each task's share of right answers, or its mean squared error, [T]."""
+        targets = np.stack([task.query_labels for task in self.tasks])
+        return self.kind.scores(self.logits[start, mode], targets)
 
     def score(self, start: Start, mode: BatchNormMode) -> Score:
-        """Return the accuracy of one initialisation in one mode of batch norm."""
-        return Score.of(self.accuracies(start, mode))
+        """Return the mean score of one initialisation in one mode of batch norm."""
+        return Score.of(self.scores(start, mode))
 
     def gain(self, mode: BatchNormMode) -> Score:
-        """Return trained minus random, task by task: the same tasks make the interval narrower."""
-        return Score.of(self.accuracies("trained", mode) - self.accuracies("random", mode))
+        """Return trained against random, task by task: the same tasks narrow the interval."""
+        own, random = (self.scores(start, mode) for start in ("trained", "random"))
+        return Score.of(self.kind.gain(own, random))
 
-    def nearest_mean_score(self) -> Score:
-        """Return the accuracy of the nearest class mean of the pixels."""
-        return Score.of(self._share_right(self.nearest_mean))
+    def baseline_score(self) -> Score:
+        """Return the mean score of the method without a network."""
+        return Score.of(self.baseline)
 
-    def _share_right(self, predicted: IntArray) -> FloatArray:
-        labels = np.stack([task.query_labels for task in self.tasks])
-        return np.asarray((predicted == labels).mean(axis=1))
+
+class FewerWays(NamedTuple):
+    """Accuracy on tasks of fewer classes than the head has outputs, batch norm frozen."""
+
+    shots: int
+    ways: int
+    silenced: Score  # the other outputs take no part in adapting, as in the bundle
+    left_out: Score  # they do, and are left out of the answer only
+    gain: Score  # task by task
 
 
 @dataclass(frozen=True)
@@ -101,11 +120,24 @@ class Evaluation:
     measurements: tuple[Measurement, ...]  # by dataset, then by shots
     skipped: Mapping[str, str]  # cross-domain datasets that cannot make these tasks, and why
     has_batch_norm: bool
+    fewer_ways: tuple[FewerWays, ...] = ()
+    fits: tuple[Fit, ...] = ()  # of the first tasks, where inputs are single numbers
 
     @property
     def adaptations(self) -> int:
         """How many tasks were adapted to, from each start."""
-        return len(STARTS) * sum(len(measured.tasks) for measured in self.measurements)
+        starts = len(self.starts) * sum(len(measured.tasks) for measured in self.measurements)
+        return starts + 2 * self.settings.tasks * len(self.fewer_ways)
+
+    @property
+    def kind(self) -> Kind:
+        """Of the tasks."""
+        return self.checkpoint.kind
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """What adaptation started from."""
+        return STARTS[self.kind]
 
     @property
     def held_out(self) -> tuple[Measurement, ...]:
@@ -136,11 +168,12 @@ def evaluate(
     *,
     ways: int | None = None,
 ) -> Evaluation:
-    """Measure few-shot accuracy on the held-out classes and on every cross-domain dataset.
+    """Measure few-shot scores on the held-out classes and on every cross-domain dataset.
 
-    Each task is adapted to from the checkpoint's weights and optimiser state, and from the random
-    weights its training began with and a fresh state; then the queries are predicted in all modes
-    of batch norm. Nothing passes from one task to the next.
+    Each task is adapted to from the checkpoint's weights and optimiser state, from the random
+    weights its training began with and a fresh state, and, of a regressor, from a network trained
+    on all training tasks at once; then the queries are predicted in all modes of batch norm.
+    Nothing passes from one task to the next.
 
     Args:
         settings: the protocol.
@@ -149,16 +182,21 @@ def evaluate(
         cross_domain: further datasets of the same image shape, by name; likewise.
         on_progress: told how many of how many adaptations are done.
         ways: classes of a task, if fewer than the checkpoint was trained for; the head's other
-            outputs are then left out, as the bundle does.
+            outputs are then silenced, as the bundle does.
 
     Raises:
         InputError: more ways than the checkpoint has, the held-out classes cannot make the tasks,
             or a cross-domain dataset has another image shape or the name of the training data.
     """
-    head = checkpoint.info.settings.ways
+    head, kind = checkpoint.info.settings.ways, checkpoint.info.kind
     ways, shots = ways or head, sorted(set(settings.shots))
-    if not 2 <= ways <= head:
-        raise InputError(f"{ways}-way tasks: the checkpoint is for 2 to {head} ways; train another")
+    few = sorted(set(settings.ways))
+    least = 2 if kind is CLASSIFICATION else 1
+    for wanted in (ways, *few):
+        if not least <= wanted <= head:
+            raise InputError(
+                f"{wanted}-way tasks: the checkpoint is for {least} to {head} ways; train another"
+            )
     classes, needed = data.split("test"), shots[-1] + settings.queries
     check_classes(classes, ways, needed, f"test split of {data.name}")
     sources = {data.name: data}
@@ -178,7 +216,7 @@ def evaluate(
         else:
             sources[name] = source
 
-    total = len(sources) * len(shots) * len(STARTS) * settings.tasks
+    total = (len(sources) * len(shots) * len(STARTS[kind]) + 2 * len(few)) * settings.tasks
     done = 0
 
     def count(tasks: int) -> None:
@@ -188,18 +226,48 @@ def evaluate(
             on_progress(done, total)
 
     measurements = []
+    starts = _starts(checkpoint, data)
     for name, source in sources.items():
-        runner = _Runner(settings, checkpoint, source, ways, count)
+        runner = _Runner(settings, checkpoint, source, ways, count, starts)
         path = _path(settings.steps) if name == data.name else ()
         measurements += [runner.measure(name, number, path) for number in shots]
-    has_batch_norm = any(name.startswith("norm") for name in checkpoint.model.shapes)
+    held_out = _Runner(settings, checkpoint, data, ways, count, starts)
     return Evaluation(
-        settings, checkpoint.info, sources, tuple(measurements), skipped, has_batch_norm
+        settings,
+        checkpoint.info,
+        sources,
+        tuple(measurements),
+        skipped,
+        any(name.startswith("norm") for name in checkpoint.model.shapes),
+        tuple(held_out.fewer_ways(shots[0], each) for each in few),
+        held_out.fits(measurements[0].tasks),
     )
 
 
+def _starts(checkpoint: Checkpoint, data: PreparedData) -> Starts:
+    """Return where adaptation starts, on the device that the checkpoint was trained for."""
+    model, (weights, inner), info = checkpoint
+    device = choose_device(info.settings.device)
+    random = initialise(model, info.settings.seed).to(device)
+    starts: Starts = {
+        "trained": MetaState(
+            weights.to(device), inner._replace(second_moment=inner.second_moment.to(device))
+        ),
+        "random": MetaState(random, fresh_state(random)),
+    }
+    if "joint" in STARTS[info.kind]:
+        starts["joint"] = train_jointly(info.settings, _engine(checkpoint, data), random, data)
+    return starts
+
+
+def _engine(checkpoint: Checkpoint, data: PreparedData) -> Engine:
+    training = checkpoint.info.settings
+    device = choose_device(training.device)
+    return make_engine(training.engine, checkpoint.model, training.optimizer, data.images, device)
+
+
 class _Runner:
-    """Measures one dataset from both starts."""
+    """Measures one dataset from all starts."""
 
     def __init__(
         self,
@@ -208,64 +276,97 @@ class _Runner:
         data: PreparedData,
         ways: int,
         count: Callable[[int], None],
+        starts: Starts,
     ) -> None:
-        training = checkpoint.info.settings
-        device = choose_device(training.device)
-        model, (weights, inner), _ = checkpoint
-        random = initialise(model, training.seed).to(device)
-        inner = inner._replace(second_moment=inner.second_moment.to(device))
-        self._starts: dict[Start, MetaState] = {
-            "trained": MetaState(weights.to(device), inner),
-            "random": MetaState(random, fresh_state(random)),
-        }
-        self._engine = make_engine(training.engine, model, training.optimizer, data.images, device)
+        self._kind = checkpoint.info.kind
+        self._engine = _engine(checkpoint, data)
         self._settings, self._data, self._ways, self._count = settings, data, ways, count
+        self._starts = starts
 
     def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
-        """Run all tasks at one number of shots; take the accuracy along `path` on the first."""
-        settings, ways = self._settings, self._ways
-        protocol = FewShotProtocol.of(settings, ways, shots)
-        classes = self._data.split("test")
-        tasks = [
-            held_out_task(
-                random_stream(settings.seed, Purpose.EVALUATE, shots, i), classes, protocol
-            )
-            for i in range(settings.tasks)
-        ]
-        labels = np.stack([task.query_labels for task in tasks[:PATH_TASKS]])
+        """Run all tasks at one number of shots; take the score along `path` on the first."""
+        settings, ways, kind = self._settings, self._ways, self._kind
+        tasks = self._tasks(shots, ways)
+        targets = np.stack([task.query_labels for task in tasks[:PATH_TASKS]])
         logits: dict[tuple[Start, BatchNormMode], FloatArray] = {}
         by_step: dict[tuple[Start, BatchNormMode], FloatArray] = {}
-        for start, state in self._starts.items():
-            first = list(self._adapt(state, tasks[:PATH_TASKS], path or (settings.steps,)))
-            rest = list(self._adapt(state, tasks[PATH_TASKS:], (settings.steps,)))
+        for start, whole in self._starts.items():
+            state = self._silenced(whole, ways)
+            first = list(self._adapt(state, tasks[:PATH_TASKS], path or (settings.steps,), ways))
+            rest = list(self._adapt(state, tasks[PATH_TASKS:], (settings.steps,), ways))
             for mode in BATCH_NORM_MODES:
                 logits[start, mode] = np.concatenate([chunk[-1][mode] for chunk in first + rest])
             for mode in PATH_MODES if path else ():
                 along = [
                     np.concatenate([chunk[i][mode] for chunk in first]) for i in range(len(path))
                 ]
-                by_step[start, mode] = (np.stack(along).argmax(-1) == labels).mean(-1)
-        nearest = np.stack([nearest_mean(self._data.images, task, ways) for task in tasks])
-        return Measurement(name, shots, tuple(tasks), logits, nearest, path, by_step)
+                by_step[start, mode] = np.stack([kind.scores(found, targets) for found in along])
+        baseline = BASELINES[kind].score
+        without = np.array([baseline(self._data.images, task, ways) for task in tasks])
+        return Measurement(name, kind, shots, tuple(tasks), logits, without, path, by_step)
+
+    def fewer_ways(self, shots: int, ways: int) -> FewerWays:
+        """Compare the two ways to use part of the head, on the same tasks."""
+        tasks, state = self._tasks(shots, ways), self._starts["trained"]
+        targets = np.stack([task.query_labels for task in tasks])
+
+        def scores(state: MetaState) -> FloatArray:
+            logits = []
+            for chunk, weights in adapted_in_chunks(self._engine, state, tasks):
+                logits.append(self._predict(weights, chunk, "frozen", ways))
+                self._count(len(chunk))
+            return self._kind.scores(np.concatenate(logits), targets)
+
+        silenced, left_out = scores(self._silenced(state, ways)), scores(state)
+        gain = Score.of(silenced - left_out)
+        return FewerWays(shots, ways, Score.of(silenced), Score.of(left_out), gain)
+
+    def fits(self, tasks: Sequence[Task]) -> tuple[Fit, ...]:
+        """Return the functions that the first tasks make of the meta-trained network."""
+        if self._kind is CLASSIFICATION or math.prod(self._data.image_shape) > 1:
+            return ()
+        path = sorted({0, min(1, self._settings.steps), self._settings.steps})
+        along = adapt_along(self._engine, self._starts["trained"], tasks[:FITS], path)
+        return fit_curves(self._engine.model, self._data, tasks[:FITS], dict(along))
+
+    def _tasks(self, shots: int, ways: int) -> list[Task]:
+        settings, classes = self._settings, self._data.split("test")
+        protocol = FewShotProtocol.of(settings, ways, shots)
+        streams = (
+            random_stream(settings.seed, Purpose.EVALUATE, shots, i) for i in range(settings.tasks)
+        )
+        return [held_out_task(stream, classes, protocol) for stream in streams]
+
+    def _silenced(self, state: MetaState, ways: int) -> MetaState:
+        """Silence the outputs that tasks of so many classes have no use for."""
+        model = self._engine.model
+        if self._kind is not CLASSIFICATION or ways == model.outputs:
+            return state
+        present = torch.arange(model.outputs, device=state.weights.device) < ways
+        return state._replace(weights=silence(model, state.weights, present))
 
     def _adapt(
-        self, state: MetaState, tasks: Sequence[Task], path: tuple[int, ...]
+        self, state: MetaState, tasks: Sequence[Task], path: tuple[int, ...], ways: int
     ) -> Iterator[list[dict[BatchNormMode, FloatArray]]]:
         """Yield for each chunk of tasks, for each number of steps in `path`, the logits by mode."""
         for first in range(0, len(tasks), TASKS_AT_ONCE):
             chunk = tasks[first : first + TASKS_AT_ONCE]
             yield [
                 {
-                    mode: self._predict(weights, chunk, mode)
+                    mode: self._predict(weights, chunk, mode, ways)
                     for mode in (BATCH_NORM_MODES if step == path[-1] else PATH_MODES)
                 }
                 for step, weights in adapt_along(self._engine, state, chunk, path)
             ]
             self._count(len(chunk))
 
-    def _predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> FloatArray:
-        """Return the logits [T, Q, ways] of all queries, given weights [T, P]."""
-        logits = self._engine.predict(weights, tasks, mode)[..., : self._ways]
+    def _predict(
+        self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode, ways: int
+    ) -> FloatArray:
+        """Return the logits [T, Q, ways] or values of all queries, given weights [T, P]."""
+        logits = self._engine.predict(weights, tasks, mode)
+        if self._kind is CLASSIFICATION:
+            logits = logits[..., :ways]
         return logits.double().cpu().numpy()
 
 
@@ -291,12 +392,36 @@ def adapt_along(
         yield step, weights
 
 
-def nearest_mean(images: UInt8Array, task: Task, ways: int) -> IntArray:
+class Baseline(NamedTuple):
+    """A method without a network: its name in metrics.json, for people, and its score of a task."""
+
+    name: str
+    title: str
+    score: Callable[[Inputs, Task, int], float]
+
+
+def nearest_mean_accuracy(images: Inputs, task: Task, ways: int) -> float:
+    """Return the share of queries that `nearest_mean` labels right."""
+    return float((nearest_mean(images, task, ways) == task.query_labels).mean())
+
+
+def zero_error(images: Inputs, task: Task, ways: int) -> float:
+    """Return the mean squared error of always answering 0."""
+    return float(np.square(task.query_labels, dtype=np.float64).mean())
+
+
+def nearest_mean(images: Inputs, task: Task, ways: int) -> IntArray:
     """Label each query by the class whose mean support image is nearest in pixels, [Q]."""
     support = images[task.support].reshape(len(task.support), -1) / 255
     query = images[task.query].reshape(len(task.query), -1) / 255
     means = np.stack([support[task.support_labels == label].mean(0) for label in range(ways)])
     return np.asarray(np.square(query[:, None] - means).sum(-1).argmin(-1))
+
+
+BASELINES: Mapping[Kind, Baseline] = {
+    CLASSIFICATION: Baseline("nearest_mean", "nearest mean", nearest_mean_accuracy),
+    REGRESSION: Baseline("zero", "always zero", zero_error),
+}
 
 
 def _path(steps: int) -> tuple[int, ...]:

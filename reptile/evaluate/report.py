@@ -6,24 +6,35 @@ What is measured is `measure`'s business; here it is put into words, tables and 
 import base64
 import io
 import math
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from reptile import __version__
 from reptile.config import BatchNormMode, Section
 from reptile.data.prepared import PreparedClass, PreparedData
-from reptile.evaluate.charts import Axis, Line, axis, line_chart
+from reptile.evaluate.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
 from reptile.evaluate.confusions import Confusions, confusions, hardest
-from reptile.evaluate.measure import PATH_MODES, STARTS, Evaluation, Measurement, Score, Start
+from reptile.evaluate.measure import (
+    BASELINES,
+    PATH_MODES,
+    Evaluation,
+    Measurement,
+    Score,
+    Start,
+)
+from reptile.kinds import CLASSIFICATION, Kind
 from reptile.provenance import code_sha256, versions
 
 HEADLINE_MODE: BatchNormMode = "frozen"  # each query on its own, as the exported model predicts
-START_NAMES: dict[Start, str] = {"trained": "meta-trained", "random": "random start"}
+START_NAMES: dict[Start, str] = {
+    "trained": "meta-trained",
+    "random": "random start",
+    "joint": "jointly trained",
+}
 STYLES = {"transductive": "dashed", "frozen": ""}
 EXAMPLE_TASKS = 3
 EXAMPLE_QUERIES = 3  # of each class
@@ -54,26 +65,22 @@ class Column(NamedTuple):
 def render_report(evaluation: Evaluation) -> str:
     """Return the page as HTML."""
     environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader("reptile.evaluate", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    environment.filters["score"] = _score
-    text = files("reptile.evaluate").joinpath("report.html").read_text(encoding="utf-8")
-    held_out = next(iter(evaluation.data))
-    fewest = evaluation.fewest_classes
-    matrix = confusions(evaluation.data[fewest], evaluation.of(fewest)[:1])
-    return environment.from_string(text).render(
+    kind = evaluation.kind
+    environment.filters["score"] = lambda score: kind.show(*score)
+    return environment.get_template(f"{kind.name}.html").render(
         e=evaluation,
         ways=evaluation.checkpoint.settings.ways,
-        held_out=held_out,
+        held_out=next(iter(evaluation.data)),
         headline_mode=HEADLINE_MODE,
         by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out],
         path_tasks=len(next(iter(evaluation.held_out[0].by_step.values()))[0]),
-        examples=[_examples(m, evaluation.data[m.dataset]) for m in evaluation.measurements],
-        example_tasks=EXAMPLE_TASKS,
-        example_queries=EXAMPLE_QUERIES,
-        matrix_data=fewest,
-        matrix=_matrix(matrix, evaluation.data[fewest]),
-        hardest=_hardest(evaluation, held_out),
+        **(_named(evaluation) if kind is CLASSIFICATION else {"fits": _fits(evaluation)}),
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
         train_settings=_flat(evaluation.checkpoint.settings),
@@ -82,29 +89,79 @@ def render_report(evaluation: Evaluation) -> str:
     )
 
 
+def _named(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what only a classifier has: images named, right or wrong."""
+    held_out, fewest = next(iter(evaluation.data)), evaluation.fewest_classes
+    matrix = confusions(evaluation.data[fewest], evaluation.of(fewest)[:1])
+    return {
+        "examples": [_examples(m, evaluation.data[m.dataset]) for m in evaluation.measurements],
+        "example_tasks": EXAMPLE_TASKS,
+        "example_queries": EXAMPLE_QUERIES,
+        "matrix_data": fewest,
+        "matrix": _matrix(matrix, evaluation.data[fewest]),
+        "hardest": _hardest(evaluation, held_out),
+    }
+
+
+def _fits(evaluation: Evaluation) -> list[Markup]:
+    """Draw the functions before adaptation, after one step and after all, and the points."""
+    charts = []
+    x_high = max((float(np.abs(fit.x).max()) for fit in evaluation.fits), default=1.0)
+    for fit in evaluation.fits:
+        steps = sorted(fit.by_step)
+        names = {0: "before", steps[-1]: f"{steps[-1]} steps"}
+        styles = {0: "random", steps[-1]: "trained"}
+        lines = [
+            Line(
+                names.get(step, f"{step} step"),
+                styles.get(step, "trained dashed"),
+                fit.x.tolist(),
+                fit.by_step[step].tolist(),
+            )
+            for step in steps
+        ]
+        values = [fit.shown.y, fit.asked.y, *fit.by_step.values()]
+        y_high = 1.05 * max(float(np.abs(value).max()) for value in values)
+        dots = [
+            Dots("ring", 2.4, fit.asked.x.tolist(), fit.asked.y.tolist()),
+            Dots("shown", 3.6, fit.shown.x.tolist(), fit.shown.y.tolist()),
+        ]
+        axes = symmetric_axis("x", x_high), symmetric_axis("", y_high)
+        charts.append(line_chart("the function before and after adaptation", lines, *axes, dots))
+    return charts
+
+
 def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
-    ways = evaluation.checkpoint.settings.ways
+    kind = evaluation.kind
+    factor = 100 if kind is CLASSIFICATION else 1
     lines = []
-    for start in STARTS:
+    for start in evaluation.starts:
         for mode in PATH_MODES:
             if mode not in evaluation.modes:
                 continue
-            scores = [Score.of(100 * row) for row in measurement.by_step[start, mode]]
+            scores = [Score.of(factor * row) for row in measurement.by_step[start, mode]]
             means, intervals = zip(*scores, strict=True)
             label = START_NAMES[start] if mode == HEADLINE_MODE else ""
             style = f"{start} {STYLES[mode]}"
             lines.append(Line(label, style, measurement.steps, means, intervals))
     last = measurement.steps[-1]
-    chance = 100 / ways
-    lines.append(Line("chance", "chance", (0, last), (chance, chance)))
+    level, what = _without_a_network(evaluation)
+    lines.append(Line(what, "chance", (0, last), (level, level)))
     ticks: list[int] = []
     for step in measurement.steps:
         if not ticks or math.sqrt(step) - math.sqrt(ticks[-1]) > 0.065 * math.sqrt(last):
             ticks.append(step)
     x = Axis("inner steps (square-root scale)", max(last, 1), ticks, scale=math.sqrt)
-    return line_chart(
-        f"accuracy by inner step, {measurement.shots}-shot", lines, x, _percent_axis()
-    )
+    high = max(max(line.y) + max(line.intervals, default=0) for line in lines)
+    what = f"{kind.title} by inner step, {measurement.shots}-shot"
+    return line_chart(what, lines, x, _score_axis(kind, high))
+
+
+def _without_a_network(evaluation: Evaluation) -> tuple[float, str]:
+    """Return what guessing scores, as the charts show it, and its name."""
+    if evaluation.kind is CLASSIFICATION:
+        return 100 / evaluation.checkpoint.settings.ways, "chance"
+    return evaluation.held_out[0].baseline_score().mean, BASELINES[evaluation.kind].title
 
 
 def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
@@ -114,14 +171,18 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     iterations = [point.iteration for point in curve]
     x = axis("meta-iterations", evaluation.checkpoint.settings.meta_iterations)
     losses = [point.loss for point in curve]
-    accuracy = Line("validation", "trained", iterations, [100 * p.accuracy for p in curve])
-    chance = 100 / evaluation.checkpoint.settings.ways
-    guess = Line("chance", "chance", (0, x.high), (chance, chance))
+    kind = evaluation.kind
+    level, what = _without_a_network(evaluation)
+    factor = 100 if kind is CLASSIFICATION else 1
+    score = Line("validation", "trained", iterations, [factor * p.score for p in curve])
+    guess = Line(what, "chance", (0, x.high), (level, level))
+    high = max(level, *score.y)
     loss = Line("training", "trained", iterations, losses)
     return [
         (
-            "Accuracy on validation tasks (1-shot, transductive)",
-            line_chart("validation accuracy", [accuracy, guess], x, _percent_axis()),
+            f"{kind.title.capitalize()} on validation tasks ({kind.validation.shots}-shot"
+            f"{', transductive' if evaluation.has_batch_norm else ''})",
+            line_chart(f"validation {kind.title}", [score, guess], x, _score_axis(kind, high)),
         ),
         (
             "Loss in the last inner step of training tasks",
@@ -130,8 +191,10 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     ]
 
 
-def _percent_axis() -> Axis:
-    return Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
+def _score_axis(kind: Kind, high: float) -> Axis:
+    if kind is CLASSIFICATION:
+        return Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
+    return axis("", 1.05 * high)
 
 
 def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
@@ -205,10 +268,7 @@ def _flat(section: Section, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Section):
             rows += _flat(value, f"{prefix}{name}.")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            several = isinstance(value, tuple)
+            shown = ", ".join(map(str, value)) or "none" if several else str(value)
             rows.append((prefix + name, shown))
     return rows
-
-
-def _score(score: Score) -> str:
-    return f"{100 * score.mean:.1f} ± {100 * score.interval:.1f}".replace("-", "\N{MINUS SIGN}")

@@ -17,7 +17,6 @@ from reptile import __version__
 from reptile.config import EvaluateSettings, ExportSettings
 from reptile.data.prepared import PreparedData
 from reptile.episodes import (
-    FewShotProtocol,
     Purpose,
     check_classes,
     held_out_task,
@@ -29,6 +28,7 @@ from reptile.export.card import model_card
 from reptile.export.graphs import build_graphs
 from reptile.export.reference import SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
+from reptile.kinds import CLASSIFICATION
 from reptile.learn.checkpoint import Checkpoint
 from reptile.provenance import settings_sha256, versions
 
@@ -111,13 +111,7 @@ def _manifest(
         "format": FORMAT,
         "name": settings.name,
         "created_by": f"reptile {__version__}",
-        "task": {
-            "ways": model.outputs,
-            "image_shape": list(model.image_shape),
-            "layout": "NCHW",
-            "pixel_range": [0, 255],
-            "dtype": "float32",
-        },
+        "task": _task(checkpoint),
         "model": model.settings.model_dump(mode="json"),
         "inner": {
             "optimizer": optimizer.name,
@@ -149,6 +143,15 @@ def _manifest(
     }
 
 
+def _task(checkpoint: Checkpoint) -> dict[str, Any]:
+    model, kind = checkpoint.model, checkpoint.info.kind
+    inputs = {"image_shape": list(model.image_shape), "layout": "NCHW"}
+    if kind is CLASSIFICATION:
+        head = {"kind": kind.name, "ways": model.outputs}
+        return head | inputs | {"pixel_range": [0, 255], "dtype": "float32"}
+    return {"kind": kind.name, "outputs": model.outputs} | inputs | {"dtype": "float32"}
+
+
 def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
     """Return inputs or outputs of a graph as the manifest lists them."""
     return [
@@ -170,21 +173,19 @@ def _write_golden(
     settings: ExportSettings,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write inputs and outputs of every graph for one 1-shot task of the test split.
+    """Write inputs and outputs of every graph for one small task of the test split.
 
     The outputs are eager PyTorch's in float64. Each case's tolerance is ten times what eager
     float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
     this says nothing (a cold Adam takes the sign of gradients that are only noise) is left out.
     """
-    ways = checkpoint.model.outputs
-    classes = data.split("test")
-    check_classes(classes, ways, 2, f"test split of {data.name}")
+    info, classes = checkpoint.info, data.split("test")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
-    task = held_out_task(
-        random_stream(0, Purpose.EXPORT),
-        classes,
-        FewShotProtocol(ways, shots=1, queries=1, steps=steps[-1], batch=protocol.batch),
+    small = info.kind.validation._replace(
+        ways=info.settings.ways, steps=steps[-1], batch=protocol.batch
     )
+    check_classes(classes, small.ways, small.shots + small.queries, f"test split of {data.name}")
+    task = held_out_task(random_stream(0, Purpose.EXPORT), classes, small)
     support = SupportSet(
         np.asarray(data.images[task.support]), task.support_labels, np.stack(task.batches)
     )

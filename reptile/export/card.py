@@ -4,8 +4,9 @@ Says only what the manifest and the checkpoint know.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from reptile.kinds import CLASSIFICATION, REGRESSION, Kind
 from reptile.learn.checkpoint import CheckpointInfo
 
 ARCHITECTURES = {
@@ -18,11 +19,88 @@ DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
 ALGORITHMS = {"reptile": "Reptile", "fomaml": "first-order MAML"}
 
 
+CLASSIFIER = """\
+A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
+to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
+steps and then tells further images of these classes apart. Its initialisation was meta-trained
+with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
+
+| | |
+|---|---|
+| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| classes at once | up to {ways} |"""
+REGRESSOR = """\
+A few-shot regressor that learns inside ONNX Runtime. Give it a few points of a function it has
+never seen; it adapts to them in {steps} small optimiser steps and then predicts
+the function's values elsewhere. Its initialisation was meta-trained with {algorithm}
+(Nichol, Achiam, Schulman: arXiv 1803.02999).
+
+| | |
+|---|---|
+| inputs | {channels} x {height} x {width}, numbers as they are |
+| outputs | {outputs} |"""
+CLASSIFIER_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
+
+model = FewShotModel.load("path/to/this/folder")
+adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+names, probabilities = adapted.predict(more_images)"""
+REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy and onnxruntime only
+
+model = FewShotRegressor.load("path/to/this/folder")
+adapted = model.adapt(x, y)  # float32 [N, {channels}, {height}, {width}] and [N, {outputs}]
+values = adapted.predict(more_x)"""
+CLASSIFIER_LIMITS = """\
+- For telling apart a few classes of images like those it was trained on, from one to
+  {max_support} labelled examples in all; at most {max_steps} steps.
+- It always answers with one of the classes it was shown: an image of none of them gets one too.
+- The probabilities are not calibrated.
+- Images unlike the training data (see below) may be told apart badly; measure before relying on it.
+- Not for decisions about people.
+- The labels and images given decide what is learnt; `finite` is false where the numbers diverged.\
+"""
+REGRESSOR_LIMITS = """\
+- For functions like those it was trained on, from one to {max_support} points in all; at most
+  {max_steps} steps.
+- It says nothing of how sure it is. Outside the range of the training data it means nothing.
+- The points given decide what is learnt; `finite` is false where the numbers diverged."""
+CLASSIFIER_MEASURED = """\
+Accuracy in % on new tasks of held-out classes and on other data, with 95 % intervals. *frozen* is
+how this bundle predicts: batch norm keeps the support set's statistics, and queries do not depend
+on each other. *random* adapts a random initialisation in the same way."""
+REGRESSOR_MEASURED = """\
+Mean squared error on new tasks, at points that were not shown, with 95 % intervals; smaller is
+better. *frozen* is how this bundle predicts; without batch norm all rows are the same. *random*
+adapts a random initialisation in the same way; *zero* always answers 0."""
+
+
+class _Texts(NamedTuple):
+    """What a card says of one kind of task."""
+
+    head: str
+    use: str
+    limits: str
+    measured: str
+    items: str  # what a class has some of
+
+
+TEXTS = {
+    CLASSIFICATION: _Texts(
+        CLASSIFIER, CLASSIFIER_USE, CLASSIFIER_LIMITS, CLASSIFIER_MEASURED, "classes x {} images"
+    ),
+    REGRESSION: _Texts(
+        REGRESSOR, REGRESSOR_USE, REGRESSOR_LIMITS, REGRESSOR_MEASURED, "function x {} points"
+    ),
+}
+
+
 def model_card(manifest: Mapping[str, Any], info: CheckpointInfo) -> str:
     """Return the card as Markdown."""
     task, inner, limits = manifest["task"], manifest["inner"], manifest["limits"]
     channels, height, width = task["image_shape"]
     training = info.settings
+    texts = TEXTS[info.kind]
+    sizes = {"channels": channels, "height": height, "width": width} | task | inner | limits
+    head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **sizes)
     architecture = ARCHITECTURES[training.model.name].format(
         filters=training.model.filters,
         downsampling=DOWNSAMPLING[training.model.downsampling],
@@ -38,15 +116,7 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     return f"""# {manifest["name"]}
 
-A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
-to {task["ways"]} classes it has never seen; it adapts to them in {inner["steps"]} small optimiser
-steps and then tells further images of these classes apart. Its initialisation was meta-trained
-with {ALGORITHMS[training.algorithm]} (Nichol, Achiam, Schulman: arXiv 1803.02999).
-
-| | |
-|---|---|
-| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
-| classes at once | up to {task["ways"]} |
+{head}
 | network | {architecture} |
 | inner optimiser | {inner["optimizer"]}, learning rate {inner["learning_rate"]:g} |
 | by default | {inner["steps"]} steps on batches of {inner["batch"]} |
@@ -55,11 +125,7 @@ with {ALGORITHMS[training.algorithm]} (Nichol, Achiam, Schulman: arXiv 1803.0299
 ## Use
 
 ```python
-from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
-
-model = FewShotModel.load("path/to/this/folder")
-adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
-names, probabilities = adapted.predict(more_images)
+{texts.use.format(**sizes)}
 adapted.save("my-task.safetensors")
 ```
 
@@ -70,28 +136,20 @@ weights, `predict_adapted` takes these weights and images, `few_shot` does both 
 
 ## Intended use and limits
 
-- For telling apart a few classes of images like those it was trained on, from one to
-  {limits["max_support"]} labelled examples in all; at most {limits["max_steps"]} steps.
-- It always answers with one of the classes it was shown: an image of none of them gets one too.
-- The probabilities are not calibrated.
-- Images unlike the training data (see below) may be told apart badly; measure before relying on it.
-- Not for decisions about people.
-- The labels and images given decide what is learnt; `finite` is false where the numbers diverged.
+{texts.limits.format(**sizes)}
 
 ## Data and training
 
 Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
-{training.meta_batch} tasks, {training.ways} classes x {training.train_shots} images a task,
+{training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
 {training.inner_steps} inner steps on batches of {training.inner_batch}. The classes of the test
 split took no part.
 
 ## Evaluation
 
-Accuracy in % on new tasks of held-out classes and on other data, with 95 % intervals. *frozen* is
-how this bundle predicts: batch norm keeps the support set's statistics, and queries do not depend
-on each other. *random* adapts a random initialisation in the same way.
+{texts.measured}
 
-{_table(manifest["metrics"])}
+{_table(manifest["metrics"], info.kind)}
 
 ## Provenance
 
@@ -103,25 +161,24 @@ on each other. *random* adapts a random initialisation in the same way.
 """
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
-    rows = list(_rows(metrics))
+def _table(metrics: Mapping[str, Any], kind: Kind) -> str:
+    rows = list(_rows(metrics, kind))
     if not rows:
         return "No evaluation was given."
-    head = "| data | shots | batch norm | accuracy | random |\n|---|---|---|---|---|"
+    head = f"| data | shots | batch norm | {kind.title} | random |\n|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
-def _rows(metrics: Mapping[str, Any]) -> Iterator[str]:
+def _rows(metrics: Mapping[str, Any], kind: Kind) -> Iterator[str]:
     """Read dataset, then shots, then method; see the evaluation's metrics.json."""
     for dataset, by_shots in metrics.items():
         for shots, methods in by_shots.items():
             for method, scores in methods.items():
-                accuracy, chance = _percent(scores, ""), _percent(scores, "random_")
+                trained, random = (_shown(scores, kind, prefix) for prefix in ("", "random_"))
                 label = method.replace("_", " ")
-                yield f"| {dataset} | {shots} | {label} | {accuracy} | {chance} |"
+                yield f"| {dataset} | {shots} | {label} | {trained} | {random} |"
 
 
-def _percent(scores: Mapping[str, float], prefix: str) -> str:
-    if f"{prefix}accuracy" not in scores:
-        return "-"
-    return f"{100 * scores[f'{prefix}accuracy']:.1f} ± {100 * scores[f'{prefix}interval']:.1f}"
+def _shown(scores: Mapping[str, float], kind: Kind, prefix: str) -> str:
+    name = f"{prefix}{kind.metric}"
+    return kind.show(scores[name], scores[f"{prefix}interval"]) if name in scores else "-"

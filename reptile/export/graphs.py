@@ -19,9 +19,10 @@ from reptile import __version__
 from reptile.export.fold import fold
 from reptile.export.rows import Layout, indices
 from reptile.export.step import trace_gradient
+from reptile.kinds import CLASSIFICATION, kind_with
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.inner import BETA2, EPSILON, decay
-from reptile.models import Model, to_unit, unflatten
+from reptile.models import Model, silence, unflatten
 
 OPSET = 18
 IR_VERSION = 8  # read everywhere; newer ones add nothing that these graphs use
@@ -49,7 +50,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     model = checkpoint.model
     task = {
         "support_images": _images(model, "support"),
-        "support_labels": Spec(torch.int64, ("support",)),
+        "support_labels": _targets(model),
         "batches": Spec(torch.int64, ("steps", "batch")),
         "learning_rate": Spec(torch.float32, ()),
     }
@@ -75,7 +76,7 @@ class Predict(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        self.model = checkpoint.model
+        self.model, self.kind = checkpoint.model, checkpoint.info.kind
         for name, value in unflatten(self.model, checkpoint.state.weights).items():
             layer, kind = name.split(".")
             if not hasattr(self, layer):
@@ -83,16 +84,22 @@ class Predict(nn.Module):
             self.get_submodule(layer).register_buffer(kind, value.clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map pixels [N, C, H, W] to logits [N, ways]."""
-        return self.model.logits(dict(self.named_buffers()), to_unit(images))
+        """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
+        return self.model.logits(dict(self.named_buffers()), self.kind.network_input(images))
 
 
 class Adapt(nn.Module):
-    """The inner loop, from the checkpoint's weights and optimiser state."""
+    """The inner loop, from the checkpoint's weights and optimiser state.
+
+    Labels that the support set has not are silenced: fewer classes than the head has need no more.
+    """
+
+    initial_weights: Tensor
 
     def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
         super().__init__()
         self.model, (weights, state), info = checkpoint
+        self.kind = info.kind
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
         self.layout = Layout(self.model)
@@ -116,20 +123,26 @@ class Adapt(nn.Module):
         self, support_images: Tensor, support_labels: Tensor, batches: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, ...]:
         """Return losses [steps], finite [] and the folded weights, in `folded_specs`' order."""
-        images = to_unit(support_images)
+        images = self.kind.network_input(support_images)
+        weights, targets = self.initial_weights, support_labels
+        if self.kind is CLASSIFICATION:
+            targets = torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)]
+            weights = silence(self.model, weights, targets.sum(0) > 0)  # a head's bias comes last
         losses, packed = self._loop(
-            images,
-            torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)],
-            batches.clamp(0, images.shape[0] - 1),
-            learning_rate,
+            weights, images, targets, batches.clamp(0, images.shape[0] - 1), learning_rate
         )
-        weights = unflatten(self.model, self.layout.unpack(packed))
-        folded = fold(self.model, weights, images)
+        params = unflatten(self.model, self.layout.unpack(packed))
+        folded = fold(self.model, params, images)
         everything = torch.cat([losses, *(value.flatten() for value in folded.values())])
         return losses, everything.isfinite().all(), *folded.values()
 
     def _loop(
-        self, images: Tensor, targets: Tensor, batches: Tensor, learning_rate: Tensor
+        self,
+        weights: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        batches: Tensor,
+        learning_rate: Tensor,
     ) -> tuple[Tensor, Tensor]:
         def unfinished(step: Tensor, losses: Tensor, *_: Tensor) -> Tensor:
             return step < losses.shape[0]
@@ -165,7 +178,7 @@ class Adapt(nn.Module):
         carried = (
             torch.zeros((), dtype=torch.int64),
             torch.zeros(steps),
-            self.initial_weights,
+            weights,
             self.second_moment,
         )
         share = 1 / torch.ones(batches.shape[1]).sum()
@@ -183,9 +196,10 @@ class PredictAdapted(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, *weights: Tensor) -> Tensor:
-        """Map pixels [N, C, H, W] to logits [N, ways]."""
+        """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
         params = dict(zip(folded_specs(self.model), weights, strict=True))
-        return self.model.logits(params, to_unit(images))
+        kind = kind_with(self.model.objective)
+        return self.model.logits(params, kind.network_input(images))
 
 
 def folded_specs(model: Model) -> dict[str, Spec]:
@@ -193,6 +207,12 @@ def folded_specs(model: Model) -> dict[str, Spec]:
     params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
     folded = fold(model, params, torch.zeros(1, *model.image_shape))
     return {name: Spec(value.dtype, tuple(value.shape)) for name, value in folded.items()}
+
+
+def _targets(model: Model) -> Spec:
+    if kind_with(model.objective) is CLASSIFICATION:
+        return Spec(torch.int64, ("support",))
+    return Spec(torch.float32, ("support", model.outputs))
 
 
 def _images(model: Model, count: str) -> Spec:

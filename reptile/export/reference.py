@@ -10,25 +10,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.data.prepared import UInt8Array
 from reptile.episodes import Task
 from reptile.export.fold import fold
+from reptile.kinds import CLASSIFICATION, kind_with
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engine import EagerEngine
 from reptile.learn.inner import InnerState
 from reptile.minibatches import IntArray
-from reptile.models import Model, to_unit, unflatten
+from reptile.models import Model, silence, unflatten
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
 Tensors = dict[str, Array]
 CPU = torch.device("cpu")
 
 
 class SupportSet(NamedTuple):
-    """A task to adapt to, with its mini-batches."""
+    """A task to adapt to, with its mini-batches: what the graph `adapt` is given."""
 
-    images: UInt8Array  # [S, C, H, W], 0..255
-    labels: IntArray  # [S]
+    images: Array  # [S, C, H, W], pixels 0..255; or a regressor's inputs
+    labels: Array  # [S]; or its values [S, outputs]
     batches: IntArray  # [K, B], positions in the support set
 
     def first(self, steps: int) -> "SupportSet":
@@ -52,6 +52,9 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
     engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
     rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
     inner = InnerState(state.second_moment.to(dtype), state.step)
+    if info.kind is CLASSIFICATION:
+        present = torch.isin(torch.arange(model.outputs), torch.from_numpy(task.labels))
+        weights = silence(model, weights, present)
     adapted = engine.adapt(
         weights.to(dtype), inner, [Task(rows, task.labels, none, none, tuple(task.batches))]
     )
@@ -63,16 +66,20 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
 
 
 @torch.no_grad()
-def predict(checkpoint: Checkpoint, images: UInt8Array, dtype: torch.dtype) -> Array:
+def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
-    logits = checkpoint.model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
+    logits = checkpoint.model.logits(params, _network_input(checkpoint.model, images).to(dtype))
     return np.asarray(logits.numpy())
 
 
 @torch.no_grad()
-def predict_adapted(model: Model, folded: Tensors, images: UInt8Array, dtype: torch.dtype) -> Array:
+def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
     params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
-    logits = model.logits(params, to_unit(torch.from_numpy(images)).to(dtype))
+    logits = model.logits(params, _network_input(model, images).to(dtype))
     return np.asarray(logits.numpy())
+
+
+def _network_input(model: Model, images: Array) -> torch.Tensor:
+    return kind_with(model.objective).network_input(torch.from_numpy(images))

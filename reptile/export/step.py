@@ -27,11 +27,12 @@ aten = torch.ops.aten
 
 
 def trace_gradient(model: Model, layout: Layout) -> GraphModule:
-    """Trace (weights [P], images [B, C, H, W], targets [B, ways], 1/B [], `rows.indices`...).
+    """Trace (weights [P], images [B, C, H, W], targets [B, outputs], 1/B [], `rows.indices`...).
 
-    It gives (gradient [P], loss []). Weights and gradient are packed by `layout`; images lie in
-    0..1; targets are one-hot. The loss is the mean cross-entropy; B is free, everything else is
-    fixed by the model. torch.export cannot differentiate by itself, so this runs before it.
+    It gives (gradient [P], loss []). Weights and gradient are packed by `layout`; images are what
+    the network sees; targets are one-hot, or values. The loss is the mean of the model's objective;
+    B is free, everything else is fixed by the model. torch.export cannot differentiate by itself,
+    so this runs before it.
     """
 
     def gradient(
@@ -39,7 +40,10 @@ def trace_gradient(model: Model, layout: Layout) -> GraphModule:
     ) -> tuple[Tensor, Tensor]:
         def loss(weights: Tensor) -> Tensor:
             found = logits(model, layout.named(weights), images, share, index)
-            return (found.logsumexp(1) - (found * targets).sum(1)).sum() * share
+            if model.objective == "cross_entropy":
+                return (found.logsumexp(1) - (found * targets).sum(1)).sum() * share
+            off = found - targets
+            return (off * off).sum() * (share / model.outputs)
 
         return torch.func.grad_and_value(loss)(weights)
 

@@ -18,7 +18,7 @@ import onnxruntime as ort
 import torch
 
 from reptile.config import VerifySettings
-from reptile.data.prepared import PreparedData, UInt8Array
+from reptile.data.prepared import PreparedData
 from reptile.episodes import (
     FewShotProtocol,
     Purpose,
@@ -32,16 +32,18 @@ from reptile.export import reference
 from reptile.export.bundle import GOLDEN_FILE, GOLDEN_FOLDER, MANIFEST_FILE
 from reptile.export.conformance import Check, check_files, check_graph
 from reptile.export.reference import Array, SupportSet, Tensors
+from reptile.kinds import CLASSIFICATION, Kind
 from reptile.learn.accuracy import adapted_in_chunks
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engine import EagerEngine
-from reptile.minibatches import IntArray, mini_batches
+from reptile.minibatches import mini_batches
+from reptile.models import ABSENT
 from reptile.provenance import versions
-from reptile.runtime import FewShotModel
+from reptile.runtime import FewShotModel, FewShotRegressor
 
 GRAPHS = ("predict", "adapt", "predict_adapted", "few_shot")
 STEPS = (0, 1, 5, 50)
-SUPPORT_SIZES = (1, 5, 25, 17)
+SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some of fewer classes than the head has
 SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
 
 ROUNDING = 10  # times eager float32's own error, as both are measured against float64
@@ -66,8 +68,9 @@ def verify_bundle(
     Raises:
         InputError: there is no manifest to read, or the test split cannot make tasks.
     """
-    ways = checkpoint.model.outputs
-    check_classes(data.split("test"), ways, settings.shots + 1, f"test split of {data.name}")
+    ways = checkpoint.info.settings.ways
+    needed = settings.shots + checkpoint.info.kind.validation.queries
+    check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
     try:
         manifest = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,6 +124,10 @@ class _Subject:
         return self.checkpoint.info.settings.optimizer.name == "adam"
 
     @property
+    def kind(self) -> Kind:
+        return self.checkpoint.info.kind
+
+    @property
     def tolerance(self) -> float:
         cold = self.adam and self.checkpoint.state.inner.step == 0
         return COLD_TOLERANCE if cold else WARM_TOLERANCE
@@ -139,15 +146,16 @@ class _Subject:
 
     def task(self, size: int, steps: int, number: int = 0) -> SupportSet:
         """Draw a support set of `size` images of the test split, its classes in turn."""
-        classes, ways = self.data.split("test"), self.checkpoint.model.outputs
+        classes, ways = self.data.split("test"), self.checkpoint.info.settings.ways
         rng = random_stream(self.settings.seed, Purpose.VERIFY, size, number)
         labels = np.arange(size) % ways
         chosen = rng.permutation(len(classes.start))[:ways][labels]
         rows = classes.start[chosen] + rng.integers(classes.count[chosen])
         batches = mini_batches(rng, size, int(self.manifest["inner"]["batch"]), steps)
-        return SupportSet(np.asarray(self.data.images[rows]), labels, batches)
+        targets = labels if self.data.targets is None else np.asarray(self.data.targets[rows])
+        return SupportSet(np.asarray(self.data.images[rows]), targets, batches)
 
-    def queries(self) -> UInt8Array:
+    def queries(self) -> Array:
         return self.task(7, 0, number=1).images
 
 
@@ -184,6 +192,10 @@ def _adapted_error(found: Tensors, wanted: Tensors, start: Tensors) -> float:
         np.concatenate([tensors[name].ravel() for name in names]).astype(np.float64)
         for tensors in (found, wanted, start)
     )
+    silent = origin <= ABSENT / 2  # they would drown all others
+    if not (got[silent] <= ABSENT / 2).all():
+        return math.inf
+    got, want, origin = (values[~silent] for values in (got, want, origin))
     weights = _norm(got - want) / max(_norm(want - origin), 0.01 * _norm(want))
     losses = _norm(found["losses"] - wanted["losses"]) / max(1.0, _norm(wanted["losses"]))
     return float(np.maximum(weights, losses))  # unlike max(), passes NaN on
@@ -194,7 +206,10 @@ def _norm(values: Array) -> float:
 
 
 def _logit_error(found: Array, wanted: Array) -> float:
-    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+    """Relative to the largest; of outputs that are not silenced."""
+    heard = wanted > ABSENT / 2
+    off = np.abs(found - wanted)[heard].max()
+    return float(off / max(1.0, np.abs(wanted[heard]).max()))
 
 
 def _conformance(subject: _Subject) -> Iterator[Check]:
@@ -213,11 +228,13 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
             oracles.append(_Oracle.of(name, subject, task.first(steps)))
     some = subject.task(10, 5)
     # Zero gradients and dead ReLUs: images without any contrast, and equal ones.
-    for name, images in (
-        ("black images", np.zeros_like(some.images)),
-        ("white images", np.full_like(some.images, 255)),
-        ("equal images", np.repeat(some.images[:1], len(some.images), axis=0)),
-    ):
+    degenerate = {
+        "black images": np.zeros_like(some.images),
+        "equal images": np.repeat(some.images[:1], len(some.images), axis=0),
+    }
+    if some.images.dtype == np.uint8:
+        degenerate["white images"] = np.full_like(some.images, 255)
+    for name, images in degenerate.items():
         oracles.append(_Oracle.of(name, subject, some._replace(images=images)))
     for optimised, threads in SETTINGS:
         session = subject.session("adapt", optimised, threads)
@@ -242,7 +259,7 @@ def _adapt_depends(subject: _Subject) -> Iterator[Check]:
     other = subject.task(5, 5, number=2)
     changes = {
         "support_images": other.feeds(checkpoint)["support_images"],
-        "support_labels": np.roll(task.labels, 1),
+        "support_labels": np.roll(task.labels, 1, axis=0),
         "batches": np.zeros_like(task.batches),
         "learning_rate": np.asarray(feeds["learning_rate"] / 2),
     }
@@ -260,12 +277,16 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
     task, last = subject.task(5, 5), subject.checkpoint.model.outputs - 1
     feeds = task.feeds(subject.checkpoint)
     problems = []
-    for name, wild in (
-        ("support_labels", np.where(task.labels == last, last + 9, task.labels)),
-        ("support_labels", np.where(task.labels == 0, -1, task.labels)),
+    out_of_range = [
         ("batches", np.where(task.batches == 4, 99, task.batches)),
         ("batches", np.where(task.batches == 0, -99, task.batches)),
-    ):
+    ]
+    if subject.kind is CLASSIFICATION:
+        out_of_range += [
+            ("support_labels", np.where(task.labels == last, last + 9, task.labels)),
+            ("support_labels", np.where(task.labels == 0, -1, task.labels)),
+        ]
+    for name, wild in out_of_range:
         found, wanted = session(feeds | {name: wild}), session(feeds)
         if any(not np.array_equal(found[key], wanted[key]) for key in wanted):
             problems.append(f"{name} out of range are not clamped")
@@ -317,40 +338,48 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
 
 
 def _accuracy(subject: _Subject) -> Iterator[Check]:
-    """Few-shot accuracy on the same episodes, ONNX against PyTorch."""
+    """Few-shot scores on the same episodes, ONNX against PyTorch."""
     settings, checkpoint, data = subject.settings, subject.checkpoint, subject.data
     model, state, info = checkpoint
-    batch = int(subject.manifest["inner"]["batch"])
-    steps = subject.allowed(settings.steps)
-    protocol = FewShotProtocol(model.outputs, settings.shots, queries=1, steps=steps, batch=batch)
+    kind = info.kind
+    protocol = FewShotProtocol(
+        info.settings.ways,
+        settings.shots,
+        queries=kind.validation.queries,
+        steps=subject.allowed(settings.steps),
+        batch=int(subject.manifest["inner"]["batch"]),
+    )
     streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.episodes))
     tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
     engine = EagerEngine(model, info.settings.optimizer, data.images, reference.CPU)
     session = subject.session("few_shot")
 
-    def answer(task: Task) -> IntArray:
+    def answer(task: Task) -> Array:
         batches = np.stack(task.batches)
         support = SupportSet(data.images[task.support], task.support_labels, batches)
         queries = data.images[task.query].astype(np.float32)
         feeds = support.feeds(checkpoint) | {"query_images": queries}
-        return np.asarray(session(feeds)["logits"].argmax(axis=1))
+        return np.asarray(session(feeds)["logits"])
 
-    right, same = [], []
+    scores, apart = [], []
     with ThreadPoolExecutor(1) as beside:  # ONNX Runtime on one core, PyTorch on another
         answers = beside.map(answer, tasks)
         for chunk, weights in adapted_in_chunks(engine, state, tasks):
-            predicted = engine.predict(weights, chunk, "frozen").argmax(-1).numpy()
+            predicted = engine.predict(weights, chunk, "frozen").numpy()
             for task, eager, found in zip(chunk, predicted, answers, strict=False):
                 labels = task.query_labels
-                right.append([(found == labels).mean(), (eager == labels).mean()])
-                same.append((found == eager).mean())
-    onnx, torch_ = np.mean(right, axis=0)
-    interval = 1.96 * np.std(right, axis=0, ddof=1)[1] / math.sqrt(len(right))
-    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(right)} episodes"
-    name = "few-shot accuracy within PyTorch's 95 % interval"
+                scores.append([kind.scores(outputs, labels) for outputs in (found, eager)])
+                apart.append(kind.disagreement(found, eager))
+    onnx, torch_ = np.mean(scores, axis=0)
+    interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
+    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} episodes"
+    name = f"few-shot {kind.title} within PyTorch's 95 % interval"
     yield Check.at_most(name, abs(onnx - torch_), interval, detail)
     limit = DISAGREE[subject.tolerance]
-    yield Check.at_most("share of answers that differ from PyTorch's", 1 - np.mean(same), limit)
+    name = "share of answers that differ from PyTorch's"
+    if kind is not CLASSIFICATION:
+        name = "difference of values from PyTorch's, as a share of them"
+    yield Check.at_most(name, float(np.mean(apart)), limit)
 
 
 def _golden(subject: _Subject) -> Iterator[Check]:
@@ -374,7 +403,8 @@ def _golden(subject: _Subject) -> Iterator[Check]:
 
 def _runtime(subject: _Subject) -> Iterator[Check]:
     """The runtime accepts the bundle, and its own self-check passes."""
-    FewShotModel.load(subject.folder).check()
+    runtime = FewShotModel if subject.kind is CLASSIFICATION else FewShotRegressor
+    runtime.load(subject.folder).check()
     yield Check.none_of("the runtime loads the bundle", [])
 
 

@@ -1,4 +1,4 @@
-"""The accuracy of an initialisation on tasks, each adapted to on its own.
+"""The score of an initialisation on tasks, each adapted to on its own.
 
 The one number that training and verification need; `evaluate` measures and shows far more.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reptile.config import BatchNormMode
 from reptile.episodes import Task
+from reptile.kinds import Kind
 from reptile.learn.engine import Engine
 from reptile.learn.meta import MetaState
 
@@ -25,12 +26,18 @@ def adapted_in_chunks(
         yield chunk, engine.adapt(*state, chunk).weights
 
 
-def accuracy(engine: Engine, state: MetaState, tasks: Sequence[Task], mode: BatchNormMode) -> float:
-    """Adapt to each task and return the share of all queries predicted right."""
-    right = total = 0
+def mean_score(
+    engine: Engine,
+    state: MetaState,
+    tasks: Sequence[Task],
+    kind: Kind,
+    mode: BatchNormMode = "transductive",
+) -> float:
+    """Adapt to each task and return the mean accuracy, or squared error, over all queries."""
+    scores = []
     for chunk, weights in adapted_in_chunks(engine, state, tasks):
-        labels = np.stack([task.query_labels for task in chunk])
-        predicted = engine.predict(weights, chunk, mode).argmax(-1).cpu().numpy()
-        right += int((predicted == labels).sum())
-        total += labels.size
-    return right / total
+        targets = np.stack([task.query_labels for task in chunk])
+        scores.append(
+            kind.scores(engine.predict(weights, chunk, mode).double().cpu().numpy(), targets)
+        )
+    return float(np.concatenate(scores).mean())

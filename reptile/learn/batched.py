@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
+from reptile.data.prepared import Inputs
 from reptile.episodes import Targets, Task
-from reptile.learn.engine import Adapted, Inputs, gather
+from reptile.learn.engine import Adapted, gather, one_by_one
 from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
@@ -67,6 +68,10 @@ class BatchedEngine:
         ]
         adapted, moment, losses = self._loop(arguments)(*arguments)
         return Adapted(adapted, InnerState(moment, state.step + steps), losses)
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
 
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:

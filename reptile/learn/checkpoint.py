@@ -6,10 +6,10 @@ whole or not at all.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from reptile.config import TrainSettings, describe
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
+from reptile.kinds import Kind, kind_of
 from reptile.learn.inner import InnerState
 from reptile.learn.meta import MetaState
 from reptile.models import Model, build_model, flatten, unflatten
@@ -33,8 +34,8 @@ class CurvePoint(BaseModel):
     iteration: int
     loss: float
     """Mean loss of the last inner step over the tasks since the point before."""
-    accuracy: float
-    """1-shot transductive accuracy on tasks of the validation split."""
+    score: float
+    """On tasks of the validation split: 1-shot transductive accuracy, or mean squared error."""
 
 
 class CheckpointInfo(BaseModel):
@@ -46,12 +47,24 @@ class CheckpointInfo(BaseModel):
     iteration: int
     settings: TrainSettings
     image_shape: tuple[int, int, int]
+    values: Annotated[int, Field(ge=0)] = 0
+    """Values that a regressor predicts; 0 for a classifier."""
     dataset: str
     data_sha256: str
     splits_sha256: str
     code_sha256: str
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task that it was trained for."""
+        return kind_of(self.values)
+
+    def model(self) -> Model:
+        """Build the network."""
+        outputs = self.values or self.settings.ways
+        return build_model(self.settings.model, outputs, self.image_shape, self.kind.objective)
 
 
 class Checkpoint(NamedTuple):
@@ -92,7 +105,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder / INFO_FILE}: {'; '.join(describe(error))}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: damaged checkpoint ({error}); train again") from None
-    model = build_model(info.settings.model, info.settings.ways, info.image_shape)
+    model = info.model()
     expected = {f"{kind}/{name}" for kind in ("weights", "second_moment") for name in model.shapes}
     if set(tensors) != expected | {"step"} or any(
         tensors[f"{kind}/{name}"].shape != shape

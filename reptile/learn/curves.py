@@ -7,13 +7,15 @@ from types import TracebackType
 
 from dvclive.live import Live
 
+from reptile.kinds import Kind
 from reptile.learn.checkpoint import CurvePoint
 
 
 class CurveWriter:
     """Writes each point of a curve once; a resumed run's earlier points come with its curve."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self._name = f"validation_{kind.metric}"
         shutil.rmtree(folder, ignore_errors=True)
         self._live = Live(
             dir=str(folder), report=None, save_dvc_exp=False, dvcyaml=None, monitor_system=False
@@ -25,7 +27,7 @@ class CurveWriter:
         for point in curve[self._written :]:
             self._live.step = point.iteration
             self._live.log_metric("loss", point.loss)
-            self._live.log_metric("validation_accuracy", point.accuracy)
+            self._live.log_metric(self._name, point.score)
             self._live.make_summary()
         self._written = len(curve)
 

@@ -4,25 +4,21 @@ Nothing else in the library knows which engine runs. The eager engine is the rea
 oracle of every other one; it runs on any device torch has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
-from reptile.data.prepared import UInt8Array
+from reptile.data.prepared import Inputs
 from reptile.episodes import Task
 from reptile.errors import InputError
 from reptile.learn.inner import InnerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, to_unit, unflatten
-
-Inputs = UInt8Array | npt.NDArray[np.float32]
-"""What a network sees [N, C, H, W]: pixels, scaled to 0..1, or values, taken as they are."""
 
 
 class Adapted(NamedTuple):
@@ -54,6 +50,18 @@ class Engine(Protocol):
             weights: where to start: [P] for all tasks, or [T, P].
             state: the optimiser's state at the start; its second moment is shaped as `weights`.
             tasks: T tasks of equally many support images, and mini-batches of equal sizes.
+        """
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """Adapt to each task from the same weights, and from the state that the last one left.
+
+        Args:
+            weights: where each task starts, [P].
+            state: where the first task starts, second moment [P].
+            tasks: as for `adapt`.
+
+        Returns:
+            What `adapt` returns, but the one state that the last task left: second moment [P].
         """
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
@@ -103,6 +111,10 @@ class EagerEngine:
             torch.stack([losses for _, _, losses in results]),
         )
 
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
+
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""
@@ -131,6 +143,22 @@ class EagerEngine:
                 weights, state = update(weights, gradient, state, self.optimizer)
             losses.append(loss.detach()[None])
         return weights.detach(), state, torch.cat(losses)
+
+
+def one_by_one(
+    adapt: Callable[[Tensor, InnerState, Sequence[Task]], Adapted],
+    weights: Tensor,
+    state: InnerState,
+    tasks: Sequence[Task],
+) -> Adapted:
+    """Do as `Engine.adapt_in_turn` says, by a call of `adapt` for each task."""
+    adapted, losses = [], []
+    for task in tasks:
+        found = adapt(weights, state, [task])
+        state = InnerState(found.state.second_moment[0], found.state.step)
+        adapted.append(found.weights)
+        losses.append(found.losses)
+    return Adapted(torch.cat(adapted), state, torch.cat(losses))
 
 
 def gather(inputs: Inputs, rows: IntArray, device: torch.device) -> Tensor:

@@ -4,7 +4,8 @@ What the paper calls θ is `MetaState.weights`; the inner optimiser's state belo
 initialisation too. No data, no loop, no files here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from reptile.config import TrainSettings
 from reptile.episodes import Task
-from reptile.learn.engine import Engine
+from reptile.learn.engine import Adapted, Engine, one_by_one
 from reptile.learn.inner import InnerState, fresh_state, merge
 
 
@@ -50,20 +51,22 @@ def meta_step(
         step_size: ε.
     """
     theta, inner = state
-    if settings.optimizer.state == "sequential":
-        turns: list[tuple[Tensor, Tensor]] = []
-        for task in tasks:
-            displacement, after, losses = _displacement(engine, theta, inner, [task], settings)
-            inner = InnerState(after.second_moment[0], after.step)
-            turns.append((displacement, losses))
-        displacements = torch.cat([displacement for displacement, _ in turns])
-        all_losses = torch.cat([losses for _, losses in turns])
-    else:
-        start = fresh_state(theta) if settings.optimizer.state == "reset" else inner
-        displacements, after, all_losses = _displacement(engine, theta, start, tasks, settings)
-        if settings.optimizer.state == "parallel":
-            inner = merge(inner, after, len(tasks))
-    return MetaStep(MetaState(theta + step_size * displacements.mean(0), inner), all_losses)
+    mode = settings.optimizer.state
+    start = fresh_state(theta) if mode == "reset" else inner
+    adapt: Callable[..., Adapted] = engine.adapt
+    in_turn: Callable[..., Adapted] = engine.adapt_in_turn
+    if settings.algorithm == "fomaml":
+        adapt = partial(_last_steps, engine)
+        in_turn = partial(one_by_one, adapt)
+    adapted, after, losses = (in_turn if mode == "sequential" else adapt)(theta, start, tasks)
+    pull = adapted.mean(0)
+    if settings.algorithm == "reptile":
+        pull = pull - theta
+    if mode == "sequential":
+        inner = after
+    elif mode == "parallel":
+        inner = merge(inner, after, len(tasks))
+    return MetaStep(MetaState(theta + step_size * pull, inner), losses)
 
 
 def step_size(settings: TrainSettings, iteration: int) -> float:
@@ -72,23 +75,14 @@ def step_size(settings: TrainSettings, iteration: int) -> float:
     return settings.meta_step * (1 - done) + settings.meta_step_final * done
 
 
-def _displacement(
-    engine: Engine,
-    theta: Tensor,
-    inner: InnerState,
-    tasks: Sequence[Task],
-    settings: TrainSettings,
-) -> tuple[Tensor, InnerState, Tensor]:
-    """Return how far each task pulls [T, P], the inner states reached and the losses [T, K]."""
-    if settings.algorithm == "reptile":
-        adapted = engine.adapt(theta, inner, tasks)
-        return adapted.weights - theta, adapted.state, adapted.losses
-    before = engine.adapt(theta, inner, [_steps(task, slice(None, -1)) for task in tasks])
+def _last_steps(engine: Engine, theta: Tensor, start: InnerState, tasks: Sequence[Task]) -> Adapted:
+    """Adapt to the tasks side by side; the weights returned are how far the last step went."""
+    before = engine.adapt(theta, start, [_steps(task, slice(None, -1)) for task in tasks])
     last = engine.adapt(
         before.weights, before.state, [_steps(task, slice(-1, None)) for task in tasks]
     )
     losses = torch.cat([before.losses, last.losses], dim=1)
-    return last.weights - before.weights, last.state, losses
+    return Adapted(last.weights - before.weights, last.state, losses)
 
 
 def _steps(task: Task, part: slice) -> Task:

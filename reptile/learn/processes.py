@@ -17,7 +17,7 @@ from torch import Tensor
 from reptile.config import BatchNormMode
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, Engine
+from reptile.learn.engine import Adapted, Engine, one_by_one
 from reptile.learn.inner import InnerState
 from reptile.minibatches import IntArray
 
@@ -111,6 +111,10 @@ class SharedEngine:
             found[own] = torch.cat([part.weights, part.state.second_moment, part.losses], dim=1)
         adapted, moved, losses = torch.split(self._gather(found), [size, size, steps], dim=1)
         return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 
 from reptile.config import TrainSettings
-from reptile.data.prepared import PreparedData
+from reptile.data.prepared import PreparedData, Split
 from reptile.episodes import (
-    FewShotProtocol,
     Purpose,
     Task,
     check_classes,
     held_out_task,
-    meta_batches,
     random_stream,
+    training_tasks,
 )
 from reptile.errors import InputError
-from reptile.learn.accuracy import accuracy
+from reptile.kinds import Kind, kind_of
+from reptile.learn.accuracy import mean_score
 from reptile.learn.checkpoint import (
     Checkpoint,
     CheckpointInfo,
@@ -38,14 +38,12 @@ from reptile.learn.engine import make_engine
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step, step_size
 from reptile.learn.processes import Processes
-from reptile.models import build_model, initialise
+from reptile.models import initialise
 from reptile.provenance import code_sha256, settings_sha256, versions
 
 log = logging.getLogger(__name__)
 
 ALONE = Processes()
-VALIDATION_STEPS = 50  # the paper's eval_iters, on batches of 5
-VALIDATION_BATCH = 5
 
 
 class Progress(NamedTuple):
@@ -54,6 +52,7 @@ class Progress(NamedTuple):
     iteration: int  # meta-iterations done
     of: int
     engine: str
+    kind: Kind
     curve: tuple[CurvePoint, ...]
 
 
@@ -70,7 +69,8 @@ def train(
 
     Args:
         settings: the algorithm and all its numbers.
-        data: a prepared dataset; its training split makes tasks, its validation split the curve.
+        data: a prepared dataset; its training split makes tasks, its validation split the curve
+            (the training split does, where no classes are held out for validation).
         work: folder for unfinished runs. Each run has a folder of its own in it, named after its
             settings, data, code and packages; the latest checkpoint there is always whole.
         resume: go on from this run's latest checkpoint, if there is one; on the CPU the result is
@@ -83,6 +83,7 @@ def train(
         InputError: the data cannot make the tasks, the loss is no longer finite, or another
             process has gone or runs something else.
     """
+    kind_of(data.values).check_ways(settings.ways, data.name)
     classes = data.split("train")
     check_classes(classes, settings.ways, settings.train_shots, "training split")
     validation = _validation_tasks(settings, data)
@@ -103,28 +104,29 @@ def train(
         make_engine(settings.engine, model, settings.optimizer, data.images, device)
     )
     losses: list[float] = []
-    iterations = range(info.iteration, settings.meta_iterations)
-    for iteration, tasks in enumerate(meta_batches(classes, settings, iterations), info.iteration):
+    for iteration in range(info.iteration, settings.meta_iterations):
+        tasks = training_tasks(classes, settings, iteration)
         epsilon = step_size(settings, iteration)
         state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
-        if not (task_losses.isfinite().all() and state.weights.isfinite().all()):
+        if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
             raise InputError(_diverged(settings, iteration, run))
         losses.append(float(task_losses[:, -1].mean()))
 
-        info = info.model_copy(update={"iteration": iteration + 1})
         if (iteration + 1) % settings.checkpoint_every == 0 or (
             iteration + 1 == settings.meta_iterations
         ):
             point = CurvePoint(
                 iteration=iteration + 1,
                 loss=sum(losses) / len(losses),
-                accuracy=accuracy(engine, state, validation, "transductive"),
+                score=mean_score(engine, state, validation, info.kind),
             )
             losses = []
-            info = info.model_copy(update={"curve": (*info.curve, point)})
+            curve = (*info.curve, point)
+            info = info.model_copy(update={"iteration": iteration + 1, "curve": curve})
             if processes.first:
                 _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
-        on_progress(Progress(iteration + 1, settings.meta_iterations, engine.name, info.curve))
+        of = settings.meta_iterations
+        on_progress(Progress(iteration + 1, of, engine.name, info.kind, info.curve))
     return Checkpoint(model, _to(state, torch.device("cpu")), info)
 
 
@@ -144,18 +146,19 @@ def run_folder(work: Path, info: CheckpointInfo) -> Path:
 
 
 def _start(settings: TrainSettings, data: PreparedData) -> Checkpoint:
-    model = build_model(settings.model, settings.ways, data.image_shape)
-    weights = initialise(model, settings.seed)
     info = CheckpointInfo(
         iteration=0,
         settings=settings,
         image_shape=data.image_shape,
+        values=data.values,
         dataset=data.name,
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
         code_sha256=code_sha256(),
         versions=versions("torch", "numpy"),
     )
+    model = info.model()
+    weights = initialise(model, settings.seed)
     return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
 
 
@@ -176,9 +179,10 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
 
 
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
-    classes = data.split("validation")
-    protocol = FewShotProtocol(settings.ways, 1, 1, VALIDATION_STEPS, VALIDATION_BATCH)
-    check_classes(classes, protocol.ways, protocol.shots + protocol.queries, "validation split")
+    name: Split = "validation" if data.split("validation").start.size else "train"
+    classes = data.split(name)
+    protocol = kind_of(data.values).validation._replace(ways=settings.ways)
+    check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
         for number in range(settings.validation_tasks)

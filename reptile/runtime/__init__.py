@@ -9,9 +9,13 @@ Needs numpy and ONNX Runtime only. Not for training, exporting or serving over H
     labels, probabilities = adapted.predict(more_images)
     adapted.save("cats-and-dogs.safetensors")
 
+A bundle of a regressor is opened by `FewShotRegressor` instead, adapted to points (x, y), and
+predicts values.
+
 Whatever a caller can mend raises `reptile.errors.InputError`, which is a ValueError.
 """
 
 from reptile.runtime.model import AdaptedModel, FewShotModel, Prediction
+from reptile.runtime.regressor import AdaptedRegressor, FewShotRegressor
 
-__all__ = ["AdaptedModel", "FewShotModel", "Prediction"]
+__all__ = ["AdaptedModel", "AdaptedRegressor", "FewShotModel", "FewShotRegressor", "Prediction"]

@@ -18,6 +18,7 @@ from reptile.runtime.inputs import MAX_LEARNING_RATE
 from reptile.runtime.provider import open_session
 
 FORMAT = 1
+KINDS = ("classification", "regression")  # the first where the manifest does not say
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_FILE_BYTES = 1 << 30  # protobuf itself ends at 2 GiB
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
@@ -48,7 +49,9 @@ class Bundle:
     folder: Path
     sha256: str  # of manifest.json, which holds the hash of every other file
     manifest: dict[str, Any] = field(repr=False)
-    ways: int
+    kind: str  # classification or regression
+    ways: int  # the most classes of a task; of a regressor 1
+    outputs: int  # of the head: ways, or the values predicted for each input
     image_shape: tuple[int, int, int]  # channels, height, width
     steps: int
     learning_rate: float
@@ -116,7 +119,13 @@ def open_bundle(folder: Path) -> Bundle:
             f"{where}: format {version} is not the format {FORMAT} this version reads: "
             "update reptile-fewshot or export the bundle again"
         )
-    for key, value in (("layout", "NCHW"), ("pixel_range", [0, 255]), ("dtype", "float32")):
+    kind = str(_get(manifest, "task", dict, where).get("kind", KINDS[0]))
+    if kind not in KINDS:
+        raise InputError(f"{where}: task.kind must be {' or '.join(KINDS)}, got {kind!r}")
+    fixed: dict[str, Any] = {"layout": "NCHW", "dtype": "float32"}
+    if kind == "classification":
+        fixed["pixel_range"] = [0, 255]
+    for key, value in fixed.items():
         if _get(manifest, f"task.{key}", type(value), where) != value:
             raise InputError(f"{where}: task.{key} must be {value!r}")
     shape = _get(manifest, "task.image_shape", list, where)
@@ -125,14 +134,19 @@ def open_bundle(folder: Path) -> Bundle:
     rate = _get(manifest, "inner.learning_rate", (int, float), where)
     if not 0 < rate <= MAX_LEARNING_RATE:
         raise InputError(f"{where}: inner.learning_rate must be above 0, got {rate}")
-    ways = _whole(manifest, "task.ways", where, low=2)
+    if kind == "classification":
+        outputs = ways = _whole(manifest, "task.ways", where, low=2)
+    else:
+        outputs, ways = _whole(manifest, "task.outputs", where), 1
     graphs = {name: _graph(manifest, name, where) for name in _get(manifest, "graphs", dict, where)}
     max_steps = _whole(manifest, "limits.max_steps", where)
     bundle = Bundle(
         folder=folder,
         sha256=hashlib.sha256(content).hexdigest(),
         manifest=manifest,
+        kind=kind,
         ways=ways,
+        outputs=outputs,
         image_shape=(shape[0], shape[1], shape[2]),
         steps=_whole(manifest, "inner.steps", where, low=0, high=max_steps),
         learning_rate=float(rate),
@@ -141,7 +155,7 @@ def open_bundle(folder: Path) -> Bundle:
         max_steps=max_steps,
         max_support=_whole(manifest, "limits.max_support", where),
         graphs=graphs,
-        weights=_adapted_weights(graphs, ways, shape, where),
+        weights=_adapted_weights(graphs, kind, outputs, shape, where),
     )
     for name in _get(manifest, "files", dict, where):
         bundle.read(name)
@@ -233,7 +247,7 @@ def _tensor_type(dtype: str, shape: Sequence[Any]) -> TensorType:
 
 
 def _adapted_weights(
-    graphs: dict[str, Graph], ways: int, image_shape: list[int], where: str
+    graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
 ) -> dict[str, tuple[int, ...]]:
     """Hold the two graphs that the runtime runs to the format; return what passes between them."""
     for name in ("adapt", "predict_adapted"):
@@ -243,12 +257,16 @@ def _adapted_weights(
     images = TensorType("float32", (None, *image_shape))
     support = {
         "support_images": images,
-        "support_labels": TensorType("int64", (None,)),
+        "support_labels": (
+            TensorType("int64", (None,))
+            if kind == "classification"
+            else TensorType("float32", (None, outputs))
+        ),
         "batches": TensorType("int64", (None, None)),
         "learning_rate": TensorType("float32", ()),
     }
     trace = {"losses": TensorType("float32", (None,)), "finite": TensorType("bool", ())}
-    logits = {"logits": TensorType("float32", (None, ways))}
+    logits = {"logits": TensorType("float32", (None, outputs))}
     weights = {name: tensor for name, tensor in predict.inputs.items() if name != "images"}
     for title, found, needed in (
         ("adapt.inputs", adapt.inputs, support),

@@ -76,6 +76,37 @@ def _check_range(array: npt.NDArray[Any], what: str) -> None:
         )
 
 
+def check_points(
+    points: npt.ArrayLike, shape: tuple[int, ...], what: str
+) -> npt.NDArray[np.float32]:
+    """Return a regressor's inputs or values as an array [N, *shape] of finite numbers.
+
+    Args:
+        points: [N, *shape], or without those sizes at its end or its start that are 1: [N] for
+            single numbers.
+        shape: of one of them.
+        what: what error messages call them.
+
+    Raises:
+        InputError: another shape or type, NaN, or numbers too large for float32.
+    """
+    try:
+        array = np.asarray(points)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} cannot be made into one array: {error}") from error
+    short = tuple(size for size in shape if size > 1)
+    if array.ndim == 0 or array.shape[1:] not in (shape, short):
+        wanted = " or ".join(str(("N", *sizes)).replace("'", "") for sizes in (short, shape))
+        raise InputError(f"{what} have shape {array.shape}, expected {wanted}")
+    if array.dtype.kind not in "uif":
+        raise InputError(f"{what} must be numbers such as float32, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32).reshape(len(array), *shape)
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} hold NaN, or numbers that are not finite in float32")
+    return array
+
+
 def check_labels(
     labels: Iterable[Hashable], images: int, ways: int
 ) -> tuple[tuple[Hashable, ...], npt.NDArray[np.int64]]:

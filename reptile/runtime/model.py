@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from reptile.errors import InputError
-from reptile.minibatches import mini_batches
+from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle, open_bundle
 from reptile.runtime.golden import check_golden
-from reptile.runtime.inputs import check_images, check_integer, check_labels, check_learning_rate
-from reptile.runtime.provider import run_within
+from reptile.runtime.inputs import check_images, check_labels
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
 _CHUNK = 256  # images a run: bounds memory; queries do not depend on one another
@@ -124,6 +123,10 @@ class FewShotModel:
                 ONNX Runtime.
         """
         opened = open_bundle(Path(bundle))
+        if opened.kind != "classification":
+            raise InputError(
+                f"{bundle} predicts values and names no classes: open it with FewShotRegressor.load"
+            )
         options: dict[str, Any] = {"threads": threads, "providers": providers}
         return cls(
             opened,
@@ -176,35 +179,12 @@ class FewShotModel:
         """
         bundle = self.bundle
         array = check_images(images, bundle.image_shape)
-        if not 1 <= len(array) <= bundle.max_support:
-            raise InputError(
-                f"the support set has {len(array)} images: "
-                f"this bundle adapts to 1..{bundle.max_support}"
-            )
+        check_support(len(array), bundle, "images")
         names, targets = check_labels(labels, len(array), bundle.ways)
-        count = bundle.steps if steps is None else steps
-        count = check_integer(count, "steps", 0, bundle.max_steps)
-        rate = check_learning_rate(bundle.learning_rate if learning_rate is None else learning_rate)
-        rng = np.random.default_rng(check_integer(seed, "seed", 0, 2**63 - 1))
-        batch = min(bundle.batch, len(array))
-        feeds = {
-            "support_images": np.ascontiguousarray(array, dtype=np.float32),
-            "support_labels": targets,
-            "batches": mini_batches(rng, len(array), batch, count, bundle.replacement),
-            "learning_rate": np.array(rate, dtype=np.float32),
-        }
-        outputs = ["finite", "losses", *bundle.weights]
-        finite, losses, *weights = run_within(self._adapt, outputs, feeds, timeout)
-        if not finite:
-            raise InputError(
-                f"adaptation diverged: its numbers are no longer finite after {count} steps at "
-                f"learning rate {rate:g}; lower learning_rate (this bundle was made for "
-                f"{bundle.learning_rate:g}) or steps"
-            )
-        for array in (losses, *weights):
-            array.flags.writeable = False  # threads share them
-        state = AdaptedState(names, losses, dict(zip(bundle.weights, weights, strict=True)))
-        return AdaptedModel(bundle, state, self._predict)
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        inner = InnerLoop(steps, learning_rate, seed, timeout)
+        losses, weights = adapt(bundle, self._adapt, array, targets, inner)
+        return AdaptedModel(bundle, AdaptedState(names, losses, weights), self._predict)
 
     def load_adapted(self, path: str | Path) -> AdaptedModel:
         """Read a task that `AdaptedModel.save` wrote for this very bundle.

@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float32]
 class AdaptedState(NamedTuple):
     """All that adaptation leaves behind."""
 
-    labels: tuple[Hashable, ...]  # the name of each head output in use
+    labels: tuple[Hashable, ...]  # the name of each head output in use; none of a regressor
     losses: FloatArray  # [steps]
     weights: Mapping[str, FloatArray]
 
@@ -88,7 +88,7 @@ def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
             "(the hash of its manifest differs): load it with that bundle, or adapt again"
         )
     return AdaptedState(
-        _labels(str(metadata.get("labels")), bundle.ways, path),
+        _labels(str(metadata.get("labels")), bundle, path),
         *_tensors(header, body, bundle, path),
     )
 
@@ -105,8 +105,10 @@ def _layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return layout
 
 
-def _labels(content: str, ways: int, path: Path) -> tuple[Hashable, ...]:
-    labels = parse_json(content, f"the labels of {path}")
+def _labels(content: str, bundle: Bundle, path: Path) -> tuple[Hashable, ...]:
+    labels, ways = parse_json(content, f"the labels of {path}"), bundle.ways
+    if bundle.kind == "regression" and labels == []:
+        return ()
     if (
         not isinstance(labels, list)
         or not all(isinstance(label, str | int | float) for label in labels)

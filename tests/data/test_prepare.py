@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from reptile.config import PrepareSettings
-from reptile.data.prepare import assign_splits, prepare
+from reptile.data.held_out import assign_splits
+from reptile.data.prepare import prepare
 from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
-from reptile.data.sources import Source, SourceClass
+from reptile.data.source import Source, SourceClass
 from reptile.errors import InputError
 
 GROUPS, CLASSES, IMAGES = 5, 2, 3

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from reptile.data import sources
+from reptile.data import folders
 from reptile.data.sources import open_source
 from reptile.errors import InputError
 
@@ -198,7 +198,7 @@ def test_a_bad_image_is_one_error_that_names_the_file(
 def test_a_file_that_unpacks_to_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(folders, "MAX_BYTES", 2**20)
     bomb = write_zip(tmp_path / "bomb.zip", {"a/1.png": bytes(50 * 2**20)})
     assert bomb.stat().st_size < 2**18
     with pytest.raises(InputError, match="more than 1 MiB"):

@@ -15,7 +15,7 @@ ENGINE = """#!/bin/sh
 # Writes down what it is asked for, and what it would be sent.
 if [ "$1" = build ]; then
   for context; do :; done
-  printf '%s\\n' "$@" > asked
+  printf '%s\\n' "$@" >> asked
   (cd "$context" && find . -type f | sort) > sent
   cat "$context/requirements/build.pip.conf" > configured 2> /dev/null
   echo "$context" > context
@@ -91,14 +91,20 @@ def test_the_engine_is_told_what_the_image_is(tmp_path: Path, tagged: str) -> No
     base = "registry.example.org/python@sha256:12"
     assert build(tmp_path, TAG=tagged, ORT="gpu", BASE_IMAGE=base).returncode == 0
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert {f"reptile-train-gpu:{tagged}", "ORT=gpu", f"BASE_IMAGE={base}"} <= set(asked)
+    both = {f"reptile-train-gpu:{tagged}", f"reptile-serve-gpu:{tagged}"}
+    assert both <= set(asked) and {"train", "serve"} <= set(asked)
+    assert {"ORT=gpu", f"BASE_IMAGE={base}"} <= set(asked)
     assert f"VERSION={__version__}" in asked
     assert any(re.fullmatch(r"CREATED=\d{4}-\d\d-\d\dT[\d:]{8}Z", word) for word in asked)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"ORT": "tpu"}, "ORT=tpu"), ({"CA_FILE": "/no/such.pem"}, "/no/such.pem")],
+    [
+        ({"ORT": "tpu"}, "ORT=tpu"),
+        ({"IMAGES": "train web"}, "IMAGES=train web"),
+        ({"CA_FILE": "/no/such.pem"}, "/no/such.pem"),
+    ],
 )
 def test_a_mistake_ends_the_build_before_it_begins(
     tmp_path: Path, settings: dict[str, str], said: str

@@ -38,3 +38,14 @@ def test_the_image_has_the_versions_that_are_tested_and_one_onnx_runtime() -> No
     }
     assert {"torch", "onnx", "dvc", "dvc-s3", "kfp", "kfp-kubernetes"} <= set(cpu)
     assert not {"pytest", "mypy", "ruff", "pip"} & set(cpu)
+
+
+@pytest.mark.parametrize("ort", ["cpu", "gpu"])
+def test_the_server_s_image_has_the_versions_that_are_tested_and_no_torch(ort: str) -> None:
+    tested = pins(ROOT / "constraints.txt") | {"reptile-fewshot": ""}
+    found = pins(ROOT / f"requirements/serve-{ort}.txt")
+    runtime = found.pop("onnxruntime" if ort == "cpu" else "onnxruntime-gpu")
+    assert ort == "gpu" or runtime == tested["onnxruntime"]
+    assert {name: version for name, version in found.items() if tested.get(name) != version} == {}
+    assert {"fastapi", "uvicorn", "pillow", "numpy"} <= set(found)
+    assert not {"torch", "onnx", "kfp", "dvc", "onnxruntime", "onnxruntime-gpu"} & set(found)

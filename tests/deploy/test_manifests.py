@@ -18,6 +18,7 @@ from pipeline.__main__ import app
 from pipeline.cron import parse_cron
 from pipeline.graph import SECRET_KEYS, WORK
 from pipeline.package import load_package, run_parameters
+from reptile.cli import app as reptile_app
 from reptile.export.verify import GRAPHS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,6 +58,8 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
         elif each["kind"] == "CronJob":
             template = each["spec"]["jobTemplate"]["spec"]["template"]
             yield each["metadata"]["name"], template["spec"]
+        elif each["kind"] == "InferenceService" and "containers" in each["spec"]["predictor"]:
+            yield each["metadata"]["name"], each["spec"]["predictor"]
 
 
 def cron_container() -> dict[str, Any]:
@@ -126,7 +129,8 @@ def test_pods_pass_the_restricted_security_standard(name: str) -> None:
     pod = dict(pods())[name]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert pod["automountServiceAccountToken"] is ("serviceAccountName" in pod)
+    allowed = {s["name"] for s in manifest("RoleBinding", "reptile-schedule")["subjects"]}
+    assert pod["automountServiceAccountToken"] is (pod.get("serviceAccountName") in allowed)
     volumes = {volume["name"] for volume in pod["volumes"]}
     for container in pod["containers"]:
         context = container["securityContext"]
@@ -139,9 +143,13 @@ def test_pods_pass_the_restricted_security_standard(name: str) -> None:
 
 def test_images_are_the_one_that_is_built_and_that_components_name() -> None:
     name, _, tag = IMAGE.partition(":")
-    assert {c["image"] for _, pod in pods() for c in pod["containers"]} == {name}
+    used = {name: {c["image"] for c in pod["containers"]} for name, pod in pods()}
+    assert used.pop("reptile-server") == {"reptile-serve"}
+    assert set().union(*used.values()) == {name}
     script = (DEPLOY / "build-image").read_text(encoding="utf-8")
-    assert f"cpu) name={name} ;;" in script
+    stages = re.findall(r" AS (\w+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    assert {name.removeprefix("reptile-"), "serve"} < set(stages)
+    assert "IMAGES:-train serve" in script and "name=reptile-$image$suffix" in script
     assert f"tag=${{TAG:-{tag}}}" in script
     (example,) = kustomization(DEPLOY / "example")["images"]
     assert example["name"] == name
@@ -207,6 +215,28 @@ def test_kserve_loads_graphs_of_the_bundle_by_name_and_none_that_sees_its_batch(
     loaded = {a.removeprefix("--load-model=") for a in arguments if a.startswith("--load-model=")}
     assert loaded == set(GRAPHS) - {"predict"}
     assert predictor["model"]["protocolVersion"] == "v2"
+
+
+def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
+    pod = dict(pods())["reptile-server"]
+    (container,) = pod["containers"]
+    program, *arguments = container["args"]
+    assert program == "reptile"
+    command, *options = arguments
+    taken = typer.main.get_command(reptile_app).commands[command]  # type: ignore[attr-defined]
+    values = taken.make_context(command, options).params
+    assert values["host"] == "0.0.0.0"
+    assert str(values["tasks"]) == container["volumeMounts"][0]["mountPath"]
+    (port,) = container["ports"]
+    assert port["containerPort"] == values["port"]
+    for probe, path in {"readinessProbe": "ready", "livenessProbe": "live"}.items():
+        wanted = {"path": f"/v2/health/{path}", "port": values["port"]}
+        assert container[probe]["httpGet"] == wanted
+    assert unknown_fields(pod, "V1PodSpec") == [
+        ".minReplicas",
+        ".maxReplicas",
+        ".timeout",  # KServe's own
+    ]
 
 
 @pytest.mark.slow

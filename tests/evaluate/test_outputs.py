@@ -33,7 +33,7 @@ def run(
     training = TrainSettings(model=model_settings, ways=3, engine="eager", device="cpu")
     model = build_model(model_settings, 3, data.image_shape)
     weights = initialise(model, 5)
-    curve = [CurvePoint(iteration=i, loss=1 / i, accuracy=0.5) for i in (200, 400)]
+    curve = [CurvePoint(iteration=i, loss=1 / i, score=0.5) for i in (200, 400)]
     info = CheckpointInfo(
         iteration=400,
         settings=training,
@@ -96,7 +96,7 @@ def test_metrics_hold_every_method_in_plain_rounded_numbers(
             assert methods[mode]["accuracy"] == round(mean, 5)
             assert methods[mode]["interval"] == round(interval, 5)
             assert methods[mode]["random_accuracy"] == round(measured.score("random", mode)[0], 5)
-        assert methods["nearest_mean"]["accuracy"] == round(measured.nearest_mean_score()[0], 5)
+        assert methods["nearest_mean"]["accuracy"] == round(measured.baseline_score()[0], 5)
 
 
 def test_accuracy_by_step_starts_unadapted_and_ends_adapted(

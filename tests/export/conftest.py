@@ -1,4 +1,4 @@
-"""Small checkpoints with the optimiser state that a little training leaves, and one bundle."""
+"""Small checkpoints, and tasks for them."""
 
 import shutil
 from collections.abc import Callable
@@ -6,73 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from bundles import WAYS, make_checkpoint
 
-from reptile.config import (
-    EvaluateSettings,
-    ExportSettings,
-    ModelSettings,
-    OptimizerSettings,
-    TrainSettings,
-)
-from reptile.data.prepared import PreparedData
-from reptile.episodes import training_task
-from reptile.export.bundle import export_bundle
 from reptile.export.reference import SupportSet
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engine import EagerEngine
-from reptile.learn.inner import InnerState, fresh_state
-from reptile.learn.meta import MetaState, meta_step
+from reptile.learn.checkpoint import Checkpoint
 from reptile.minibatches import mini_batches
-from reptile.models import build_model, initialise, size
 
-WAYS, FILTERS, MAX_STEPS = 3, 8, 60
-PROTOCOL = EvaluateSettings(steps=10, batch=4)
-METRICS = {
-    "patterns": {
-        "1-shot": {
-            "frozen": {
-                "accuracy": 0.75,
-                "interval": 0.01,
-                "random_accuracy": 0.25,
-                "random_interval": 0.02,
-            },
-            "nearest_mean": {"accuracy": 0.5, "interval": 0.02},
-        }
-    }
-}
 Shape = tuple[int, int, int]
 
 
-@pytest.fixture(scope="session")
-def make_checkpoint() -> Callable[..., Checkpoint]:
-    """A checkpoint of random weights, with a second moment of the size of real gradients."""
-
-    def make(
-        model: ModelSettings, shape: Shape, optimizer: OptimizerSettings | None = None
-    ) -> Checkpoint:
-        settings = TrainSettings(
-            model=model, ways=WAYS, optimizer=optimizer or OptimizerSettings(), train_shots=5
-        )
-        network = build_model(model, WAYS, shape)
-        noise = torch.rand(size(network), generator=torch.Generator().manual_seed(1))
-        # Not exactly the initialisation: its zero biases put dead units on the ReLU's kink, where
-        # rounding decides.
-        weights = initialise(network, 0) + 0.1 * (noise - 0.5)
-        state = MetaState(weights, InnerState(1e-3 + 1e-2 * noise, 10_000))
-        info = CheckpointInfo(
-            iteration=3,
-            settings=settings,
-            image_shape=shape,
-            dataset="patterns",
-            data_sha256="0" * 64,
-            splits_sha256="0" * 64,
-            code_sha256="0" * 64,
-            versions={},
-        )
-        return Checkpoint(network, state, info)
-
-    return make
+@pytest.fixture(scope="session", name="make_checkpoint")
+def _make_checkpoint() -> Callable[..., Checkpoint]:
+    return make_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -85,30 +30,6 @@ def make_task() -> Callable[..., SupportSet]:
         return SupportSet(images, np.arange(size) % WAYS, mini_batches(rng, size, batch, steps))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def checkpoint(data: PreparedData, make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
-    """A conv4 after a few meta-steps on the patterns."""
-    start = make_checkpoint(ModelSettings(filters=FILTERS), data.image_shape)
-    settings = start.info.settings
-    engine = EagerEngine(start.model, settings.optimizer, data.images, torch.device("cpu"))
-    state = MetaState(start.state.weights, fresh_state(start.state.weights))
-    for iteration in range(8):
-        tasks = [training_task(data.split("train"), settings, iteration, n) for n in range(5)]
-        state = meta_step(engine, state, tasks, settings, 1.0).state
-    return start._replace(state=state)
-
-
-@pytest.fixture(scope="session")
-def exported(
-    checkpoint: Checkpoint, data: PreparedData, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The checkpoint's bundle, not to be changed."""
-    folder = tmp_path_factory.mktemp("export") / "bundle"
-    settings = ExportSettings(name="patterns", max_steps=MAX_STEPS, max_support=50)
-    export_bundle(settings, checkpoint, data, METRICS, folder, protocol=PROTOCOL)
-    return folder
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def test_manifest_describes_task_model_and_inner_loop(
 ) -> None:
     assert manifest["format"] == 1 and manifest["name"] == "patterns"
     assert manifest["task"] == {
+        "kind": "classification",
         "ways": 3,
         "image_shape": [1, 12, 12],
         "layout": "NCHW",

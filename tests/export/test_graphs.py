@@ -15,9 +15,11 @@ from reptile.export.fold import fold
 from reptile.export.graphs import Adapt, build_graphs
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint
-from reptile.models import to_unit, unflatten
+from reptile.learn.meta import MetaState
+from reptile.models import build_model, flatten, to_unit, unflatten
 
 MAX_STEPS = 12
+HEAD = ("head.weight", "head.bias")
 CASES: dict[str, tuple[ModelSettings, tuple[int, int, int], OptimizerSettings]] = {
     "conv4 stride, odd RGB, adam with decay": (
         ModelSettings(filters=8),
@@ -129,6 +131,39 @@ def test_folding_equals_batch_norm_with_the_support_sets_statistics(
     params = unflatten(model, state.weights.double())
     frozen = model.logits(params, queries, model.statistics(params, support))
     torch.testing.assert_close(model.logits(fold(model, params, support), queries), frozen)
+
+
+def cut(checkpoint: Checkpoint, labels: list[int]) -> Checkpoint:
+    """The same network with these outputs alone."""
+    model, (weights, inner), info = checkpoint
+    settings = info.settings.model_copy(update={"ways": len(labels)})
+    small = build_model(settings.model, len(labels), info.image_shape)
+
+    def select(flat: torch.Tensor) -> torch.Tensor:
+        params = unflatten(model, flat)
+        return flatten(small, params | {k: params[k][labels] for k in HEAD})
+
+    state = MetaState(select(weights), inner._replace(second_moment=select(inner.second_moment)))
+    return Checkpoint(small, state, info.model_copy(update={"settings": settings}))
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 2], [1, 2]])
+def test_a_task_of_fewer_classes_adapts_as_if_the_head_had_no_others(
+    case: Exported, make_task: Callable[..., SupportSet], labels: list[int]
+) -> None:
+    checkpoint, small = case.checkpoint, cut(case.checkpoint, labels)
+    task = make_task(checkpoint.model.image_shape, 8, 6)
+    places = np.arange(8) % 2
+    task = task._replace(labels=np.array(labels)[places])
+    found = case.run("adapt", task.feeds(checkpoint))
+    wanted = reference.adapt(small, task._replace(labels=places), torch.float64)
+    for name, value in wanted.items():
+        close(found[name][labels] if name in HEAD else found[name], value)
+    queries = make_task(checkpoint.model.image_shape, 4, 0, seed=3).images.astype(np.float32)
+    feeds = task.feeds(checkpoint) | {"query_images": queries}
+    logits = case.run("few_shot", feeds)["logits"]
+    (absent,) = set(range(3)) - set(labels)
+    assert (np.exp(logits[:, absent] - logits.max(1)) == 0).all()
 
 
 def test_wild_labels_positions_and_step_counts_are_clamped(

@@ -10,7 +10,7 @@ from torch import Tensor
 from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
 from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine
+from reptile.learn.engine import Adapted, EagerEngine, one_by_one
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step
 from reptile.learn.native import BuildError, NativeEngine, build
@@ -348,6 +348,24 @@ def test_the_number_of_threads_changes_no_bit(settings: ModelSettings) -> None:
             assert torch.equal(one.weights, other.weights)
             assert torch.equal(one.state.second_moment, other.state.second_moment)
             assert torch.equal(one.losses, other.losses)
+
+
+@ALL
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
+def test_tasks_in_turn_are_calls_one_after_another(
+    settings: ModelSettings, optimizer: OptimizerSettings
+) -> None:
+    model = build_model(settings, 5, (1, 16, 16))
+    tasks = [task(seed, 5, [10, 3, 10]) for seed in range(3)]
+    weights = start(model)
+    for threads in (1, 2, 3):
+        engine = NativeEngine(model, optimizer, images(model.image_shape), threads)
+        found = engine.adapt_in_turn(weights, warm(weights), tasks)
+        expected = one_by_one(engine.adapt, weights, warm(weights), tasks)
+        assert torch.equal(found.weights, expected.weights)
+        assert torch.equal(found.losses, expected.losses)
+        assert torch.equal(found.state.second_moment, expected.state.second_moment)
+        assert found.state.step == expected.state.step == 1009
 
 
 def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patterns import make_data
 
 from reptile.config import TrainSettings
 from reptile.data.prepared import PreparedData
@@ -143,12 +144,19 @@ def test_a_damaged_checkpoint_is_refused(damage: str, data: PreparedData, tmp_pa
         case "shape":
             info.write_text(info.read_text().replace('"filters": 4', '"filters": 5'))
         case "setting":
-            info.write_text(info.read_text().replace('"ways": 3', '"ways": 1'))
+            info.write_text(info.read_text().replace('"ways": 3', '"ways": 0'))
     with pytest.raises(InputError):
         load_checkpoint(folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_validation_classes_the_curve_is_of_training_classes(tmp_path: Path) -> None:
+    """As the reference code does, which holds out a test split only."""
+    data = make_data(classes={"train": 12, "test": 8})
+    result = train(settings_of(), data, tmp_path)
+    assert [point.iteration for point in result.info.curve] == [4, 8, 12]
+
+
 def test_cuda_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match="no CUDA device"):
         choose_device("cuda")

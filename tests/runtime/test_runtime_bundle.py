@@ -102,7 +102,8 @@ def setting(path: str, value: Any) -> Edit:
     [
         ("format", 2, "format 2 is not the format 1"),
         ("format", "1", "format must be int, got '1'"),
-        ("task", None, "task.layout must be str, got None"),
+        ("task", None, "task must be dict, got None"),
+        ("task.kind", "clustering", "task.kind must be classification or regression"),
         ("task.ways", True, "task.ways must be int, got True"),
         ("task.ways", 1, r"task.ways must lie in 2\.\."),
         ("task.ways", 5, r"predict_adapted.outputs must be logits: float32\[\?, 5\], got"),

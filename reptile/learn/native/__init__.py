@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from reptile.config import BatchNormMode, OptimizerSettings
-from reptile.cpus import available_cpus
+from reptile.cpus import available_cpus, warn_of_spinning_threads
+from reptile.data.prepared import Inputs
 from reptile.episodes import Targets, Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, Inputs, gather
+from reptile.learn.engine import Adapted, gather
 from reptile.learn.inner import BETA2, EPSILON, InnerState
 from reptile.learn.native.build import BuildError, load_kernel
 from reptile.minibatches import IntArray
@@ -64,6 +65,7 @@ class _Call(ctypes.Structure):
         ("start_step", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("updates", ctypes.c_int64),
+        ("in_turn", ctypes.c_int32),
         ("out_weights", ctypes.c_void_p),
         ("out_moment", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
@@ -131,6 +133,7 @@ class NativeEngine:
                 f"inputs are {inputs.dtype} {list(inputs.shape)}; this model takes uint8 or "
                 f"float32 [N, {', '.join(map(str, model.image_shape))}]"
             )
+        warn_of_spinning_threads()
         self.model = model
         self.optimizer = optimizer
         self.threads = threads or min(torch.get_num_threads(), available_cpus())
@@ -164,9 +167,38 @@ class NativeEngine:
             shape = (len(tasks), self._size)
             weights, moment = weights.expand(shape).contiguous(), moment.expand(shape).contiguous()
             stride = self._size
+        moved = torch.empty(len(tasks), self._size)
+        adapted, losses = self._adapt(weights, moment, state.step, tasks, stride, moved)
+        return Adapted(adapted, InnerState(moved, state.step + losses.shape[1]), losses)
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`.
+
+        Raises:
+            InputError: as `adapt`; weights or a second moment that are not [P].
+        """
+        weights, _ = self._checked(weights, None, "weights")
+        moment, _ = self._checked(state.second_moment, None, "second_moment")
+        moved = torch.empty(self._size)
+        adapted, losses = self._adapt(weights, moment, state.step, tasks, 0, moved)
+        return Adapted(adapted, InnerState(moved, state.step + losses.numel()), losses)
+
+    def _adapt(
+        self,
+        weights: Tensor,
+        moment: Tensor,
+        step: int,
+        tasks: Sequence[Task],
+        stride: int,
+        moved: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Fill in `moved`, for each task [T, P] or for the last of tasks in turn [P].
+
+        Returns:
+            weights [T, P], losses [T, K].
+        """
         work = _work(tasks, len(self._inputs), self.model)
         adapted = torch.empty(len(tasks), self._size)
-        moved = torch.empty(len(tasks), self._size)
         losses = torch.empty(len(tasks), work.steps)
         regression = self.model.objective == "squared_error"
         call = _Call(
@@ -181,14 +213,15 @@ class NativeEngine:
             moment.data_ptr(),
             stride,
             self._size,
-            state.step,
+            step,
+            moved.dim() == 1,
             adapted.data_ptr(),
             moved.data_ptr(),
             losses.data_ptr(),
         )
         if self._kernel.reptile_adapt(self._handle, self.threads, call):
             raise MemoryError("no memory for the native engine's activations")
-        return Adapted(adapted, InnerState(moved, state.step + work.steps), losses)
+        return adapted, losses
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`.
@@ -216,14 +249,14 @@ class NativeEngine:
             raise MemoryError("no memory for the native engine's activations")
         return logits[:, :, groups.queries :].flatten(1, 2)
 
-    def _checked(self, vector: Tensor, tasks: int, name: str) -> tuple[Tensor, int]:
+    def _checked(self, vector: Tensor, tasks: int | None, name: str) -> tuple[Tensor, int]:
         """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
-        shapes = {(self._size,), (tasks, self._size)}
+        shapes = [(self._size,)] if tasks is None else [(self._size,), (tasks, self._size)]
         if vector.shape not in shapes or vector.dtype != torch.float32 or vector.is_cuda:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
             raise InputError(
-                f"{name}: the native engine takes float32 [{self._size}] or "
-                f"[{tasks}, {self._size}] on the cpu, not {vector.dtype} {list(vector.shape)} "
-                f"on {vector.device}; use `engine: eager` for others"
+                f"{name}: the native engine takes float32 {wanted} on the cpu, not {vector.dtype} "
+                f"{list(vector.shape)} on {vector.device}; use `engine: eager` for others"
             )
         return vector.detach().contiguous(), self._size * (vector.dim() - 1)
 

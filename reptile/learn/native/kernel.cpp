@@ -60,8 +60,9 @@ struct Call {
   int64_t start_step;  // floats from one task's start to the next; 0 if all share one
   int64_t size;        // weights of the canonical vector
   int64_t updates;     // the optimiser's updates so far
+  int32_t in_turn;     // each task starts from the second moment that the last one left
   float* out_weights;
-  float* out_moment;
+  float* out_moment;  // of each task; in turn, of the last one
   float* losses;
 };
 
@@ -98,6 +99,7 @@ class InnerLoop {
     for (int i = 0; i < 256; i++) unit_[i] = static_cast<float>(i) / 255;
   }
 
+  // What is null stays as it is.
   void pack(const float* weights, const float* moment) {
     shape_.pack(weights, work_.weights, team_);
     if (moment) shape_.pack(moment, work_.moment, team_);
@@ -105,7 +107,7 @@ class InnerLoop {
   }
   void unpack(float* weights, float* moment) const {
     shape_.unpack(work_.weights, weights, team_);
-    shape_.unpack(work_.moment, moment, team_);
+    if (moment) shape_.unpack(work_.moment, moment, team_);
     team_.wait();
   }
 
@@ -654,15 +656,20 @@ class InnerLoop {
 
 void run_task(const Shape& shape, Workspace& work, const Call& call, int64_t task, Team team) {
   InnerLoop loop(shape, work, call.inputs, team);
-  loop.pack(call.weights + task * call.start_step, call.moment + task * call.start_step);
+  // In turn, the second moment stays in the workspace from task to task.
+  const bool first = !call.in_turn || task == 0, last = !call.in_turn || task + 1 == call.tasks;
+  const int64_t updates = call.updates + (call.in_turn ? task * call.steps : 0);
+  loop.pack(call.weights + task * call.start_step,
+            first ? call.moment + task * call.start_step : nullptr);
   for (int64_t step = 0; step < call.steps; step++) {
     const int64_t index = task * call.steps + step, begin = call.starts[index];
     const Batch batch{call.rows + begin, call.labels ? call.labels + begin : nullptr,
                       call.targets ? call.targets + begin * shape.settings.outputs : nullptr,
                       static_cast<int>(call.starts[index + 1] - begin)};
-    loop.step(batch, call.updates + step + 1, call.losses + index);
+    loop.step(batch, updates + step + 1, call.losses + index);
   }
-  loop.unpack(call.out_weights + task * call.size, call.out_moment + task * call.size);
+  loop.unpack(call.out_weights + task * call.size,
+              last ? call.out_moment + (call.in_turn ? 0 : task * call.size) : nullptr);
 }
 
 void predict_task(const Shape& shape, Workspace& work, const Prediction& call, int64_t task,
@@ -688,13 +695,13 @@ struct Engine {
     int batch = 1;
     for (int64_t i = 0; i < call.tasks * call.steps; i++)
       batch = std::max(batch, static_cast<int>(call.starts[i + 1] - call.starts[i]));
-    run(call.tasks, batch, threads, [&](Workspace& work, int64_t task, Team team) {
+    run(call.tasks, batch, threads, call.in_turn, [&](Workspace& work, int64_t task, Team team) {
       run_task(shape, work, call, task, team);
     });
   }
 
   void predict(const Prediction& call, int threads) {
-    run(call.tasks, static_cast<int>(call.images), threads,
+    run(call.tasks, static_cast<int>(call.images), threads, false,
         [&](Workspace& work, int64_t task, Team team) {
           predict_task(shape, work, call, task, team);
         });
@@ -704,23 +711,24 @@ struct Engine {
   // Multiply-adds in a forward pass, below which waiting for each other costs more than it saves.
   static constexpr double WORTH_SHARING = 1e6;
 
-  // Run `one` for every task, with workspaces for `batch` images.
+  // Run `one` for every task, with workspaces for `batch` images; in turn, all in the first.
   template <class F>
-  void run(int64_t tasks, int batch, int threads, F one) {
+  void run(int64_t tasks, int batch, int threads, bool in_turn, F one) {
     const std::lock_guard<std::mutex> lock(mutex);
-    while (static_cast<int64_t>(workspaces.size()) < std::min<int64_t>(threads, tasks))
+    const int64_t beside = std::min<int64_t>(threads, in_turn ? 1 : tasks);
+    while (static_cast<int64_t>(workspaces.size()) < beside)
       workspaces.push_back(std::make_unique<Workspace>());
     for (auto& workspace : workspaces) workspace->reserve(shape, batch);
 
     const bool apart = batch * shape.cost() < WORTH_SHARING;
-    if (apart) threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+    if (apart) threads = static_cast<int>(beside);
     std::atomic<int64_t> next{0};
     Barrier barrier;
     const auto work = [&](int index) {
       const Team team{index, barrier.count(), &barrier};
       // Tasks left over are shared by the whole team, unless they would keep most of it busy.
       const int64_t rest = tasks % team.count;
-      const int64_t whole = apart || rest * 2 > team.count ? tasks : tasks - rest;
+      const int64_t whole = in_turn ? 0 : apart || rest * 2 > team.count ? tasks : tasks - rest;
       if (index < static_cast<int>(workspaces.size()))
         for (int64_t task; (task = next.fetch_add(1)) < whole;)
           one(*workspaces[index], task, Team{});

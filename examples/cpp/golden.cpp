@@ -1,0 +1,92 @@
+// Adapt a bundle to each of its golden tasks and compare the logits with the expected ones.
+//
+//     golden path/to/bundle
+#include <cstdio>
+#include <exception>
+#include <set>
+
+#include "few_shot.hpp"
+#include "npy.hpp"
+
+namespace {
+
+constexpr float tolerance = 1e-4f;
+
+struct Task {
+  std::string name;
+  std::vector<float> images;
+  std::vector<std::int64_t> labels;
+  few_shot::MiniBatches batches;
+  float learning_rate;
+  std::vector<float> queries;
+  std::vector<float> expected;
+};
+
+Task read(const std::filesystem::path& folder) {
+  const auto batches = npy::read<std::int64_t>(folder / "batches.npy");
+  return {folder.filename().string(),
+          npy::read<float>(folder / "support_images.npy").values,
+          npy::read<std::int64_t>(folder / "support_labels.npy").values,
+          {batches.values, batches.shape.at(0), batches.shape.at(1)},
+          npy::read<float>(folder / "learning_rate.npy").values.at(0),
+          npy::read<float>(folder / "query_images.npy").values,
+          npy::read<float>(folder / "logits.npy").values};
+}
+
+// Prints one line; returns whether all logits are within the tolerance.
+bool check(const few_shot::Model& model, const Task& task) {
+  const auto adapted = model.adapt(task.images, task.labels, task.batches, task.learning_rate);
+  const auto logits = adapted.predict(task.queries);
+  bool right = logits.size() == task.expected.size();
+  float largest = 0;
+  for (std::size_t i = 0; right && i < logits.size(); ++i) {
+    const float deviation = std::abs(logits[i] - task.expected[i]);
+    largest = std::max(largest, deviation);
+    right = deviation <= tolerance * (1 + std::abs(task.expected[i]));  // NaN is not
+  }
+  std::printf("%-10s %5zu %7zu  %9.1e  %s\n", task.name.c_str(), task.batches.steps,
+              task.labels.size(), largest, right ? "ok" : "BEYOND THE TOLERANCE");
+  return right;
+}
+
+// Learns the task once more, with mini-batches drawn here, and names its own support set.
+void relearn(const few_shot::Model& model, const Task& task) {
+  const auto batches =
+      few_shot::mini_batches(task.labels.size(), task.batches.batch, task.batches.steps);
+  const auto logits =
+      model.adapt(task.images, task.labels, batches, task.learning_rate).predict(task.images);
+  const auto ways = model.ways();
+  std::size_t right = 0;
+  for (std::size_t i = 0; i < task.labels.size(); ++i) {
+    const auto row = logits.begin() + static_cast<std::ptrdiff_t>(i) * ways;
+    right += std::max_element(row, row + ways) - row == task.labels[i];
+  }
+  std::printf("relearnt: %zu of %zu support images named right\n", right, task.labels.size());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::fprintf(stderr, "usage: %s BUNDLE\n", argv[0]);
+    return 2;
+  }
+  try {
+    const std::filesystem::path bundle(argv[1]);
+    const few_shot::Model model(bundle);
+    std::set<std::filesystem::path> folders;  // in the order of their names
+    for (const auto& entry : std::filesystem::directory_iterator(bundle / "golden")) {
+      const auto& folder = entry.path();
+      if (std::filesystem::exists(folder / "support_images.npy")) folders.insert(folder);
+    }
+    if (folders.empty()) throw std::runtime_error("no golden tasks in " + bundle.string());
+    std::printf("%-10s %5s %7s  %9s\n", "task", "steps", "support", "deviation");
+    bool right = true;
+    for (const auto& folder : folders) right = check(model, read(folder)) && right;
+    relearn(model, read(*folders.rbegin()));
+    return right ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 2;
+  }
+}

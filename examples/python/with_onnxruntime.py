@@ -1,0 +1,113 @@
+"""Adapt a bundle with numpy and onnxruntime alone, and compare with the bundle's golden tensors.
+
+    pip install numpy onnxruntime
+    python with_onnxruntime.py path/to/bundle
+
+Every way of calling the graphs is here: copy what you need. `reptile.runtime` (see the example
+beside this one) also checks the files' hashes, the images and the labels, as ONNX Runtime does not.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+Array = npt.NDArray[Any]
+
+
+def mini_batches(rng: np.random.Generator, support: int, inner: dict[str, Any]) -> Array:
+    """Say which support images each gradient step sees, as the bundle was trained: [steps, batch].
+
+    Shuffle, cut into rows, shuffle again at the end; a row may cross it. `inner` is the manifest's.
+    """
+    steps, batch = inner["steps"], min(inner["batch"], support)
+    if inner["replacement"]:
+        rows = [rng.permutation(support)[:batch] for _ in range(steps)]
+        return np.array(rows, dtype=np.int64).reshape(steps, batch)
+    shuffles = [rng.permutation(support) for _ in range(-(-steps * batch // support))]
+    order = np.array(shuffles, dtype=np.int64).reshape(-1)
+    return order[: steps * batch].reshape(steps, batch)
+
+
+class FewShotModel:
+    """A bundle's sessions, and the numbers it was made for."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        self.sessions = {
+            name: ort.InferenceSession(bundle / graph["path"], providers=["CPUExecutionProvider"])
+            for name, graph in self.manifest["graphs"].items()
+        }
+
+    def adapt(
+        self, images: Array, labels: Array, batches: Array, learning_rate: float
+    ) -> dict[str, Array]:
+        """Learn a task: float32 images [N, C, H, W] in 0..255, int64 labels [N] → weights."""
+        feeds = {
+            "support_images": images,
+            "support_labels": labels,
+            "batches": batches,
+            "learning_rate": np.array(learning_rate, dtype=np.float32),
+        }
+        names = ["finite", *self.manifest["adapted"]]
+        finite, *weights = self.sessions["adapt"].run(names, feeds)
+        if not finite:
+            raise ValueError("adaptation diverged: use a lower learning rate or fewer steps")
+        return dict(zip(names[1:], weights, strict=True))
+
+    def predict(self, weights: dict[str, Array], images: Array) -> Array:
+        """Return logits [N, ways]; leave out the classes you have not used before a softmax."""
+        logits: Array = self.sessions["predict_adapted"].run(
+            ["logits"], {"images": images, **weights}
+        )[0]
+        return logits
+
+    def few_shot(self, feeds: dict[str, Array]) -> Array:
+        """Learn and predict in one call, as a server without memory of tasks does."""
+        logits: Array = self.sessions["few_shot"].run(["logits"], feeds)[0]
+        return logits
+
+
+def main(bundle: Path) -> int:
+    """Run every golden task both ways, compare with the expected logits, print a table."""
+    model = FewShotModel(bundle)
+    golden = bundle / "golden"
+    cases = json.loads((golden / "golden.json").read_text(encoding="utf-8"))["cases"]
+    failed = 0
+    print(f"{'task':10} {'steps':>5} {'support':>7}  {'graphs':23}  {'deviation':>9}")
+    for case in cases:
+        if case["graph"] != "few_shot":
+            continue
+        feeds = {name: np.load(golden / file) for name, file in case["inputs"].items()}
+        expected = np.load(golden / case["outputs"]["logits"])
+        images, labels, batches, rate, queries = feeds.values()
+        weights = model.adapt(images, labels, batches, rate)
+        for graphs, logits in (
+            ("adapt, predict_adapted", model.predict(weights, queries)),
+            ("few_shot", model.few_shot(feeds)),
+        ):
+            deviation = np.abs(logits - expected)
+            right = bool((deviation <= case["atol"] + case["rtol"] * np.abs(expected)).all())
+            failed += not right
+            print(
+                f"{Path(case['outputs']['logits']).parent.name:10} {len(batches):5} "
+                f"{len(images):7}  {graphs:23}  {deviation.max():9.1e}  "
+                + ("ok" if right else "BEYOND THE TOLERANCE")
+            )
+    # And with mini-batches drawn here, as for a task of one's own.
+    inner = model.manifest["inner"]
+    batches = mini_batches(np.random.default_rng(0), len(images), inner)
+    weights = model.adapt(images, labels, batches, inner["learning_rate"])
+    named = model.predict(weights, images)[:, : labels.max() + 1].argmax(axis=1)
+    print(f"relearnt: {(named == labels).sum()} of {len(labels)} support images named right")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} BUNDLE")
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,216 @@
+"""Class folders of images, in a folder or a zip: the layout of a user's own data.
+
+What it is given is not trusted: no link leads out, nothing is unpacked to disk, sizes are bounded.
+"""
+
+import os
+import stat
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from PIL import Image
+
+from reptile.data.source import Source, SourceClass
+from reptile.errors import InputError
+from reptile.images import decode
+
+MAX_BYTES = 64 * 2**20
+SUFFIXES = (".png", ".jpg", ".jpeg")
+JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}  # and whatever starts with a dot
+
+
+class Listing(NamedTuple):
+    """What lies below a folder, as paths relative to it with forward slashes."""
+
+    files: list[str]
+    folders: list[str]
+
+
+def list_folder(root: Path) -> Listing:
+    """List all files and folders below `root`, except for what systems leave behind.
+
+    Raises:
+        InputError: something cannot be read, or a link leads elsewhere than to a file in `root`.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    files: list[str] = []
+    folders: list[str] = []
+    inside = root.resolve()
+    for base, folder_names, file_names in os.walk(root, onerror=unreadable):
+        folder_names[:] = [name for name in folder_names if not _is_junk(name)]
+        file_names = [name for name in file_names if not _is_junk(name)]
+        for name in (*folder_names, *file_names):
+            path = Path(base, name)
+            if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(inside)):
+                raise InputError(
+                    f"{str(path)!r}: a link may only lead to a file in {root}; put a copy there"
+                )
+        place = Path(base).relative_to(root)
+        folders += [(place / name).as_posix() for name in folder_names]
+        files += [(place / name).as_posix() for name in file_names]
+    return Listing(files, folders)
+
+
+def from_folder(root: Path) -> Source:
+    """Open a folder of class folders.
+
+    Raises:
+        InputError: its layout is another, or a file is unsafe.
+    """
+    files, folders = list_folder(root)
+    return Source(
+        root.resolve().name, find_classes(root, files, folders), lambda file: read_file(root / file)
+    )
+
+
+def read_file(path: Path) -> Image.Image:
+    """Read one image file.
+
+    Raises:
+        InputError: it is no PNG or JPEG image of 8 bits a channel, or too large.
+    """
+    return _read_image(str(path), lambda: open_regular(path))
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read, if it is one.
+
+    Raises:
+        InputError: it is a pipe, a device or a folder.
+    """
+    if not path.is_file():  # a pipe or a device would never end
+        raise InputError(f"{path}: not a regular file")
+    return path.open("rb")
+
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """Open a zip and yield it with its entries by name.
+
+    Raises:
+        InputError: it is none, or an entry's path, link, encryption or double is unsafe.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise InputError(f"{path}: neither a folder nor a readable zip ({error})") from None
+    with archive:
+        yield archive, _safe_entries(path, archive)
+
+
+@contextmanager
+def from_zip(path: Path) -> Iterator[Source]:
+    """Open a zip of class folders; it is read where it is, never unpacked to disk.
+
+    Raises:
+        InputError: its layout is another, or an entry is unsafe.
+    """
+    with open_zip(path) as (archive, entries):
+        folders = {name.rpartition("/")[0] for name in entries}
+        files = (name for name in entries if not name.endswith("/"))
+        yield Source(
+            path.stem,
+            find_classes(path, files, folders - {""}),
+            lambda file: _read_image(f"{path}: {file}", lambda: archive.open(entries[file])),
+        )
+
+
+def _safe_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        name = entry.orig_filename  # `filename` has been tidied already
+        parts = name.removesuffix("/").split("/")
+        if "\\" in name or "\0" in name or {"", ".", ".."} & set(parts):
+            problem = "an unsafe path"
+        elif stat.S_ISLNK(entry.external_attr >> 16):
+            problem = "a symbolic link"
+        elif entry.flag_bits & 1:
+            problem = "encrypted"
+        elif name in entries:
+            problem = "there twice"
+        else:
+            entries[name] = entry
+            continue
+        raise InputError(f"{path}: {name!r} is {problem}; make the zip anew from plain files")
+    return entries
+
+
+def _is_junk(part: str) -> bool:
+    return part.startswith(".") or part.lower() in JUNK
+
+
+def find_classes(
+    where: str | Path, files: Iterable[str], folders: Iterable[str]
+) -> tuple[SourceClass, ...]:
+    """Find the classes among names such as `wrapping/alphabet/character/image.png`.
+
+    The folder that holds images is a class, the folders above it are its group; folders that
+    enclose everything are left out.
+
+    Raises:
+        InputError: names or their layout cannot be made classes of.
+    """
+    images: dict[tuple[str, ...], list[str]] = {}
+    others: list[tuple[str, ...]] = []
+    for file in files:
+        parts = tuple(file.split("/"))
+        if any(map(_is_junk, parts)):
+            continue
+        if not file.isprintable():
+            raise InputError(f"{where}: {file!r} has characters that cannot be shown; rename it")
+        if file.lower().endswith(SUFFIXES):
+            images.setdefault(parts[:-1], []).append(file)
+        else:
+            others.append(parts)
+    expected = "expected class/image.png or group/class/image.png"
+    if not images:
+        raise InputError(f"{where}: no PNG or JPEG images; {expected}")
+    if () in images:
+        raise InputError(f"{where}: {images[()][0]} lies in no class folder; {expected}")
+    first = min(images)
+    for folder in sorted(images):
+        if len(folder) != len(first):
+            raise InputError(
+                f"{where}: images in {'/'.join(first)} and in {'/'.join(folder)}; "
+                "class folders must all lie equally deep"
+            )
+    ancestors = {folder[:depth] for folder in images for depth in range(len(folder))}
+    for parts in sorted(others):
+        if parts[:-1] not in ancestors:  # a README above the classes does no harm
+            raise InputError(f"{where}: {'/'.join(parts)} is no PNG or JPEG file; remove it")
+    for parts in sorted(tuple(folder.split("/")) for folder in folders):
+        if not (any(map(_is_junk, parts)) or parts in ancestors or parts in images):
+            raise InputError(f"{where}: no images in {'/'.join(parts)!r}; add some or remove it")
+
+    last = max(images)  # what the first and the last share in sorted order, all share
+    wrapping = sum(1 for depth in range(1, len(first)) if first[:depth] == last[:depth])
+    found: dict[str, SourceClass] = {}
+    for folder, members in images.items():
+        # Unicode has two ways to write é, and file systems differ in which they give back.
+        *group, name = unicodedata.normalize("NFC", "/".join(folder[wrapping:])).split("/")
+        full = "/".join([*group, name])
+        if full in found:
+            raise InputError(f"{where}: two class folders are called {full}; rename one")
+        found[full] = SourceClass(full, "/".join(group), tuple(sorted(members)))
+    return tuple(found[name] for name in sorted(found))
+
+
+def _read_image(label: str, opened: Callable[[], IO[bytes]]) -> Image.Image:
+    try:
+        with opened() as file:
+            content = file.read(MAX_BYTES + 1)  # whatever size the file claims to have
+    except InputError:
+        raise
+    except Exception as error:  # zipfile documents no closed set for broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{label}: cannot be read ({reason})") from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{label}: more than {MAX_BYTES // 2**20} MiB; too large an image")
+    return decode(label, content)

@@ -1,0 +1,69 @@
+"""The functions of one number that adaptation makes of the network: curves for the report.
+
+Not for scores, which come from the tasks' own points: see `measure`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reptile.data.prepared import PreparedData
+from reptile.episodes import Task
+from reptile.models import Model, unflatten
+
+GRID = 121  # places at which a curve is drawn
+
+Array = npt.NDArray[np.float64]
+
+
+class Points(NamedTuple):
+    """Points of the true function."""
+
+    x: Array  # [N]
+    y: Array  # [N]
+
+
+class Fit(NamedTuple):
+    """One task: its points, and the network's function after some numbers of inner steps."""
+
+    shown: Points
+    asked: Points
+    x: Array  # [GRID]
+    by_step: Mapping[int, Array]  # [GRID] after so many steps
+
+
+@torch.no_grad()
+def fit_curves(
+    model: Model, data: PreparedData, tasks: Sequence[Task], along: Mapping[int, Tensor]
+) -> tuple[Fit, ...]:
+    """Evaluate the network over the range of the data's inputs.
+
+    Args:
+        model: of one number, [1, 1, 1]; its first output is drawn.
+        data: where the tasks' rows point.
+        tasks: T tasks.
+        along: weights [T, P] by the number of steps that led to them.
+    """
+    x = np.linspace(float(data.images.min()), float(data.images.max()), GRID)
+    fits = []
+    for number, task in enumerate(tasks):
+        curves = {}
+        for steps, weights in along.items():
+            own = weights[number]
+            grid = torch.from_numpy(x).to(own).view(-1, 1, 1, 1)
+            values = model.logits(unflatten(model, own), grid)[:, 0]
+            curves[steps] = values.double().cpu().numpy()
+        shown = _points(data, task.support, task.support_labels)
+        fits.append(Fit(shown, _points(data, task.query, task.query_labels), x, curves))
+    return tuple(fits)
+
+
+def _points(
+    data: PreparedData, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]
+) -> Points:
+    x = data.images[rows].reshape(len(rows)).astype(np.float64)
+    return Points(x, values[:, 0].astype(np.float64))

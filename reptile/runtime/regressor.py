@@ -1,0 +1,173 @@
+"""The two objects of the runtime for regression: they predict values where `model` names classes.
+
+Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.errors import InputError
+from reptile.runtime.adapting import InnerLoop, adapt, check_support
+from reptile.runtime.bundle import Bundle, open_bundle
+from reptile.runtime.golden import check_golden
+from reptile.runtime.inputs import check_points
+from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
+
+_CHUNK = 4096  # inputs a run: bounds memory; they do not depend on one another
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedRegressor:
+    """A bundle adapted to one function; made by `FewShotRegressor.adapt` or `load_adapted`.
+
+    Immutable; threads may share it.
+    """
+
+    bundle: Bundle
+    state: AdaptedState
+    _session: Any
+
+    @property
+    def losses(self) -> FloatArray:
+        """The loss of each inner step's mini-batch before that step, float32 [steps]."""
+        return self.state.losses
+
+    def predict(self, x: npt.ArrayLike) -> FloatArray:
+        """Predict the values at x; each depends on its own x only.
+
+        Args:
+            x: [N, C, H, W], or [N] where inputs are single numbers. N may be any number.
+
+        Returns:
+            float32 [N, outputs].
+
+        Raises:
+            InputError: inputs of another shape or type, or not finite.
+        """
+        inputs = check_points(x, self.bundle.image_shape, "x")
+        values = np.empty((len(inputs), self.bundle.outputs), dtype=np.float32)
+        for start in range(0, len(inputs), _CHUNK):
+            feeds = {"images": inputs[start : start + _CHUNK], **self.state.weights}
+            (values[start : start + _CHUNK],) = self._session.run(["logits"], feeds)
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the adapted function to one file (safetensors format) for `load_adapted`.
+
+        Raises:
+            InputError: a path that cannot be written.
+        """
+        write_adapted(Path(path), self.state, self.bundle)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FewShotRegressor:
+    """A regressor's bundle opened in ONNX Runtime; made by `FewShotRegressor.load`.
+
+    Immutable; threads may share it and adapt at the same time, as ONNX Runtime's sessions allow.
+    """
+
+    bundle: Bundle
+    _adapt: Any
+    _predict: Any
+    _options: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"FewShotRegressor({str(self.bundle.folder)!r}, outputs={self.outputs})"
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, *, threads: int = 1, providers: Sequence[str] | None = None
+    ) -> "FewShotRegressor":
+        """Check every file of a bundle against its manifest and open it.
+
+        Args:
+            bundle: the folder that holds manifest.json.
+            threads: threads one call may use; calls from several threads each use as many.
+            providers: ONNX Runtime's execution providers by preference; None means CPU.
+
+        Raises:
+            InputError: a damaged or unknown bundle, one that names classes, or no usable ONNX
+                Runtime.
+        """
+        opened = open_bundle(Path(bundle))
+        if opened.kind != "regression":
+            raise InputError(
+                f"{bundle} names classes and predicts no values: open it with FewShotModel.load"
+            )
+        options: dict[str, Any] = {"threads": threads, "providers": providers}
+        return cls(
+            opened,
+            opened.open("adapt", **options),
+            opened.open("predict_adapted", **options),
+            options,
+        )
+
+    @property
+    def outputs(self) -> int:
+        """How many values are predicted for each input."""
+        return self.bundle.outputs
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of every input; (1, 1, 1) for single numbers."""
+        return self.bundle.image_shape
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The bundle's manifest.json as it stands."""
+        return self.bundle.manifest
+
+    def adapt(
+        self,
+        x: npt.ArrayLike,
+        y: npt.ArrayLike,
+        *,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        seed: int = 0,
+        timeout: float | None = None,
+    ) -> AdaptedRegressor:
+        """Learn a new function from a few of its points; the same arguments give the same result.
+
+        Args:
+            x: the points' inputs, [N, C, H, W], or [N] where they are single numbers.
+            y: the function's values there, [N, outputs], or [N] of a single output.
+            steps: inner steps; None takes the bundle's.
+            learning_rate: of the inner steps; None takes the bundle's.
+            seed: chooses the mini-batches.
+            timeout: seconds after which to give up; None takes as long as it takes.
+
+        Raises:
+            InputError: an argument that cannot be used, or an adaptation that diverged.
+            TimeoutError: not done in time.
+        """
+        inputs = check_points(x, self.bundle.image_shape, "x")
+        values = check_points(y, (self.bundle.outputs,), "y")
+        check_support(len(inputs), self.bundle, "points")
+        if len(inputs) != len(values):
+            raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
+        inner = InnerLoop(steps, learning_rate, seed, timeout)
+        losses, weights = adapt(self.bundle, self._adapt, inputs, values, inner)
+        return AdaptedRegressor(self.bundle, AdaptedState((), losses, weights), self._predict)
+
+    def load_adapted(self, path: str | Path) -> AdaptedRegressor:
+        """Read a function that `AdaptedRegressor.save` wrote for this very bundle.
+
+        Raises:
+            InputError: a missing or damaged file, or one of another bundle.
+        """
+        return AdaptedRegressor(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
+
+    def check(self) -> float:
+        """Run the bundle's golden cases here and return the largest absolute deviation.
+
+        Raises:
+            InputError: a deviation beyond a case's tolerance, or golden files that cannot be used.
+        """
+        return check_golden(self.bundle, **self._options)

@@ -1,0 +1,1 @@
+"""A bundle over HTTP: teach tasks, predict, and the Open Inference Protocol. No torch."""

@@ -1,0 +1,59 @@
+"""A connection whose requests' heads must arrive soon and be short.
+
+uvicorn waits for ever for a head that does not come, and keeps all of one that does not end.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_SECONDS = 10.0
+HEAD_BYTES = 2**15
+
+
+class Connection(HttpToolsProtocol):
+    """Closes when a request's head is late or long; what has begun is answered as ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of a head that is not complete
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
+            transport.close()  # uvicorn refuses requests, but keeps connections that ask nothing
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._head_is_there()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        if self._timer:
+            self._head += len(data)
+            if self._head > HEAD_BYTES:
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        self._head_is_there()
+        super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        self._head_is_there()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _head_is_there(self) -> None:
+        self._head = 0
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,166 @@
+"""What every request passes: an id, the token, bounds on body and time, a log line, the metrics.
+
+Plain ASGI, so that nothing of a body is read before it has been bounded.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reptile.serve.settings import ServeSettings
+
+log = structlog.get_logger("reptile.serve")
+
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+GONE = 499  # logged for a client that hung up while it sent
+# Answered without the token: a page is asked for by browsers, which have no place for one.
+OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
+REQUEST_ID = re.compile(r"[\w.:-]{1,100}")
+
+
+class _Body:
+    """How much of a request's body is here."""
+
+    size = 0
+
+
+class Guard:
+    """Wraps the application."""
+
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, token: str | None, registry: CollectorRegistry
+    ) -> None:
+        self._app, self._settings, self._token = app, settings, token
+        self._requests = 0  # that are being answered
+        self._held = 0  # bytes of all their bodies
+        self._seconds = Histogram(
+            "reptile_request_seconds",
+            "From a request's start to its answer's end.",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self._refused = Counter(
+            "reptile_refused_requests",
+            "Requests refused, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        start, status, body = time.perf_counter(), 0, _Body()
+
+        async def respond(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        if refusal := self._refusal(scope, headers):
+            await refusal(scope, receive, respond)
+        else:
+            self._requests += 1
+            try:
+                async with asyncio.timeout(self._settings.request_seconds):
+                    await self._app(scope, self._bounded(receive, body), respond)
+            except TimeoutError:
+                self._refused.labels("deadline").inc()
+                if not status:
+                    late = f"no answer within {self._settings.request_seconds:g} s; try again"
+                    response = JSONResponse({"error": late}, 503, {"retry-after": "1"})
+                    await response(scope, receive, respond)
+            except ClientDisconnect:
+                status = GONE
+            except Exception:  # answered with 500 by the application's last handler
+                log.exception("failed", id=request_id)
+            finally:
+                self._requests -= 1
+                self._held -= body.size
+        seconds = time.perf_counter() - start
+        route = getattr(scope.get("route"), "path", "unknown")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._seconds.labels(route, method, status).observe(seconds)
+        log.info(
+            "request",
+            id=request_id,
+            method=method,
+            path=scope["path"][:200],
+            status=status,
+            milliseconds=round(1000 * seconds, 1),
+        )
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        if self._requests >= self._settings.connections:
+            self._refused.labels("connections").inc()
+            return JSONResponse(
+                {"error": f"more than {self._settings.connections} requests at once; try again"},
+                503,
+                {"retry-after": "1"},
+            )
+        if self._token and not OPEN.fullmatch(scope["path"]):
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(
+                given.strip().encode(), self._token.encode()
+            ):
+                self._refused.labels("token").inc()
+                return JSONResponse(
+                    {"error": "send the server's token as `Authorization: Bearer TOKEN`"},
+                    401,
+                    {"www-authenticate": "Bearer"},
+                )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._settings.max_body_bytes:
+            self._refused.labels("body").inc()
+            return JSONResponse({"error": self._too_large()}, 413, {"connection": "close"})
+        return None
+
+    def _bounded(self, receive: Receive, body: "_Body") -> Callable[[], Awaitable[Message]]:
+        complete = False
+        until = time.monotonic() + self._settings.body_seconds
+
+        async def bounded() -> Message:
+            nonlocal complete
+            if complete:  # what comes now is the end of the connection, however late
+                return await receive()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                self._refused.labels("slow").inc()
+                late = f"the body did not arrive within {self._settings.body_seconds:g} s"
+                raise HTTPException(408, late, {"connection": "close"}) from None
+            received = len(message.get("body", b""))
+            body.size += received
+            self._held += received
+            complete = not message.get("more_body", False)
+            if body.size > self._settings.max_body_bytes:
+                self._refused.labels("body").inc()
+                raise HTTPException(413, self._too_large(), {"connection": "close"})
+            if self._held > self._settings.max_held_bytes:
+                self._refused.labels("held").inc()
+                full = "too much is being sent at once; try again in 1 s"
+                raise HTTPException(429, full, {"connection": "close", "retry-after": "1"})
+            return message
+
+        return bounded
+
+    def _too_large(self) -> str:
+        return f"the body is larger than {self._settings.max_body_bytes} bytes"

@@ -1,0 +1,64 @@
+"""Runs the service as a process: the server below it, its log, and how it stops."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+
+from reptile.runtime import FewShotModel
+from reptile.serve.app import make_app
+from reptile.serve.connection import Connection
+from reptile.serve.settings import ServeSettings
+
+TOKEN = "REPTILE_TOKEN"
+
+
+def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
+    """Serve a bundle until SIGTERM or SIGINT; what has begun by then is finished.
+
+    Raises:
+        InputError: a bundle that cannot be opened, or a folder for tasks that cannot be used.
+    """
+    _log_as_json()
+    # uvicorn raises what stopped it once more when all is answered; that end is no failure.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, frame: sys.exit(0))
+    app = make_app(FewShotModel.load(bundle, threads=1), settings, os.environ.get(TOKEN))
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=2 * settings.connections,  # the guard answers before
+        timeout_keep_alive=int(settings.body_seconds),
+        timeout_graceful_shutdown=int(settings.request_seconds),
+        http=Connection,
+        ws="none",
+    )
+
+
+def _log_as_json() -> None:
+    shared: list[Any] = [
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            structlog.processors.JSONRenderer(), foreign_pre_chain=shared
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)

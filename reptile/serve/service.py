@@ -1,0 +1,171 @@
+"""What the server does with a bundle, without HTTP: teach, predict, run graphs as models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.errors import InputError
+from reptile.runtime import AdaptedModel, FewShotModel
+from reptile.runtime.bundle import TensorType
+from reptile.runtime.inputs import check_images, check_learning_rate
+from reptile.runtime.provider import run_within
+from reptile.serve.settings import ServeSettings
+from reptile.serve.store import TaskStore, TaughtTask
+from reptile.serve.workers import Adapter, Predictor
+
+Array = npt.NDArray[Any]
+
+GRAPHS = ("few_shot", "predict")
+TASK = "task-"  # a taught task's model is called so, then its id
+
+
+class UnknownError(Exception):
+    """There is no such model or task."""
+
+
+class NotFiniteError(Exception):
+    """The numbers of a run are no longer finite."""
+
+
+class Service:
+    """A bundle being served.
+
+    Raises:
+        InputError: the folder of the kept tasks cannot be used.
+    """
+
+    def __init__(self, model: FewShotModel, settings: ServeSettings) -> None:
+        self.model, self.settings = model, settings
+        self.store = TaskStore(settings)
+        self.store.load(model)
+        self.adapter = Adapter(settings)
+        self.predictor = Predictor(settings)
+        self.ready = False
+        self._sessions = {
+            name: model.bundle.open(name, threads=1, providers=None) for name in GRAPHS
+        }
+
+    async def start(self) -> None:
+        """Run every graph once, so that no request pays for it."""
+        images = np.zeros((2, *self.model.image_shape), dtype=np.uint8)
+        adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=1))
+        await self.predictor.predict(adapted, images)
+        self.ready = True
+
+    def close(self) -> None:
+        """Stop taking work; wait for what runs."""
+        self.ready = False
+        self.adapter.close()
+        self.predictor.close()
+
+    def images(self, values: Any) -> Array:
+        """Return images as float32 [N, C, H, W].
+
+        Raises:
+            InputError: not images of this bundle, none, or too many.
+        """
+        images = check_images(values, self.model.image_shape)
+        if not 1 <= len(images) <= self.settings.max_images:
+            raise InputError(
+                f"{len(images)} images: give 1 to {self.settings.max_images} in one request"
+            )
+        return images.astype(np.float32)
+
+    async def teach(self, images: Array, labels: list[Any], **options: Any) -> TaughtTask:
+        """Adapt to a new task and keep it; once it returns, it survives a restart.
+
+        Raises:
+            BusyError: too many adaptations are waiting.
+            TimeoutError: not done in time.
+            InputError: arguments that cannot be used, or an adaptation that diverged.
+        """
+
+        def work(seconds: float) -> TaughtTask:
+            adapted = self.model.adapt(images, labels, timeout=seconds, **options)
+            return self.store.write(adapted)
+
+        task = await self.adapter.run(work)
+        self.store.add(task)
+        return task
+
+    def task(self, name: str) -> TaughtTask:
+        """Return a taught task.
+
+        Raises:
+            UnknownError: there is none of this id.
+        """
+        if task := self.store.get(name):
+            return task
+        raise UnknownError(
+            f"no task {name[:50]!r}: it was never taught here, was deleted, or has expired; "
+            "POST /tasks teaches one"
+        )
+
+    def tensors(self, name: str) -> tuple[Mapping[str, TensorType], Mapping[str, TensorType]]:
+        """Return the inputs and outputs of a model by its name.
+
+        Raises:
+            UnknownError: there is no such model.
+        """
+        if name in GRAPHS:
+            graph = self.model.bundle.graphs[name]
+            return graph.inputs, graph.outputs
+        adapted = self._adapted(name)
+        shape = (None, *self.model.image_shape)
+        outputs = TensorType("float32", (None, len(adapted.labels)))
+        return {"images": TensorType("float32", shape)}, {"probabilities": outputs}
+
+    async def infer(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
+        """Run a model on tensors of its types and shapes.
+
+        Raises:
+            UnknownError, BusyError, TimeoutError, NotFiniteError, InputError: see there.
+        """
+        for tensor in ("images", "support_images", "query_images"):
+            if tensor in feeds:
+                feeds[tensor] = self.images(feeds[tensor])
+        if name not in GRAPHS:
+            adapted = self._adapted(name)
+            return {"probabilities": await self.predictor.predict(adapted, feeds["images"])}
+        if name == "few_shot":
+            self._check_adaptation(feeds)
+        outputs = list(self.model.bundle.graphs[name].outputs)
+        found = await self.adapter.run(
+            lambda seconds: run_within(self._sessions[name], outputs, feeds, seconds)
+        )
+        results = dict(zip(outputs, found, strict=True))
+        if not all(np.isfinite(array).all() for array in results.values()):
+            raise NotFiniteError(
+                "the adaptation diverged: its numbers are no longer finite; "
+                "lower learning_rate or give fewer steps"
+            )
+        return results
+
+    def _adapted(self, name: str) -> AdaptedModel:
+        if name.startswith(TASK):
+            return self.task(name.removeprefix(TASK)).model
+        raise UnknownError(
+            f"no model {name[:50]!r}: there are {', '.join(GRAPHS)}, and {TASK}ID for each task"
+        )
+
+    def _check_adaptation(self, feeds: Mapping[str, Array]) -> None:
+        """Hold the graph's inputs to what it needs, as ONNX Runtime does not."""
+        bundle, labels, batches = self.model.bundle, feeds["support_labels"], feeds["batches"]
+        support = len(feeds["support_images"])
+        if len(labels) != support:
+            raise InputError(f"{support} support images but {len(labels)} support_labels")
+        if support > bundle.max_support:
+            raise InputError(f"{support} support images: at most {bundle.max_support}")
+        if labels.min() < 0 or labels.max() >= bundle.ways:
+            raise InputError(f"support_labels must lie in 0..{bundle.ways - 1}")
+        steps, batch = batches.shape
+        if steps > bundle.max_steps or not 1 <= batch <= bundle.max_support:
+            raise InputError(
+                f"batches have shape [{steps}, {batch}]: at most {bundle.max_steps} steps of "
+                f"1 to {bundle.max_support} positions"
+            )
+        if batches.size and (batches.min() < 0 or batches.max() >= support):
+            raise InputError(f"batches must hold positions in 0..{support - 1}")
+        check_learning_rate(float(feeds["learning_rate"]))

@@ -1,0 +1,155 @@
+"""The threads that adapt and predict, each behind a bound, neither in the way of the other.
+
+Adaptations wait in a short queue and run at a lower priority. Predictions of one task that arrive
+while one runs are run together next: nothing waits for a batch to fill.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.runtime import AdaptedModel
+from reptile.serve.settings import ServeSettings
+
+Array = npt.NDArray[Any]
+Result = TypeVar("Result")
+
+IMAGES_AT_ONCE = 256
+LOWER = 10  # of nice's 0..19
+
+
+class BusyError(Exception):
+    """A queue is full; try again in so many seconds."""
+
+    def __init__(self, what: str, seconds: int) -> None:
+        super().__init__(f"{what}: try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Adapter:
+    """Runs adaptations in threads of its own."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._most = settings.adaptations + settings.waiting_adaptations
+        self._seconds = settings.request_seconds
+        self._pool = ThreadPoolExecutor(settings.adaptations, "adapt", _lower_priority)
+        self.pending = 0  # running and waiting
+        self._last = 1.0  # seconds that the latest one took
+
+    async def run(self, work: Callable[[float], Result]) -> Result:
+        """Run `work`, given the seconds that are left to it once it starts.
+
+        Raises:
+            BusyError: the queue is full.
+        """
+        if self.pending >= self._most:
+            raise BusyError("too many adaptations are waiting", max(1, round(self._last)))
+        until = time.monotonic() + self._seconds
+
+        def timed() -> Result:
+            start = time.monotonic()
+            try:
+                return work(until - start)
+            finally:
+                self._last = time.monotonic() - start
+
+        future = self._pool.submit(timed)
+        self.pending += 1
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(partial(_from_thread, loop, self._done))
+        return await asyncio.wrap_future(future)
+
+    def _done(self) -> None:
+        self.pending -= 1
+
+    def close(self) -> None:
+        """Wait for what runs, and drop what waits."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _Waiting(NamedTuple):
+    images: Array
+    answer: "asyncio.Future[Array]"
+
+
+class Predictor:
+    """Predicts in a thread of its own, all that waits for one task in one run."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._most = settings.waiting_images
+        self._pool = ThreadPoolExecutor(1, "predict")
+        self._waiting: dict[AdaptedModel, list[_Waiting]] = {}
+        self._running: set[AdaptedModel] = set()
+        self.images = 0  # running and waiting
+
+    async def predict(self, model: AdaptedModel, images: Array) -> Array:
+        """Return the probabilities [N, names] of checked images [N, C, H, W].
+
+        Raises:
+            BusyError: too many images are waiting.
+        """
+        if self.images and self.images + len(images) > self._most:
+            raise BusyError("too many images are waiting for a prediction", 1)
+        self.images += len(images)
+        try:
+            answer: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(model, []).append(_Waiting(images, answer))
+            self._start(model)
+            return await answer
+        finally:
+            self.images -= len(images)
+
+    def _start(self, model: AdaptedModel) -> None:
+        if model in self._running or not self._waiting.get(model):
+            return
+        batch = [self._waiting[model].pop(0)]
+        size = len(batch[0].images)
+        while self._waiting[model] and size + len(self._waiting[model][0].images) <= IMAGES_AT_ONCE:
+            batch.append(self._waiting[model].pop(0))
+            size += len(batch[-1].images)
+        if not self._waiting[model]:
+            del self._waiting[model]
+        self._running.add(model)
+        images = np.concatenate([one.images for one in batch])
+        future = self._pool.submit(lambda: model.predict(images).probabilities)
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(partial(_from_thread, loop, self._finish, model, batch, future))
+
+    def _finish(self, model: AdaptedModel, batch: list[_Waiting], future: "Future[Array]") -> None:
+        self._running.discard(model)
+        error, start = future.exception(), 0
+        for one in batch:
+            if one.answer.cancelled():
+                pass
+            elif error:
+                one.answer.set_exception(error)
+            else:
+                one.answer.set_result(future.result()[start : start + len(one.images)])
+            start += len(one.images)
+        self._start(model)
+
+    def close(self) -> None:
+        """Wait for what runs."""
+        self._pool.shutdown()
+
+
+def _from_thread(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: Any
+) -> None:
+    """Call back in the event loop; a future's own argument comes last and is left out."""
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(callback, *arguments[:-1])
+
+
+def _lower_priority() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # a thread's own, which only Linux has
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWER)

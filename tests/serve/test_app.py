@@ -1,0 +1,280 @@
+"""The routes, in one process: what they answer, refuse and keep; the runtime is the oracle."""
+
+import io
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from reptile.runtime import FewShotModel
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def teach(client: TestClient, support: tuple[np.ndarray, list[str]], **options: object) -> dict:
+    images, labels = support
+    body = {"images": images.tolist(), "labels": labels, **options}
+    response = client.post("/tasks", json=body)
+    assert response.status_code == 201, response.text
+    return response.json()
+
+
+def test_files_and_arrays_teach_what_the_runtime_learns(
+    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
+) -> None:
+    images, labels = support
+    adapted = FewShotModel.load(exported).adapt(images, labels, steps=7, seed=3)
+    expected = adapted.predict(queries)
+    files = [(name, ("a.png", png(image))) for name, image in zip(labels, images, strict=True)]
+    asked = [("image", ("q.png", png(image))) for image in queries]
+    by_file = client.post("/tasks", params={"steps": 7, "seed": 3}, files=files).json()
+    by_array = teach(client, support, steps=7, seed=3)
+    for task in (by_file, by_array):
+        assert task["labels"] == adapted.labels
+        np.testing.assert_allclose(task["losses"], adapted.losses, rtol=1e-5)
+        path = f"/tasks/{task['id']}/predict"
+        for answer in (
+            client.post(path, files=asked),
+            client.post(path, json={"images": queries.tolist()}),
+        ):
+            named = answer.json()["predictions"]
+            assert [each["label"] for each in named] == expected.labels
+            rows = [[each["probabilities"][name] for name in adapted.labels] for each in named]
+            np.testing.assert_allclose(rows, expected.probabilities, atol=1e-5)
+
+
+def test_a_task_is_listed_shown_and_forgotten(client: TestClient, support: tuple) -> None:
+    task = teach(client, support, steps=1)
+    assert client.get("/tasks").json() == {"tasks": [task]}
+    assert client.get(f"/tasks/{task['id']}").json() == task
+    assert client.delete(f"/tasks/{task['id']}").status_code == 204
+    assert client.get("/tasks").json() == {"tasks": []}
+    gone = client.get(f"/tasks/{task['id']}")
+    assert gone.status_code == 404 and "no task" in gone.json()["error"]
+
+
+def test_labels_keep_their_type(client: TestClient, support: tuple, queries: np.ndarray) -> None:
+    images, _ = support
+    task = teach(client, (images, [7] * 3 + [True] * 3 + ["7"] * 3), steps=2)
+    assert task["labels"] == [7, True, "7"]
+
+
+def test_few_shot_is_the_graph(client: TestClient, exported: Path) -> None:
+    golden = json.loads((exported / "golden/golden.json").read_text())
+    case = next(case for case in golden["cases"] if case["graph"] == "few_shot")
+    inputs = {name: np.load(exported / "golden" / path) for name, path in case["inputs"].items()}
+    kinds = {"float32": "FP32", "int64": "INT64"}
+    body = {
+        "inputs": [
+            {
+                "name": name,
+                "shape": array.shape,
+                "datatype": kinds[str(array.dtype)],
+                "data": array.ravel().tolist(),
+            }
+            for name, array in inputs.items()
+        ],
+        "outputs": [{"name": "logits"}],
+    }
+    answer = client.post("/v2/models/few_shot/infer", json=body).json()
+    (logits,) = answer["outputs"]
+    expected = np.load(exported / "golden" / case["outputs"]["logits"])
+    np.testing.assert_allclose(
+        np.reshape(logits["data"], logits["shape"]), expected, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_models_describe_themselves_and_a_task_is_one(
+    client: TestClient, support: tuple, queries: np.ndarray
+) -> None:
+    task = teach(client, support, steps=2)
+    name = f"task-{task['id']}"
+    described = client.get(f"/v2/models/{name}").json()
+    assert described["inputs"] == [
+        {"name": "images", "datatype": "FP32", "shape": [-1, *queries.shape[1:]]}
+    ]
+    assert client.get(f"/v2/models/{name}/ready").status_code == 200
+    tensor = {"name": "images", "shape": queries.shape, "datatype": "UINT8"}
+    body = {"id": "x", "inputs": [tensor | {"data": queries.ravel().tolist()}]}
+    answer = client.post(f"/v2/models/{name}/infer", json=body).json()
+    assert (answer["id"], answer["model_name"]) == ("x", name)
+    named = client.post(f"/tasks/{task['id']}/predict", json={"images": queries.tolist()}).json()
+    rows = [list(each["probabilities"].values()) for each in named["predictions"]]
+    np.testing.assert_allclose(np.ravel(rows), answer["outputs"][0]["data"], atol=1e-6)
+    assert client.get("/v2/models/none").status_code == 404
+
+
+def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
+    serve, support: tuple, queries: np.ndarray, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    first = serve(tasks=folder)
+    task = teach(first, support, steps=3)
+    path = f"/tasks/{task['id']}/predict"
+    before = first.post(path, json={"images": queries.tolist()}).json()
+    (file,) = folder.iterdir()
+    (folder / "00000000-0000-0000-0000-000000000000.safetensors").write_bytes(
+        file.read_bytes()[:99]
+    )
+    (folder / "notes.txt").write_text("not a task")
+    (folder / "11111111-0000-0000-0000-000000000000.safetensors").mkdir()
+    second = serve(tasks=folder)
+    assert [each["id"] for each in second.get("/tasks").json()["tasks"]] == [task["id"]]
+    assert second.post(path, json={"images": queries.tolist()}).json() == before
+
+
+def test_the_store_forgets_the_one_used_longest_ago(serve, support: tuple, tmp_path: Path) -> None:
+    client = serve(tasks=tmp_path, max_tasks=2)
+    first, second = (teach(client, support, steps=0)["id"] for _ in range(2))
+    assert client.get(f"/tasks/{first}").status_code == 200  # now the second is the oldest
+    third = teach(client, support, steps=0)["id"]
+    assert {t["id"] for t in client.get("/tasks").json()["tasks"]} == {first, third}
+    assert {path.stem for path in tmp_path.iterdir()} == {first, third}
+    assert client.get(f"/tasks/{second}").status_code == 404
+
+
+def test_a_task_expires(serve, support: tuple, tmp_path: Path) -> None:
+    client = serve(tasks=tmp_path, task_days=0.5 / 86400)
+    task = teach(client, support, steps=0)
+    time.sleep(0.6)
+    assert client.get(f"/tasks/{task['id']}").status_code == 404
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bounds_are_kept(serve, support: tuple, queries: np.ndarray) -> None:
+    client = serve(max_images=4, max_body_bytes=20_000, max_image_pixels=100)
+    images, labels = support
+    too_many = client.post("/tasks", json={"images": images.tolist(), "labels": labels})
+    assert too_many.status_code in (413, 422)
+    large = client.post("/tasks", content=b"x" * 20_001, headers={"content-type": "text/json"})
+    assert large.status_code == 413 and "20000" in large.json()["error"]
+    wide = client.post("/tasks", files=[("a", ("a.png", png(np.zeros((11, 10), np.uint8))))])
+    assert wide.status_code == 422 and "110" not in wide.headers
+    assert "at most 100" in wide.json()["error"]
+
+
+def test_a_full_queue_and_a_deadline_are_answered_at_once(serve, support: tuple) -> None:
+    client = serve(waiting_adaptations=0, request_seconds=60)
+    answers = []
+
+    def run() -> None:
+        images, labels = support
+        body = {"images": images.tolist(), "labels": labels, "steps": 60}
+        answers.append(client.post("/tasks", json=body))
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = sorted(answer.status_code for answer in answers)
+    assert set(codes) <= {201, 429} and 201 in codes
+    for answer in answers:
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+    late = serve(request_seconds=0.001)
+    images, labels = support
+    answer = late.post("/tasks", json={"images": images.tolist(), "labels": labels, "steps": 60})
+    assert answer.status_code == 503 and "retry-after" in answer.headers
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic right", "Bearer "])
+def test_a_token_is_asked_of_everything_but_health(serve, given: str | None) -> None:
+    client = serve(token="right")
+    headers = {"authorization": given} if given else {}
+    for path in ("/", "/tasks", "/v2", "/metrics", "/bundle/manifest.json", "/openapi.json"):
+        assert client.get(path, headers=headers).status_code == 401
+    assert client.get("/v2/health/ready").status_code == 200
+    assert client.get("/v2", headers={"authorization": "Bearer right"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "JSON"),
+        (b"[]", 422, ""),
+        (b'{"images": [], "labels": []}', 422, "images"),
+        (b'{"images": [[[NaN]]], "labels": ["a"]}', 400, "JSON"),
+        (b'{"images": [[[1, 2]]], "labels": ["a"]}', 422, "shape"),
+        (b'{"images": "x", "labels": ["a"]}', 422, "images"),
+        (b'{"labels": ["a"], "pictures": []}', 422, "images"),
+        (b"\xff\xfe", 400, "JSON"),
+    ],
+)
+def test_bad_bodies_are_refused_in_one_sentence(
+    client: TestClient, body: bytes, status: int, said: str
+) -> None:
+    answer = client.post("/tasks", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": -1},
+        {"steps": 10**9},
+        {"learning_rate": 0},
+        {"learning_rate": 1e400},
+        {"seed": -1},
+        {"labels": ["a"] * 9},
+        {"labels": ["a", "b"]},
+        {"labels": [str(i) for i in range(9)]},
+        {"labels": ["x" * 300, *"abbbbbbb"]},
+        {"surprise": 1},
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(
+    client: TestClient, support: tuple, change: dict
+) -> None:
+    images, labels = support
+    body = {"images": images.tolist(), "labels": labels} | change
+    answer = client.post("/tasks", content=json.dumps(body).replace("Infinity", "1e400"))
+    assert answer.status_code == 422, answer.text
+    assert "\n" not in answer.json()["error"]
+    assert client.get("/tasks").json() == {"tasks": []}
+
+
+def test_a_diverging_adaptation_is_refused_counted_and_not_kept(
+    client: TestClient, support: tuple
+) -> None:
+    images, labels = support
+    body = {"images": images.tolist(), "labels": labels, "learning_rate": 99, "steps": 60}
+    answer = client.post("/tasks", json=body)
+    if answer.status_code == 422:
+        assert "diverged" in answer.json()["error"]
+        assert "reptile_not_finite_total 1.0" in client.get("/metrics").text
+
+
+def test_only_the_bundle_s_own_files_are_given_out(client: TestClient, exported: Path) -> None:
+    manifest = client.get("/bundle/manifest.json")
+    assert manifest.content == (exported / "manifest.json").read_bytes()
+    graph = client.get("/bundle/adapt/1/model.onnx")
+    assert graph.content == (exported / "adapt/1/model.onnx").read_bytes()
+    for path in ("../manifest.json", "%2e%2e/%2e%2e/etc/passwd", "", "golden", "/etc/passwd"):
+        assert client.get(f"/bundle/{path}").status_code == 404
+
+
+def test_metrics_requests_and_the_document(client: TestClient, support: tuple) -> None:
+    teach(client, support, steps=1)
+    answer = client.get("/v2", headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert client.get("/v2", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+    told = client.get("/metrics").text
+    assert "reptile_tasks 1.0" in told
+    assert 'route="/tasks",status="201"' in told
+    document = client.get("/openapi.json").json()
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert references <= set(document["components"]["schemas"])
+    assert "/v2/models/{model}/infer" in document["paths"]
+    assert "http" not in client.get("/docs").text.replace("http://testserver", "")

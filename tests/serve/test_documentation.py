@@ -1,0 +1,84 @@
+"""docs/serving.md does what it says, with a real server and curl."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from PIL import Image, ImageDraw
+
+
+@pytest.fixture
+def server(exported: Path, tmp_path: Path) -> Iterator[str]:
+    """The command of the first block, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["serve", str(exported), "--tasks", str(tmp_path / "tasks"), "--port", str(port)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "reptile", *arguments], stderr=subprocess.DEVNULL
+    ) as process:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                urlopen(f"{url}/v2/health/ready", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+        yield url
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_three_lines_go_from_a_bundle_to_a_right_prediction(
+    server: str, root: Path, tmp_path: Path
+) -> None:
+    text = (root / "docs/serving.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "new.png" in b)
+    assert len(block.strip().splitlines()) == 3
+    for name in ("ring1", "ring2", "cross1", "cross2", "new"):
+        draw("cross" if name.startswith("cross") else "ring", len(name), tmp_path / f"{name}.png")
+    done = subprocess.run(
+        ["sh", "-ec", block.replace("http://127.0.0.1:8080", server)],
+        cwd=tmp_path,
+        env=os.environ | {"no_proxy": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"label":"ring"' in done.stdout, done.stdout
+
+
+def draw(symbol: str, shift: int, path: Path) -> None:
+    """Draw with a pen; `shift` makes no two alike."""
+    image = Image.new("L", (105, 105), "white")
+    pen, box = ImageDraw.Draw(image), (15 + shift, 15, 85 + shift, 85)
+    if symbol == "ring":
+        pen.ellipse(box, fill="black")  # the model is a small one
+    else:
+        pen.line(box, "black", 5)
+        pen.line((box[2], box[1], box[0], box[3]), "black", 5)
+    image.save(path)
+
+
+def test_every_bound_can_be_changed_and_a_wrong_one_is_named(exported: Path) -> None:
+    def reptile(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "reptile", "serve", str(exported), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    listed = reptile("--bounds").stdout
+    assert "max_tasks = 1000" in listed and "max_json_bytes" in listed
+    for wrong in ("max_tasks=0", "no_such=1", "adaptations"):
+        done = reptile("-S", wrong)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert wrong.partition("=")[0] in done.stderr
