@@ -78,7 +78,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(bundle: Path, folder: Path) -> Iterator[str]:
+def serving(bundle: Path, folder: Path, **environment: str) -> Iterator[str]:
     """Run `reptile serve` on a bundle until it is no longer needed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def serving(bundle: Path, folder: Path) -> Iterator[str]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--tasks", str(folder / "tasks")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=log,
             stderr=log,
         )
@@ -112,6 +112,13 @@ def serving(bundle: Path, folder: Path) -> Iterator[str]:
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on the bundle."""
     with serving(bundle, tmp_path_factory.mktemp("serve")) as address:
+        yield address
+
+
+@pytest.fixture
+def guarded_server(bundle: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of a server that asks for the token "sesame"."""
+    with serving(bundle, tmp_path, REPTILE_TOKEN="sesame") as address:
         yield address
 
 

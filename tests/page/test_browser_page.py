@@ -5,7 +5,6 @@ import io
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,17 +287,11 @@ def test_a_busy_server_and_a_missing_runtime_are_named(open_page: OpenPage) -> N
     assert not page.locator("#error").is_visible()
 
 
-def test_a_server_with_a_token_is_asked_with_it(open_page: OpenPage, server: str) -> None:
-    page, rng = open_page(allowed="Failed to load resource"), random.Random(0)
-
-    def guard(route: Any) -> None:
-        if route.request.headers.get("authorization") == "Bearer sesame":
-            route.continue_()
-        else:
-            route.fulfill(status=401, body='{"error": "send the token"}')
-
-    page.route(re.compile("/(bundle|tasks)"), guard)
-    page.reload()
+@pytest.mark.parametrize("where", ["server", "browser"])
+def test_a_server_with_a_token_is_asked_with_it(
+    open_page: OpenPage, guarded_server: str, where: str
+) -> None:
+    page, rng = open_page(guarded_server, allowed="Failed to load resource"), random.Random(0)
     for token in ("wrong", "sesame"):
         page.get_by_label("This server asks for its token").fill(token)
         page.keyboard.press("Enter")
@@ -307,7 +300,7 @@ def test_a_server_with_a_token_is_asked_with_it(open_page: OpenPage, server: str
     draw_examples(page, rng)
     assert not page.locator("#token").is_visible()
     assert not page.locator("#error").is_visible()
-    learn(page, "server")
+    learn(page, where)
     draw(page, page.locator("#query"), ring, rng)
     assert settled(page)["ring"] > 50
 
