@@ -57,7 +57,6 @@ page: setup
 
 test-browser: page
 	cd examples/node && $(NPM)
-	pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	pytest -m browser
 
 lint: setup

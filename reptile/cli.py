@@ -319,7 +319,8 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP, with a page to try it on; needs no torch.
 
-    A token in the environment variable REPTILE_TOKEN is asked of every request but health.
+    A token in the environment variable REPTILE_TOKEN is asked of every request but health and the
+    page's own files; the page asks its visitor for it.
 
     Example: reptile serve artifacts/bundle --tasks tasks -S max_tasks=100
     """

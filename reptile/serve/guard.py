@@ -24,7 +24,8 @@ log = structlog.get_logger("reptile.serve")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 GONE = 499  # logged for a client that hung up while it sent
-OPEN = re.compile(r"/v2/health/(live|ready)")  # answered without the token
+# Answered without the token: a page is asked for by browsers, which have no place for one.
+OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
 REQUEST_ID = re.compile(r"[\w.:-]{1,100}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,11 +18,21 @@ from urllib.request import urlopen
 import pytest
 from patterns import make_data
 
-from reptile.config import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings
+from reptile.config import (
+    EvaluateSettings,
+    ExportSettings,
+    ModelSettings,
+    PrepareSettings,
+    TrainSettings,
+)
 from reptile.data.glyphs import write_glyphs
 from reptile.data.prepare import prepare
 from reptile.export.bundle import export_bundle
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.learn.inner import fresh_state
+from reptile.learn.meta import MetaState
 from reptile.learn.train import train
+from reptile.models import build_model, initialise
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,6 +45,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP plain.test 127.0.0.1",  # unlike localhost, no secure context
 ]
 
 
@@ -66,7 +78,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(bundle: Path, folder: Path) -> Iterator[str]:
+def serving(bundle: Path, folder: Path, **environment: str) -> Iterator[str]:
     """Run `reptile serve` on a bundle until it is no longer needed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +87,7 @@ def serving(bundle: Path, folder: Path) -> Iterator[str]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--tasks", str(folder / "tasks")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=log,
             stderr=log,
         )
@@ -103,23 +115,35 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield address
 
 
+@pytest.fixture
+def guarded_server(bundle: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of a server that asks for the token "sesame"."""
+    with serving(bundle, tmp_path, REPTILE_TOKEN="sesame") as address:
+        yield address
+
+
 @pytest.fixture(scope="session")
 def colour_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server on a bundle for colour images, hardly trained."""
+    """The address of a server on a bundle for colour images, not trained at all."""
     folder = tmp_path_factory.mktemp("colour")
-    data = make_data((3, 12, 12))
-    settings = TrainSettings.model_validate(
-        {
-            "model": {"filters": 8},
-            "train_shots": 5,
-            "meta_iterations": 3,
-            "validation_tasks": 1,
-            "engine": "eager",
-        }
+    shape = (3, 12, 12)
+    data = make_data(shape)
+    settings = TrainSettings(model=ModelSettings(filters=8))
+    model = build_model(settings.model, settings.ways, shape)
+    weights = initialise(model, 0)
+    info = CheckpointInfo(
+        iteration=0,
+        settings=settings,
+        image_shape=shape,
+        dataset="patterns",
+        data_sha256="0" * 64,
+        splits_sha256="0" * 64,
+        code_sha256="0" * 64,
+        versions={},
     )
     export_bundle(
         ExportSettings(name="colour"),
-        train(settings, data, folder / "work"),
+        Checkpoint(model, MetaState(weights, fresh_state(weights)), info),
         data,
         {},
         folder / "bundle",
@@ -147,7 +171,7 @@ def open_page(chromium: Any, server: str) -> Iterator[Callable[..., Any]]:
     """Open the page, or another address, in a fresh profile.
 
     Console errors, uncaught exceptions, and requests to other origins fail the test at its end;
-    `allowed` is what a console error may say.
+    `allowed` is a pattern of what a console error may say.
     """
     contexts, problems = [], []
 
@@ -158,7 +182,7 @@ def open_page(chromium: Any, server: str) -> Iterator[Callable[..., Any]]:
 
         def console(message: Any) -> None:
             text = f"{message.text} {message.location['url']}"
-            if message.type in ("error", "warning") and not (allowed and allowed in text):
+            if message.type in ("error", "warning") and not (allowed and re.search(allowed, text)):
                 problems.append(f"{message.type}: {text}")
 
         page.on("console", console)

@@ -94,8 +94,8 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[str]:
-    """The page of docs/browser.md beside the three folders, served as plain files."""
+def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """The page of docs/browser.md on a site of plain files: its folder and its address."""
     site = tmp_path / "site"
     site.mkdir()
     example = re.search(
@@ -113,13 +113,13 @@ def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}/"
+        yield site, f"http://127.0.0.1:{httpd.server_port}/"
         httpd.shutdown()
         thread.join()
 
 
 def test_the_documented_page_learns_on_a_site_of_plain_files(
-    open_page: Callable[..., Any], own_site: str, tmp_path: Path
+    open_page: Callable[..., Any], own_site: tuple[Path, str], tmp_path: Path
 ) -> None:
     pictures: dict[str, list[Path]] = {"cat": [], "dog": []}
     for name, paths in pictures.items():
@@ -129,9 +129,32 @@ def test_the_documented_page_learns_on_a_site_of_plain_files(
             image = Image.fromarray(stripes if name == "cat" else stripes.T)
             paths.append(tmp_path / f"{name}{i}.png")
             image.save(paths[-1])
-    page = open_page(own_site, allowed="favicon")
+    page = open_page(own_site[1], allowed="favicon")
     for name, paths in pictures.items():
         page.locator(f"[name={name}]").set_input_files(paths[:3])
     for name, paths in pictures.items():
         page.locator("#query").set_input_files(paths[3])
         page.locator("output", has_text=name).wait_for()
+
+
+def test_a_page_from_plain_http_checks_the_files_too(
+    open_page: Callable[..., Any], own_site: tuple[Path, str]
+) -> None:
+    site, address = own_site
+    page = open_page(address.replace("127.0.0.1", "plain.test"), allowed="favicon|integrity")
+    load = """async (bundle) => {
+      const { BackgroundModel } = await import("/page/background.js");
+      try {
+        await BackgroundModel.load(bundle, "/ort/ort.wasm.bundle.min.mjs");
+        return "loaded";
+      } catch (error) {
+        return `${error.name}: ${error.message}`;
+      }
+    }"""
+    assert page.evaluate("crypto.subtle === undefined"), "or else this tests nothing"
+    assert page.evaluate(load, "/bundle/") == "loaded"
+    graph = Path(shutil.copytree(site / "bundle", site / "damaged")) / "adapt/1/model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    said = page.evaluate(load, "/damaged/")
+    assert said.startswith("InputError")
+    assert "does not match its SHA-256" in said

@@ -189,12 +189,13 @@ def test_a_full_queue_and_a_deadline_are_answered_at_once(serve, support: tuple)
 
 
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic right", "Bearer "])
-def test_a_token_is_asked_of_everything_but_health(serve, given: str | None) -> None:
+def test_a_token_is_asked_of_everything_but_health_and_the_page(serve, given: str | None) -> None:
     client = serve(token="right")
     headers = {"authorization": given} if given else {}
-    for path in ("/", "/tasks", "/v2", "/metrics", "/bundle/manifest.json", "/openapi.json"):
+    for path in ("/tasks", "/v2", "/metrics", "/bundle/manifest.json", "/openapi.json"):
         assert client.get(path, headers=headers).status_code == 401
-    assert client.get("/v2/health/ready").status_code == 200
+    for path in ("/", "/page/page.js", "/v2/health/ready"):
+        assert client.get(path, headers=headers).status_code == 200
     assert client.get("/v2", headers={"authorization": "Bearer right"}).status_code == 200
 
 

@@ -228,7 +228,8 @@ export function bundleAt(address, headers = {}) {
     const integrity = secure || expected === undefined ? "" : `sha256-${base64(expected)}`;
     let response;
     try {
-      response = await fetch(url, { headers, integrity });
+      // Asked for anew each time, or a replaced bundle's graphs would not match its manifest.
+      response = await fetch(url, { headers, integrity, cache: "no-cache" });
     } catch (error) {
       const damaged = integrity ? " or does not match its SHA-256 in manifest.json" : "";
       throw new InputError(`${url} cannot be fetched${damaged}`, { cause: error });

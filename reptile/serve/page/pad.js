@@ -26,7 +26,7 @@ export class Pad {
     this.#sheet.append(this.#ring);
     host.addEventListener("pointerdown", (event) => this.#press(event));
     host.addEventListener("pointermove", (event) => this.#move(event));
-    for (const end of ["pointerup", "pointercancel"]) {
+    for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) {
       host.addEventListener(end, (event) => this.#lift(event.pointerId));
     }
     host.addEventListener("keydown", (event) => this.#key(event));

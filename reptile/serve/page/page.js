@@ -21,6 +21,7 @@ let manifest;
 let task = null; // what was learnt last, and where
 let query;
 
+$("error").querySelector("button").addEventListener("click", () => fail(null));
 $("token").addEventListener("submit", (event) => {
   event.preventDefault();
   headers.Authorization = `Bearer ${$("token-value").value}`;
@@ -30,9 +31,12 @@ start();
 
 async function start() {
   try {
-    const response = await fetch(new URL("bundle/manifest.json", ROOT), { headers });
+    const address = new URL("bundle/manifest.json", ROOT);
+    const response = await fetch(address, { headers, cache: "no-cache" });
     $("token").hidden = response.status !== 401;
     if (response.status === 401) {
+      fail(headers.Authorization ? new InputError("The server does not accept this token.") : null);
+      $("token-value").focus();
       return;
     }
     if (!response.ok) {
@@ -60,7 +64,9 @@ function build() {
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => event.preventDefault());
   $("learn").addEventListener("click", learn);
-  document.getElementsByName("where").forEach((radio) => radio.addEventListener("change", move));
+  for (const radio of document.getElementsByName("where")) {
+    radio.addEventListener("change", changePlace);
+  }
   query = new Query(shape);
   const [channels, height, width] = shape;
   $("about").textContent =
@@ -93,7 +99,7 @@ function where() {
   return document.querySelector("[name=where]:checked").value;
 }
 
-function move() {
+function changePlace() {
   task?.forget().catch(() => {}); // the server forgets it by itself in time
   task = null;
   query.show(null);
@@ -127,7 +133,7 @@ async function learn() {
     busy(true);
     const place = where();
     say(place in models ? "" : "Getting ready …");
-    const model = await open(place);
+    const model = await openModel(place);
     const images = taught.flatMap(({ examples }) => examples);
     const labels = taught.flatMap(({ name, examples }) => examples.map(() => name));
     say(`Learning from ${images.length} examples in ${manifest.inner.steps} steps …`);
@@ -148,13 +154,12 @@ async function learn() {
   }
 }
 
-function open(place) {
-  models[place] ??= (place === "browser" ? openInBrowser() : ServiceModel.load(ROOT, headers)).catch(
-    (error) => {
-      delete models[place]; // so that the next Learn tries again
-      throw error;
-    },
-  );
+function openModel(place) {
+  const load = { server: () => ServiceModel.load(ROOT, headers), browser: openInBrowser };
+  models[place] ??= load[place]().catch((error) => {
+    delete models[place]; // so that the next Learn tries again
+    throw error;
+  });
   return models[place];
 }
 
@@ -181,7 +186,7 @@ function say(text) {
 
 function fail(error) {
   $("error").hidden = error === null;
-  $("error").textContent = error?.message ?? "";
+  $("error").querySelector("p").textContent = error?.message ?? "";
   const known = error === null || error instanceof InputError || error instanceof ServiceError;
   if (!known) {
     console.error(error);
@@ -308,6 +313,7 @@ function row(label) {
     item.append(part);
   }
   item.querySelector(".label").textContent = label;
-  item.querySelector(".bar").append(Object.assign(document.createElement("div"), { className: "fill" }));
+  const fill = item.querySelector(".bar").appendChild(document.createElement("div"));
+  fill.className = "fill";
   return item;
 }

@@ -78,8 +78,11 @@ export class ServiceModel {
   }
 
   async #post(path, body) {
-    const headers = { "Content-Type": "application/json" };
-    const response = await this.#send(path, { method: "POST", headers, body: JSON.stringify(body) });
+    const response = await this.#send(path, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    });
     return response.json();
   }
 
@@ -99,12 +102,12 @@ export class ServiceModel {
 }
 
 async function refusal(response) {
-  const { status, headers } = response;
+  const { status, headers, url } = response;
   if (status === 429 || status === 503) {
     const seconds = headers.get("Retry-After") ?? "a few";
     return `The server is busy. Try again in ${seconds} ${seconds === "1" ? "second" : "seconds"}.`;
   }
-  if (status === 404) {
+  if (status === 404 && url.includes("/tasks/")) {
     return "The server no longer holds this task. Press Learn to teach it again.";
   }
   const { error } = await response.json().catch(() => ({}));
