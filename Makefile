@@ -2,13 +2,15 @@
 PYTHON ?= python3
 # cpu or gpu: which ONNX Runtime to install; they exclude each other.
 ORT ?= cpu
+# What `make load-test` serves.
+BUNDLE ?= artifacts/bundle
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow test-images test-browser page lint bench images lock clean
+.PHONY: help setup repro test test-slow test-images test-browser page lint bench load-test images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
@@ -18,6 +20,7 @@ help:
 	@echo "make test-browser  try the page in Chromium, and the JavaScript examples in Node (npm)"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
+	@echo "make load-test  serve a bundle to many clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundle)"
 	@echo "make images     build the container images (deploy/build-image --help); make test-images tries it"
 	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"
@@ -63,6 +66,9 @@ lint: setup
 
 bench: setup
 	python -m benchmarks $(ROWS)
+
+load-test: setup
+	python -m benchmarks.serving $(BUNDLE)
 
 images:
 	@deploy/build-image

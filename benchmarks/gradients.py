@@ -172,7 +172,7 @@ def draw(rows: list[dict[str, Any]], untrained: Score, settings: Settings, path:
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)

@@ -16,7 +16,7 @@ from benchmarks import gradients
 from benchmarks.gradients import Combination, combinations
 from reptile.config import TrainSettings
 from reptile.data.prepared import PreparedData
-from reptile.episodes import training_task
+from reptile.episodes import training_tasks
 from reptile.learn.engine import make_engine
 from reptile.learn.inner import fresh_state
 from reptile.learn.meta import MetaState, meta_step, step_size
@@ -38,7 +38,7 @@ BASE = TrainSettings.model_validate(
 def inner_gradients(weights: torch.Tensor, data: PreparedData) -> list[torch.Tensor]:
     """g1 … g4 by autograd and plain SGD."""
     model = build_model(BASE.model, BASE.ways, data.image_shape)
-    task = training_task(data.split("train"), BASE, 0, 0)
+    task = training_tasks(data.split("train"), BASE, 0)[0]
     found = []
     for batch in task.batches:
         start = weights.detach().requires_grad_()
@@ -58,7 +58,7 @@ def test_an_outer_step_is_the_combination_that_it_is_called(
     model = build_model(BASE.model, BASE.ways, data.image_shape)
     weights = initialise(model, 0).double()
     engine = make_engine("eager", model, BASE.optimizer, data.images, torch.device("cpu"))
-    task = training_task(data.split("train"), settings, 0, 0)
+    task = training_tasks(data.split("train"), settings, 0)[0]
     state = MetaState(weights, fresh_state(weights))
     moved = meta_step(engine, state, [task], settings, step_size(settings, 0)).state.weights
     g1, g2, g3, g4 = inner_gradients(weights, data)
@@ -75,7 +75,7 @@ def test_an_outer_step_is_the_combination_that_it_is_called(
 
 
 def test_the_four_batches_share_no_image(data: PreparedData) -> None:
-    batches = np.concatenate(training_task(data.split("train"), BASE, 0, 0).batches)
+    batches = np.concatenate(training_tasks(data.split("train"), BASE, 0)[0].batches)
     assert sorted(batches) == list(range(20))
 
 

@@ -58,7 +58,10 @@ def prepare_sinusoids(
     x = rng.uniform(*X, (SINUSOIDS, points)).astype(np.float32)
     y = (amplitude * np.sin(x + phase)).astype(np.float32)  # of x as it is stored
 
-    validation, test = (round(share * SINUSOIDS) for share in (settings.validation, settings.test))
+    validation, test = (
+        share if isinstance(share, int) else round(share * SINUSOIDS)
+        for share in (settings.validation, settings.test)
+    )
     # All are drawn alike, so the first may just as well be the ones held out.
     counts: dict[Split, int] = {"test": test, "validation": validation}
     counts["train"] = SINUSOIDS - test - validation

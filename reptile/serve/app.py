@@ -27,7 +27,7 @@ from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
@@ -236,7 +236,10 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         return answer(503, f"{error}; ask for fewer steps", **{"retry-after": "1"})
 
     async def http(request: Request, error: HTTPException) -> Response:
-        return answer(error.status_code, error.detail, **dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers |= _allowed(app, request.url.path)
+        return answer(error.status_code, error.detail, **headers)
 
     async def unknown(request: Request, error: UnknownError) -> Response:
         return answer(404, str(error))
@@ -255,6 +258,14 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         (Exception, failed),
     ):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+
+
+def _allowed(app: FastAPI, path: str) -> dict[str, str]:
+    """Return the header with all methods of a path; Starlette knows those of one route only."""
+    for template, methods in app.openapi()["paths"].items():
+        if compile_path(template)[0].match(path):
+            return {"allow": ", ".join(sorted(method.upper() for method in methods))}
+    return {}
 
 
 def _told(errors: Any) -> str:
@@ -294,12 +305,12 @@ def _protocol(service: Service) -> tuple[APIRouter, Endpoint]:
         """What serves."""
         return ServerMetadata(name="reptile", version=__version__)
 
-    @router.get("/health/live")
+    @router.get("/health/live", response_class=Response)
     async def live() -> Response:
         """200 as long as the process answers."""
         return Response()
 
-    @router.get("/health/ready", responses=_responses())
+    @router.get("/health/ready", response_class=Response, responses=_responses())
     async def ready() -> Response:
         """200 when requests are taken; 503 before and while stopping."""
         if not service.ready:
@@ -312,7 +323,7 @@ def _protocol(service: Service) -> tuple[APIRouter, Endpoint]:
         inputs, outputs = service.tensors(model)
         return ModelMetadata(name=model, inputs=metadata(inputs), outputs=metadata(outputs))
 
-    @router.get("/models/{model}/ready", responses=_responses(404, 422))
+    @router.get("/models/{model}/ready", response_class=Response, responses=_responses(404, 422))
     async def model_ready(model: str) -> Response:
         """200 if there is such a model."""
         service.tensors(model)

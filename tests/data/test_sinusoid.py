@@ -8,7 +8,7 @@ import pytest
 from reptile.config import PrepareSettings, TrainSettings
 from reptile.data.prepare import prepare
 from reptile.data.prepared import PreparedData, load_prepared
-from reptile.episodes import FewShotProtocol, held_out_task, training_task
+from reptile.episodes import FewShotProtocol, held_out_task, training_tasks
 from reptile.errors import InputError
 from reptile.learn.train import train
 
@@ -59,7 +59,7 @@ def test_splits_have_the_sizes_asked_for_and_share_no_sinusoid(sinusoids: Prepar
 
 def test_tasks_are_rows_of_one_sinusoid_with_its_values(sinusoids: PreparedData) -> None:
     settings = TrainSettings(ways=1, train_shots=12, inner_batch=10)
-    learning = training_task(sinusoids.split("train"), settings, 3, 1)
+    learning = training_tasks(sinusoids.split("train"), settings, 3)[1]
     protocol = FewShotProtocol(ways=1, shots=5, queries=7, steps=2, batch=5)
     tested = held_out_task(np.random.default_rng(0), sinusoids.split("test"), protocol)
     assert learning.support_labels.shape == (12, 1)

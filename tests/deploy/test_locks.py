@@ -42,7 +42,7 @@ def test_the_image_has_the_versions_that_are_tested_and_one_onnx_runtime() -> No
 
 @pytest.mark.parametrize("ort", ["cpu", "gpu"])
 def test_the_server_s_image_has_the_versions_that_are_tested_and_no_torch(ort: str) -> None:
-    tested = pins(ROOT / "constraints.txt") | {"reptile-fewshot": ""}
+    tested = pins(ROOT / "constraints.txt")
     found = pins(ROOT / f"requirements/serve-{ort}.txt")
     runtime = found.pop("onnxruntime" if ort == "cpu" else "onnxruntime-gpu")
     assert ort == "gpu" or runtime == tested["onnxruntime"]

@@ -160,6 +160,21 @@ def test_the_same_inputs_give_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_fewer_ways_get_a_table_and_a_file(data: PreparedData, tmp_path: Path) -> None:
+    evaluation = run(data, settings=SETTINGS.model_copy(update={"ways": (2,)}))
+    write_evaluation(evaluation, tmp_path)
+    (few,) = evaluation.fewer_ways
+    with (tmp_path / "accuracy_by_ways.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["shots"], row["ways"]) == ("1", "2")
+    assert float(row["silenced"]) == pytest.approx(few.silenced.mean, abs=1e-5)
+    assert float(row["left_out_interval"]) == pytest.approx(few.left_out.interval, abs=1e-5)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "Fewer classes than the head has" in text
+    assert f"{100 * few.silenced.mean:.1f} ± {100 * few.silenced.interval:.1f}" in text
+
+
 def test_names_from_folders_cannot_write_html(data: PreparedData, tmp_path: Path) -> None:
     evil = "<b onclick=x>&\"'"
     classes = tuple(c.model_copy(update={"name": c.name + evil}) for c in data.classes)
