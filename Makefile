@@ -88,7 +88,7 @@ lock:
 			serve-*) set -- --constraint constraints.txt --extra $$ort,serve pyproject.toml ;; \
 		esac; \
 		CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/lock/bin/pip-compile --quiet --generate-hashes \
-			--no-emit-index-url --strip-extras --allow-unsafe \
+			--no-emit-index-url --no-emit-find-links --strip-extras --allow-unsafe \
 			--output-file requirements/$$lock.txt "$$@" || exit; \
 	done
 	rm -rf $(VENV)/lock
