@@ -12,7 +12,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         message = (
             f"error: the package {error.name} is missing; `reptile classify` needs "
-            "pip install 'reptile-fewshot[cli,cpu]', the stages 'reptile-fewshot[train,cpu]' "
+            "pip install 'reptile-fewshot[cli,cpu]', `reptile serve` 'reptile-fewshot[serve,cpu]', "
+            "the stages 'reptile-fewshot[train,cpu]' "
             "(gpu instead of cpu on a CUDA machine)"
         )
         print(message, file=sys.stderr)
