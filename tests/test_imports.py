@@ -1,6 +1,7 @@
 """The direction of imports between rooms."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,3 +65,15 @@ def test_the_runtime_and_what_it_imports_need_numpy_and_onnxruntime_alone() -> N
     sources = [path for path in MODULES if room(path) in RUNTIME]
     packages = {name.split(".")[0] for path in sources for name in imported(path)}
     assert packages - set(sys.stdlib_module_names) <= {"reptile", "numpy", "onnxruntime"}
+
+
+def test_the_server_starts_without_what_only_the_stages_need() -> None:
+    program = (
+        "import sys, reptile.serve.run\n"
+        "print(*sorted({'torch', 'onnx', 'onnxscript', 'dvc'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
