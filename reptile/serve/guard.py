@@ -33,6 +33,7 @@ class _Body:
     """How much of a request's body is here."""
 
     size = 0
+    complete = False
 
 
 class Guard:
@@ -79,14 +80,12 @@ class Guard:
         else:
             self._requests += 1
             try:
-                async with asyncio.timeout(self._settings.request_seconds):
-                    await self._app(scope, self._bounded(receive, body), respond)
+                async with asyncio.timeout(self._settings.body_seconds) as limit:
+                    await self._app(scope, self._bounded(receive, body, limit), respond)
             except TimeoutError:
-                self._refused.labels("deadline").inc()
+                refusal = self._late(body)
                 if not status:
-                    late = f"no answer within {self._settings.request_seconds:g} s; try again"
-                    response = JSONResponse({"error": late}, 503, {"retry-after": "1"})
-                    await response(scope, receive, respond)
+                    await refusal(scope, receive, respond)
             except ClientDisconnect:
                 status = GONE
             except Exception:  # answered with 500 by the application's last handler
@@ -132,25 +131,30 @@ class Guard:
             return JSONResponse({"error": self._too_large()}, 413, {"connection": "close"})
         return None
 
-    def _bounded(self, receive: Receive, body: "_Body") -> Callable[[], Awaitable[Message]]:
-        complete = False
-        until = time.monotonic() + self._settings.body_seconds
+    def _late(self, body: _Body) -> JSONResponse:
+        if body.complete:
+            self._refused.labels("deadline").inc()
+            late = f"no answer within {self._settings.request_seconds:g} s; try again"
+            return JSONResponse({"error": late}, 503, {"retry-after": "1"})
+        self._refused.labels("slow").inc()
+        late = f"the body did not arrive within {self._settings.body_seconds:g} s"
+        return JSONResponse({"error": late}, 408, {"connection": "close"})
+
+    def _bounded(
+        self, receive: Receive, body: _Body, limit: asyncio.Timeout
+    ) -> Callable[[], Awaitable[Message]]:
+        until = asyncio.get_running_loop().time() + self._settings.request_seconds
 
         async def bounded() -> Message:
-            nonlocal complete
-            if complete:  # what comes now is the end of the connection, however late
+            if body.complete:  # what comes now is the end of the connection, however late
                 return await receive()
-            try:
-                async with asyncio.timeout(until - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                self._refused.labels("slow").inc()
-                late = f"the body did not arrive within {self._settings.body_seconds:g} s"
-                raise HTTPException(408, late, {"connection": "close"}) from None
+            message = await receive()
             received = len(message.get("body", b""))
             body.size += received
             self._held += received
-            complete = not message.get("more_body", False)
+            if not message.get("more_body", False):
+                body.complete = True
+                limit.reschedule(until)
             if body.size > self._settings.max_body_bytes:
                 self._refused.labels("body").inc()
                 raise HTTPException(413, self._too_large(), {"connection": "close"})

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+from pydantic_core import to_json
 
 from reptile.runtime import FewShotModel
 from reptile.serve.app import make_app
@@ -25,6 +26,8 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         InputError: a bundle that cannot be opened, or a folder for tasks that cannot be used.
     """
     _log_as_json()
+    # The thread that predicts waits so long for the interpreter after each run: by default 5 ms.
+    sys.setswitchinterval(0.0005)
     # uvicorn raises what stopped it once more when all is answered; that end is no failure.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, frame: sys.exit(0))
@@ -36,6 +39,7 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=2 * settings.connections,  # the guard answers before
         timeout_keep_alive=int(settings.body_seconds),
         timeout_graceful_shutdown=int(settings.request_seconds),
@@ -51,14 +55,19 @@ def _log_as_json() -> None:
         structlog.processors.format_exc_info,
     ]
     structlog.configure(
-        processors=[*shared, structlog.processors.JSONRenderer()],
+        processors=[*shared, structlog.processors.JSONRenderer(_json)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            structlog.processors.JSONRenderer(), foreign_pre_chain=shared
+            structlog.processors.JSONRenderer(_json), foreign_pre_chain=shared
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+def _json(event: Any, **options: Any) -> str:
+    """Write a line of the log, several times faster than `json` does."""
+    return to_json(event, fallback=str).decode()

@@ -23,7 +23,7 @@ from reptile.serve.settings import ServeSettings
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
 
-IMAGES_AT_ONCE = 256
+IMAGES_AT_ONCE = 32  # of several requests: so few that others are read while these are run
 LOWER = 10  # of nice's 0..19
 
 

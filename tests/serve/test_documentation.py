@@ -62,8 +62,9 @@ def draw(symbol: str, shift: int, path: Path) -> None:
     """Draw with a pen; `shift` makes no two alike."""
     image = Image.new("L", (105, 105), "white")
     pen, box = ImageDraw.Draw(image), (15 + shift, 15, 85 + shift, 85)
-    if symbol == "ring":
-        pen.ellipse(box, fill="black")  # the model is a small one
+    if symbol == "ring":  # a hole, as the model is a small one
+        pen.rectangle((0, 0, 104, 104), "black")
+        pen.ellipse(box, "white")
     else:
         pen.line(box, "black", 5)
         pen.line((box[2], box[1], box[0], box[3]), "black", 5)
