@@ -5,13 +5,14 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -52,8 +53,9 @@ def overhead(effort: Effort) -> Row:
         model = build_model(settings.model, settings.ways, data.image_shape)
         weights = initialise(model, settings.seed)
         start = MetaState(weights, fresh_state(weights))
-        engine = make_engine("auto", model, settings.optimizer, data.images, torch.device("cpu"))
-        calls = _timed_calls(engine)
+        calls: list[float] = []
+        arguments = "auto", model, settings.optimizer, data.images, torch.device("cpu")
+        engine = _timed(make_engine(*arguments), calls)
         drawn = [training_tasks(classes, settings, iteration) for iteration in range(iterations)]
         inner_loops: list[float] = []
 
@@ -66,16 +68,30 @@ def overhead(effort: Effort) -> Row:
             inner_loops.append(sum(calls) / iterations * 1e3)
             return total / iterations * 1e3
 
+        alone: list[float] = []
+
+        def training() -> float:
+            seconds: list[float] = []
+
+            def timed_engine(*arguments: Any) -> Engine:
+                return _timed(make_engine(*arguments), seconds)
+
+            with patch("reptile.learn.train.make_engine", timed_engine):
+                total, inner = _train(settings, data, iterations, seconds)
+            alone.append(inner)
+            return total
+
         times = interleave(
             {
-                TRAINING: lambda: _train(settings, data, iterations),
+                TRAINING: training,
                 ARGUMENTS: meta_steps,
                 DRAWING: stopwatch(lambda: training_tasks(classes, settings, 0)),
             },
             effort,
         )
-    times[KERNEL] = inner_loops[-len(times[TRAINING]) :]  # the warm-up's is the first
-    times[ARGUMENTS] = _differences(times[ARGUMENTS], times[KERNEL])
+    rounds = len(times[TRAINING])  # the warm-up's is the first of the others
+    times[KERNEL] = alone[-rounds:]
+    times[ARGUMENTS] = _differences(times[ARGUMENTS], inner_loops[-rounds:])
     times[REST] = _differences(times[TRAINING], times[KERNEL])
     order = (TRAINING, KERNEL, REST, ARGUMENTS, DRAWING)
     return Row(
@@ -126,12 +142,13 @@ def busy_core(effort: Effort) -> Row:
         def beside() -> float:
             loop.send_signal(signal.SIGCONT)
             try:
-                return _train(settings, data, iterations)
+                return _train(settings, data, iterations)[0]
             finally:
                 loop.send_signal(signal.SIGSTOP)
 
         times = interleave(
-            {"quiet": lambda: _train(settings, data, iterations), "one core busy": beside}, effort
+            {"quiet": lambda: _train(settings, data, iterations)[0], "one core busy": beside},
+            effort,
         )
     return Row(
         name="busy-core",
@@ -183,24 +200,29 @@ class _Command:
         return (stamps[-1] - stamps[0]) / (REPORTS - 1) / self._every * 1e3
 
 
-def _train(settings: TrainSettings, data: PreparedData, iterations: int) -> float:
-    """Return the milliseconds of a meta-iteration in the midst of a training."""
+def _train(
+    settings: TrainSettings, data: PreparedData, iterations: int, calls: Sequence[float] = ()
+) -> tuple[float, float]:
+    """Return the milliseconds of a meta-iteration in the midst of a training, and of its `calls`.
+
+    The calls are the seconds of each inner loop, one entry more for each while it trains.
+    """
     whole = iterations + 2  # the first has the start in it, the last a checkpoint
     changes = {"meta_iterations": whole, "checkpoint_every": whole, "validation_tasks": 1}
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
     with TemporaryDirectory() as work:
         train(
             settings.model_copy(update=changes),
             data,
             Path(work),
-            on_progress=lambda progress: stamps.append(perf_counter()),
+            on_progress=lambda progress: stamps.append((perf_counter(), sum(calls))),
         )
-    return (stamps[iterations] - stamps[0]) / iterations * 1e3
+    (start, before), (end, after) = stamps[0], stamps[iterations]
+    return (end - start) / iterations * 1e3, (after - before) / iterations * 1e3
 
 
-def _timed_calls(engine: Engine) -> list[float]:
-    """Make an engine note the seconds of each of its inner loops, and return where it does."""
-    seconds: list[float] = []
+def _timed(engine: Engine, seconds: list[float]) -> Engine:
+    """Make an engine note the seconds of each of its inner loops."""
 
     def timed(run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -212,11 +234,14 @@ def _timed_calls(engine: Engine) -> list[float]:
         return call
 
     if isinstance(engine, NativeEngine):  # only the kernel: what is done for it is not the loop
-        kernel = SimpleNamespace(reptile_adapt=timed(engine._kernel.reptile_adapt))
+        kernel = SimpleNamespace(
+            reptile_adapt=timed(engine._kernel.reptile_adapt),
+            reptile_predict=engine._kernel.reptile_predict,
+        )
         engine._kernel = kernel  # type: ignore[assignment]
     else:
         engine.adapt = timed(engine.adapt)  # type: ignore[method-assign]
-    return seconds
+    return engine
 
 
 def _differences(a: list[float], b: list[float]) -> list[float]:
