@@ -276,7 +276,7 @@ assert (model.load_adapted(sys.argv[2]).predict(images).labels == adapted.predic
 assert model.check() < 1e-4
 ours = {name for name in sys.modules if name.startswith("reptile.")}
 assert all(n.startswith("reptile.runtime") for n in ours - {
-    "reptile.errors", "reptile.files", "reptile.minibatches"}), ours
+    "reptile.cpus", "reptile.errors", "reptile.files", "reptile.minibatches"}), ours
 """
 
 
