@@ -1,4 +1,4 @@
-"""The one error that a person can mend; everything else is a defect of this project."""
+"""The errors that a person can mend; everything else is a defect of this project."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     Raised for files, settings and arrays that cannot be used. The command line prints it as one
     line and exits with code 2; it never shows a traceback for it.
     """
+
+
+class DivergedError(InputError):
+    """Adaptation whose numbers are no longer finite: a smaller learning rate or fewer steps."""

@@ -99,7 +99,7 @@ def open_zip(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.Zi
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:  # it lacks some features
         raise InputError(f"{path}: neither a folder nor a readable zip ({error})") from None
     with archive:
         yield archive, _safe_entries(path, archive)

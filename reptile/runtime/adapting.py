@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reptile.errors import InputError
+from reptile.errors import DivergedError, InputError
 from reptile.minibatches import mini_batches
 from reptile.runtime.bundle import Bundle
 from reptile.runtime.inputs import check_integer, check_learning_rate
@@ -50,7 +50,8 @@ def adapt(
         inner: how to adapt.
 
     Raises:
-        InputError: a setting that cannot be used, or numbers that diverged.
+        InputError: a setting that cannot be used.
+        DivergedError: the numbers are no longer finite.
         TimeoutError: not done in time.
     """
     count = bundle.steps if inner.steps is None else inner.steps
@@ -68,7 +69,7 @@ def adapt(
     outputs = ["finite", "losses", *bundle.weights]
     finite, losses, *weights = run_within(session, outputs, feeds, inner.timeout)
     if not finite:
-        raise InputError(
+        raise DivergedError(
             f"adaptation diverged: its numbers are no longer finite after {count} steps at "
             f"learning rate {rate:g}; lower learning_rate (this bundle was made for "
             f"{bundle.learning_rate:g}) or steps"

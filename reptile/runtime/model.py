@@ -4,7 +4,7 @@ Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
 """
 
 import reprlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
-from reptile.runtime.bundle import Bundle, open_bundle
-from reptile.runtime.golden import check_golden
+from reptile.runtime.bundle import Bundle
 from reptile.runtime.inputs import check_images, check_labels
+from reptile.runtime.opened import OpenedBundle
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
 _CHUNK = 256  # images a run: bounds memory; queries do not depend on one another
@@ -89,50 +88,19 @@ def _softmax(logits: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FewShotModel:
+class FewShotModel(OpenedBundle):
     """A bundle opened in ONNX Runtime, ready to adapt to tasks; made by `FewShotModel.load`.
 
     Immutable; threads may share it and adapt at the same time, as ONNX Runtime's sessions allow.
     """
 
-    bundle: Bundle
-    _adapt: Any
-    _predict: Any
-    _options: dict[str, Any]
+    kind = "classification"
+    others = "predicts values and names no classes: open it with FewShotRegressor"
 
     def __repr__(self) -> str:
         return (
             f"FewShotModel({str(self.bundle.folder)!r}, "
             f"ways={self.ways}, image_shape={self.image_shape})"
-        )
-
-    @classmethod
-    def load(
-        cls, bundle: str | Path, *, threads: int = 1, providers: Sequence[str] | None = None
-    ) -> "FewShotModel":
-        """Check every file of a bundle against its manifest and open it.
-
-        Args:
-            bundle: the folder that holds manifest.json.
-            threads: threads one call may use; calls from several threads each use as many.
-            providers: ONNX Runtime's execution providers by preference; None means CPU. Others
-                have not been verified on hardware.
-
-        Raises:
-            InputError: a damaged or unknown bundle, a provider that does not start, or no usable
-                ONNX Runtime.
-        """
-        opened = open_bundle(Path(bundle))
-        if opened.kind != "classification":
-            raise InputError(
-                f"{bundle} predicts values and names no classes: open it with FewShotRegressor.load"
-            )
-        options: dict[str, Any] = {"threads": threads, "providers": providers}
-        return cls(
-            opened,
-            opened.open("adapt", **options),
-            opened.open("predict_adapted", **options),
-            options,
         )
 
     @property
@@ -144,11 +112,6 @@ class FewShotModel:
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
         return self.bundle.image_shape
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The bundle's manifest.json as it stands."""
-        return self.bundle.manifest
 
     def adapt(
         self,
@@ -193,11 +156,3 @@ class FewShotModel:
             InputError: a missing or damaged file, or one of another bundle.
         """
         return AdaptedModel(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
-
-    def check(self) -> float:
-        """Run the bundle's golden cases here and return the largest absolute deviation.
-
-        Raises:
-            InputError: a deviation beyond a case's tolerance, or golden files that cannot be used.
-        """
-        return check_golden(self.bundle, **self._options)

@@ -3,7 +3,6 @@
 Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import numpy.typing as npt
 
 from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
-from reptile.runtime.bundle import Bundle, open_bundle
-from reptile.runtime.golden import check_golden
+from reptile.runtime.bundle import Bundle
 from reptile.runtime.inputs import check_points
+from reptile.runtime.opened import OpenedBundle
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
 _CHUNK = 4096  # inputs a run: bounds memory; they do not depend on one another
@@ -66,47 +65,17 @@ class AdaptedRegressor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FewShotRegressor:
+class FewShotRegressor(OpenedBundle):
     """A regressor's bundle opened in ONNX Runtime; made by `FewShotRegressor.load`.
 
     Immutable; threads may share it and adapt at the same time, as ONNX Runtime's sessions allow.
     """
 
-    bundle: Bundle
-    _adapt: Any
-    _predict: Any
-    _options: dict[str, Any]
+    kind = "regression"
+    others = "names classes and predicts no values: open it with FewShotModel"
 
     def __repr__(self) -> str:
         return f"FewShotRegressor({str(self.bundle.folder)!r}, outputs={self.outputs})"
-
-    @classmethod
-    def load(
-        cls, bundle: str | Path, *, threads: int = 1, providers: Sequence[str] | None = None
-    ) -> "FewShotRegressor":
-        """Check every file of a bundle against its manifest and open it.
-
-        Args:
-            bundle: the folder that holds manifest.json.
-            threads: threads one call may use; calls from several threads each use as many.
-            providers: ONNX Runtime's execution providers by preference; None means CPU.
-
-        Raises:
-            InputError: a damaged or unknown bundle, one that names classes, or no usable ONNX
-                Runtime.
-        """
-        opened = open_bundle(Path(bundle))
-        if opened.kind != "regression":
-            raise InputError(
-                f"{bundle} names classes and predicts no values: open it with FewShotModel.load"
-            )
-        options: dict[str, Any] = {"threads": threads, "providers": providers}
-        return cls(
-            opened,
-            opened.open("adapt", **options),
-            opened.open("predict_adapted", **options),
-            options,
-        )
 
     @property
     def outputs(self) -> int:
@@ -117,11 +86,6 @@ class FewShotRegressor:
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of every input; (1, 1, 1) for single numbers."""
         return self.bundle.image_shape
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The bundle's manifest.json as it stands."""
-        return self.bundle.manifest
 
     def adapt(
         self,
@@ -163,11 +127,3 @@ class FewShotRegressor:
             InputError: a missing or damaged file, or one of another bundle.
         """
         return AdaptedRegressor(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
-
-    def check(self) -> float:
-        """Run the bundle's golden cases here and return the largest absolute deviation.
-
-        Raises:
-            InputError: a deviation beyond a case's tolerance, or golden files that cannot be used.
-        """
-        return check_golden(self.bundle, **self._options)

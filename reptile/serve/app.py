@@ -32,7 +32,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reptile import __version__
-from reptile.errors import InputError
+from reptile.errors import DivergedError, InputError
 from reptile.images import decode, fit
 from reptile.runtime import FewShotModel
 from reptile.serve.guard import Guard
@@ -45,7 +45,7 @@ from reptile.serve.protocol import (
     read_inputs,
     write_outputs,
 )
-from reptile.serve.service import NotFiniteError, Service, UnknownError
+from reptile.serve.service import Service, UnknownError
 from reptile.serve.settings import ServeSettings
 from reptile.serve.store import TaughtTask
 from reptile.serve.workers import BusyError
@@ -238,12 +238,8 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         return JSONResponse({"error": text}, status, headers)
 
     async def bad_input(request: Request, error: InputError) -> Response:
-        if "diverged" in str(error):
+        if isinstance(error, DivergedError):
             diverged.inc()
-        return answer(422, str(error))
-
-    async def not_finite(request: Request, error: NotFiniteError) -> Response:
-        diverged.inc()
         return answer(422, str(error))
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -269,7 +265,6 @@ def _handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
 
     for kind, handler in (
         (InputError, bad_input),
-        (NotFiniteError, not_finite),
         (RequestValidationError, invalid),
         (BusyError, busy),
         (TimeoutError, late),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reptile.errors import InputError
+from reptile.errors import DivergedError, InputError
 from reptile.runtime import AdaptedModel, FewShotModel
 from reptile.runtime.bundle import TensorType
 from reptile.runtime.inputs import check_images, check_learning_rate
@@ -23,10 +23,6 @@ TASK = "task-"  # a taught task's model is called so, then its id
 
 class UnknownError(Exception):
     """There is no such model or task."""
-
-
-class NotFiniteError(Exception):
-    """The numbers of a run are no longer finite."""
 
 
 class Service:
@@ -121,7 +117,7 @@ class Service:
         """Run a model on tensors of its types and shapes.
 
         Raises:
-            UnknownError, BusyError, TimeoutError, NotFiniteError, InputError: see there.
+            UnknownError, BusyError, TimeoutError, DivergedError, InputError: see there.
         """
         for tensor in ("images", "support_images", "query_images"):
             if tensor in feeds:
@@ -137,7 +133,7 @@ class Service:
         )
         results = dict(zip(outputs, found, strict=True))
         if not all(np.isfinite(array).all() for array in results.values()):
-            raise NotFiniteError(
+            raise DivergedError(
                 "the adaptation diverged: its numbers are no longer finite; "
                 "lower learning_rate or give fewer steps"
             )

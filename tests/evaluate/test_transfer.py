@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
     draw_letters(folder / "letters")
     shutil.copytree(folder / "letters", folder / "signs")
-    return tuple(make_run(folder / name, folder / f"run-{name}") for name in ("letters", "signs"))  # type: ignore[return-value]
+    return tuple(make_run(folder / name, folder / f"run-{name}") for name in ("letters", "signs"))
 
 
 def cells(output: Path) -> dict[tuple[str, str, str, str], float]:

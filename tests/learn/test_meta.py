@@ -69,7 +69,7 @@ class Transcription:
                 p *= o.weight_decay
         self.net.zero_grad()
         loss = F.cross_entropy(self.net(self.images[rows]), torch.from_numpy(labels))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.t += 1
         with torch.no_grad():
             for p, v in zip(self.params, self.v, strict=True):

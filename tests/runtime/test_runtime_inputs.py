@@ -90,7 +90,7 @@ BAD_LABELS = {
 def test_bad_labels_are_refused(model: FewShotModel, images: np.ndarray, name: str) -> None:
     labels, words = BAD_LABELS[name]
     with pytest.raises(InputError, match=words):
-        model.adapt(images, labels)  # type: ignore[arg-type]
+        model.adapt(images, labels)
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import make_checkpoint, write_bundle
 from PIL import Image
 from starlette.testclient import TestClient
 
+from reptile.config import ModelSettings, OptimizerSettings
+from reptile.data.prepared import PreparedData
 from reptile.runtime import FewShotModel
+from reptile.serve.app import make_app
+from reptile.serve.settings import ServeSettings
 
 
 def png(image: np.ndarray) -> bytes:
@@ -169,7 +174,7 @@ def test_a_full_queue_and_a_deadline_are_answered_at_once(serve, support: tuple)
 
     def run() -> None:
         images, labels = support
-        body = {"images": images.tolist(), "labels": labels, "steps": 60}
+        body = {"images": images.tolist(), "labels": labels, "learning_rate": 100, "steps": 60}
         answers.append(client.post("/tasks", json=body))
 
     threads = [threading.Thread(target=run) for _ in range(6)]
@@ -247,14 +252,21 @@ def test_bad_values_are_refused_in_one_sentence(
 
 
 def test_a_diverging_adaptation_is_refused_counted_and_not_kept(
-    client: TestClient, support: tuple
+    data: PreparedData, support: tuple, tmp_path: Path
 ) -> None:
+    # Four layers by plain SGD: each makes the next one's gradient larger.
+    deep = ModelSettings(name="mlp", hidden=(32, 32, 32, 32))
+    plain = OptimizerSettings(name="sgd", learning_rate=0.01)
+    checkpoint = make_checkpoint(deep, data.image_shape, plain)
+    write_bundle(tmp_path / "bundle", data, checkpoint)
+    app = make_app(FewShotModel.load(tmp_path / "bundle"), ServeSettings())
     images, labels = support
-    body = {"images": images.tolist(), "labels": labels, "learning_rate": 99, "steps": 60}
-    answer = client.post("/tasks", json=body)
-    if answer.status_code == 422:
-        assert "diverged" in answer.json()["error"]
+    with TestClient(app) as client:
+        body = {"images": images.tolist(), "labels": labels, "learning_rate": 100, "steps": 60}
+        answer = client.post("/tasks", json=body)
+        assert answer.status_code == 422 and "diverged" in answer.json()["error"]
         assert "reptile_not_finite_total 1.0" in client.get("/metrics").text
+        assert client.get("/tasks").json() == {"tasks": []}
 
 
 def test_only_the_bundle_s_own_files_are_given_out(client: TestClient, exported: Path) -> None:

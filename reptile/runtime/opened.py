@@ -1,0 +1,68 @@
+"""What all opened bundles have in common, whatever they are adapted to.
+
+What a task is, and what is said of it, is `model`'s and `regressor`'s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from reptile.errors import InputError
+from reptile.runtime.bundle import Bundle, open_bundle
+from reptile.runtime.golden import check_golden
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OpenedBundle:
+    """A bundle opened in ONNX Runtime; immutable, and threads may share it."""
+
+    bundle: Bundle
+    _adapt: Any
+    _predict: Any
+    _options: dict[str, Any]
+
+    kind: ClassVar[str]
+    """Of the bundles that a class opens."""
+    others: ClassVar[str]
+    """What to say of bundles of the other kind."""
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, *, threads: int = 1, providers: Sequence[str] | None = None
+    ) -> Self:
+        """Check every file of a bundle against its manifest and open it.
+
+        Args:
+            bundle: the folder that holds manifest.json.
+            threads: threads one call may use; calls from several threads each use as many.
+            providers: ONNX Runtime's execution providers by preference; None means CPU. Others
+                have not been verified on hardware.
+
+        Raises:
+            InputError: a damaged or unknown bundle, one of the other kind, a provider that does
+                not start, or no usable ONNX Runtime.
+        """
+        opened = open_bundle(Path(bundle))
+        if opened.kind != cls.kind:
+            raise InputError(f"{bundle} {cls.others}.load")
+        options: dict[str, Any] = {"threads": threads, "providers": providers}
+        return cls(
+            opened,
+            opened.open("adapt", **options),
+            opened.open("predict_adapted", **options),
+            options,
+        )
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The bundle's manifest.json as it stands."""
+        return self.bundle.manifest
+
+    def check(self) -> float:
+        """Run the bundle's golden cases here and return the largest absolute deviation.
+
+        Raises:
+            InputError: a deviation beyond a case's tolerance, or golden files that cannot be used.
+        """
+        return check_golden(self.bundle, **self._options)
