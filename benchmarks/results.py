@@ -29,16 +29,34 @@ class Point(BaseModel):
     x: float
 
 
-class Line(BaseModel):
-    """One thing that was timed, beside its baseline if it has one."""
+class Compared(BaseModel):
+    """What was measured beside a baseline, if it has one."""
 
     model_config = ConfigDict(frozen=True)
 
     label: str
+    ratios: tuple[float, ...] = ()  # to the baseline, one a round; empty for a baseline
+    limit: float | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratio(self) -> Spread | None:
+        """Quartiles of the rounds' own ratios, which is not the ratio of the medians."""
+        return Spread.of(self.ratios) if self.ratios else None
+
+    def keeps_limit(self, at_least: bool) -> bool | None:
+        """Whether the median ratio is at least the limit, or at most; None without either."""
+        if self.limit is None or self.ratio is None:
+            return None
+        keeps = operator.ge if at_least else operator.le
+        return bool(keeps(self.ratio.median, self.limit))
+
+
+class Line(Compared):
+    """One thing that was timed."""
+
     milliseconds: tuple[float, ...]  # one a round
     comparison: Comparison = "speed"
-    ratios: tuple[float, ...] = ()  # to the baseline, one a round; empty for a baseline
-    limit: float | None = None  # the least speed, or the most slowdown or share
     tasks: int | None = None  # adapted to in one timing
     point: Point | None = None
 
@@ -47,12 +65,6 @@ class Line(BaseModel):
     def time(self) -> Spread:
         """Quartiles of the milliseconds."""
         return Spread.of(self.milliseconds)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def ratio(self) -> Spread | None:
-        """Quartiles of the rounds' own ratios, which is not the ratio of the medians."""
-        return Spread.of(self.ratios) if self.ratios else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -71,11 +83,8 @@ class Line(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def within_limit(self) -> bool | None:
-        """Whether the median ratio keeps its limit."""
-        if self.limit is None or self.ratio is None:
-            return None
-        keeps = operator.ge if self.comparison == "speed" else operator.le
-        return bool(keeps(self.ratio.median, self.limit))
+        """Whether the median ratio keeps its limit: the least speed, the most slowdown or share."""
+        return self.keeps_limit(at_least=self.comparison == "speed")
 
 
 class Row(BaseModel):

@@ -6,7 +6,6 @@ Starts a real server and stops it. What is measured, and how to read it: docs/lo
 """
 
 import io
-import operator
 import sys
 import time
 from collections import defaultdict
@@ -28,9 +27,8 @@ from rich.table import Table
 
 from benchmarks.load import Clients, Load, Order
 from benchmarks.machine import Machine, OtherWork, describe_machine
-from benchmarks.results import OTHERS
+from benchmarks.results import OTHERS, Compared
 from benchmarks.server import HOST, Server, json_request, multipart, raw_request
-from benchmarks.timing import Spread
 from reptile.errors import InputError
 from reptile.files import write_json
 from reptile.runtime import AdaptedModel, FewShotModel
@@ -61,12 +59,9 @@ class Effort(NamedTuple):
 FULL, QUICK = Effort(rounds=3, seconds=3.0, warm_up=0.5, steps=None), Effort(1, 0.3, 0.1, steps=1)
 
 
-class Line(BaseModel):
+class Line(Compared):
     """One thing that was done over and over; the same in every round."""
 
-    model_config = ConfigDict(frozen=True)
-
-    label: str
     clients: int
     per_second: tuple[float, ...]  # one a round
     p99s: tuple[float, ...]  # milliseconds, one a round
@@ -78,24 +73,13 @@ class Line(BaseModel):
     broken: int  # connections that ended without an answer
     client_microseconds: float | None  # CPU time of the clients themselves for each answer
     ratio_to: str | None = None
-    ratios: tuple[float, ...] = ()  # one a round
-    limit: float | None = None
     limit_is_most: bool = False
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def ratio(self) -> Spread | None:
-        """Quartiles of the rounds' own ratios."""
-        return Spread.of(self.ratios) if self.ratios else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def within_limit(self) -> bool | None:
         """Whether the median ratio keeps its limit."""
-        if self.limit is None or self.ratio is None:
-            return None
-        keeps = operator.lt if self.limit_is_most else operator.ge
-        return bool(keeps(self.ratio.median, self.limit))
+        return self.keeps_limit(at_least=not self.limit_is_most)
 
 
 class LoadResults(BaseModel):
@@ -367,7 +351,7 @@ def markdown(results: LoadResults) -> str:
 def _cells(line: Line) -> tuple[str, ...]:
     refused = line.statuses.get("429", 0)
     ratio = f"{line.ratio.median:.2f} ({line.ratio_to})" if line.ratio else ""
-    limit = "" if line.limit is None else f"{'<' if line.limit_is_most else '≥'} {line.limit:g}"
+    limit = "" if line.limit is None else f"{'≤' if line.limit_is_most else '≥'} {line.limit:g}"
     return (
         line.label,
         str(line.clients),

@@ -16,6 +16,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from bundles import make_checkpoint, write_bundle
 from patterns import make_data
 
 from reptile.config import (
@@ -28,11 +29,7 @@ from reptile.config import (
 from reptile.data.glyphs import write_glyphs
 from reptile.data.prepare import prepare
 from reptile.export.bundle import export_bundle
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.inner import fresh_state
-from reptile.learn.meta import MetaState
 from reptile.learn.train import train
-from reptile.models import build_model, initialise
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -127,28 +124,8 @@ def colour_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on a bundle for colour images, not trained at all."""
     folder = tmp_path_factory.mktemp("colour")
     shape = (3, 12, 12)
-    data = make_data(shape)
-    settings = TrainSettings(model=ModelSettings(filters=8))
-    model = build_model(settings.model, settings.ways, shape)
-    weights = initialise(model, 0)
-    info = CheckpointInfo(
-        iteration=0,
-        settings=settings,
-        image_shape=shape,
-        dataset="patterns",
-        data_sha256="0" * 64,
-        splits_sha256="0" * 64,
-        code_sha256="0" * 64,
-        versions={},
-    )
-    export_bundle(
-        ExportSettings(name="colour"),
-        Checkpoint(model, MetaState(weights, fresh_state(weights)), info),
-        data,
-        {},
-        folder / "bundle",
-        protocol=EvaluateSettings(steps=50, batch=5),
-    )
+    checkpoint = make_checkpoint(ModelSettings(filters=8), shape)
+    write_bundle(folder / "bundle", make_data(shape), checkpoint)
     with serving(folder / "bundle", folder) as address:
         yield address
 
