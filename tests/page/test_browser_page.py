@@ -137,10 +137,14 @@ def test_both_modes_teach_the_same_task(open_page: OpenPage) -> None:
           ];
           const stroke = (a, b) => [[[a, 0.1], [b, 0.5], [a, 0.9]]];
           const draw = (a, b) => drawingPixels(stroke(a, b), models[0].imageShape);
-          const images = [draw(0.2, 0.8), draw(0.3, 0.9), draw(0.9, 0.1), draw(0.5, 0.5)];
+          const images = [
+            [0.2, 0.8], [0.3, 0.9], [0.25, 0.7],
+            [0.9, 0.1], [0.8, 0.2], [0.85, 0.15],
+            [0.5, 0.5], [0.45, 0.5], [0.55, 0.5],
+          ].map(([a, b]) => draw(a, b));
           const rows = [];
           for (const model of models) {
-            const task = await model.adapt(images, ["a", "a", "b", "c"], { steps: 10, seed: 3 });
+            const task = await model.adapt(images, [..."aaabbbccc"], { steps: 10, seed: 3 });
             const { probabilities } = await task.predict([draw(0.4, 0.7), draw(0.6, 0.55)]);
             rows.push([...task.losses, ...probabilities.flatMap((row) => [...row])]);
           }

@@ -124,9 +124,10 @@ def test_the_documented_page_learns_on_a_site_of_plain_files(
     pictures: dict[str, list[Path]] = {"cat": [], "dog": []}
     for name, paths in pictures.items():
         for i in range(4):
-            stripes = np.full((60, 60), 255, np.uint8)
-            stripes[10 + 2 * i : 50 : 14] = 0
-            image = Image.fromarray(stripes if name == "cat" else stripes.T)
+            bars = np.full((60, 60), 255, np.uint8)
+            for top in (10 + i, 38 + i):
+                bars[top : top + 6, 8:52] = 0
+            image = Image.fromarray(bars if name == "cat" else bars.T)
             paths.append(tmp_path / f"{name}{i}.png")
             image.save(paths[-1])
     page = open_page(own_site[1], allowed="favicon")
