@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from benchmarks.machine import ROOT
 from reptile.errors import InputError
 
@@ -187,6 +190,25 @@ def raw_request(
         *more,
     ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def binary_request(path: str, images: npt.NDArray[np.uint8], output: str) -> bytes:
+    """Return a whole HTTP/1.1 request of the Open Inference Protocol with a binary tensor."""
+    tensor = {
+        "name": "images",
+        "shape": images.shape,
+        "datatype": "UINT8",
+        "parameters": {"binary_data_size": images.nbytes},
+    }
+    wanted = {"name": output, "parameters": {"binary_data": True}}
+    told = json.dumps({"inputs": [tensor], "outputs": [wanted]}).encode()
+    return raw_request(
+        "POST",
+        path,
+        told + images.tobytes(),
+        "application/octet-stream",
+        [f"Inference-Header-Content-Length: {len(told)}"],
+    )
 
 
 def multipart(parts: Sequence[tuple[str, str, bytes]]) -> tuple[bytes, str]:

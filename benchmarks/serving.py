@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.load import Clients, Load, Order
 from benchmarks.machine import Machine, OtherWork, describe_machine
 from benchmarks.results import OTHERS, Compared
-from benchmarks.server import HOST, Server, json_request, multipart, raw_request
+from benchmarks.server import HOST, Server, binary_request, json_request, multipart, raw_request
 from reptile.errors import InputError
 from reptile.files import write_json
 from reptile.runtime import AdaptedModel, FewShotModel
@@ -137,12 +137,12 @@ def measure(bundle: Path, effort: Effort) -> LoadResults:
     images, labels = _support(model)
     loads: dict[tuple[str, int], list[Load]] = defaultdict(list)
     with Server(bundle) as server:
-        task = {"images": images.tolist(), "labels": labels}
-        taught = server.request("POST", "/tasks", task)
+        lesson = {"images": images.tolist(), "labels": labels}
+        taught = server.request("POST", "/tasks", lesson)
         if taught.status != 201:
             raise InputError(f"POST /tasks answered {taught.status}: {taught.body[:500]!r}")
-        place = f"/tasks/{taught.json()['id']}/predict"
-        works = _works(model, server.port, place, images, labels, effort)
+        task = taught.json()["id"]
+        works = _works(model, server.port, task, images, labels, effort)
         for done in range(effort.rounds):
             for work in works:
                 load = work.run()
@@ -170,21 +170,24 @@ def measure(bundle: Path, effort: Effort) -> LoadResults:
 
 DIRECT, DIRECT_ADAPT = "onnxruntime predicts in a loop", "onnxruntime adapts in a loop"
 PREDICT, PREDICT_PNG = "predict", "predict, a PNG file"
+PREDICT_BINARY = "predict, a binary tensor"
 PREDICT_BUSY, ADAPT = "predict while it adapts", "adapt"
 
 
 def _works(
     model: FewShotModel,
     port: int,
-    place: str,
+    task: str,
     images: npt.NDArray[np.uint8],
     labels: list[str],
     effort: Effort,
 ) -> list[_Work]:
+    place = f"/tasks/{task}/predict"
     predict = json_request("POST", place, {"images": images[:1].tolist()})
+    predict_binary = binary_request(f"/v2/models/task-{task}/infer", images[:1], "probabilities")
     predict_png = raw_request("POST", place, *multipart([("image", "a.png", _png(images[0]))]))
-    task = {"images": images.tolist(), "labels": labels, "steps": effort.steps}
-    adapt = json_request("POST", "/tasks", task)
+    lesson = {"images": images.tolist(), "labels": labels, "steps": effort.steps}
+    adapt = json_request("POST", "/tasks", lesson)
 
     def order(request: bytes, clients: int, more: float = 0.0) -> Order:
         return Order(
@@ -215,6 +218,7 @@ def _works(
     return [
         _Work(DIRECT, 1, lambda: _loop(_direct(model, adapted, images[:1]), effort)),
         *(_Work(PREDICT, n, over_http(predict, n)) for n in CLIENTS),
+        _Work(PREDICT_BINARY, CLIENTS[-1], over_http(predict_binary, CLIENTS[-1])),
         _Work(PREDICT_PNG, CLIENTS[-1], over_http(predict_png, CLIENTS[-1])),
         *(_Work(PREDICT_BUSY, n, while_adapting(n)) for n in CLIENTS),
         _Work(DIRECT_ADAPT, 1, lambda: _loop(adapt_directly, effort)),
@@ -249,7 +253,7 @@ def _line(label: str, clients: int, loads: dict[tuple[str, int], list[Load]]) ->
             answers[status] += count
     p50, p95, p99 = np.percentile(pooled, (50, 95, 99))
     ratio: dict[str, Any] = {}
-    if label in (PREDICT, PREDICT_PNG):
+    if label in (PREDICT, PREDICT_BINARY, PREDICT_PNG):
         ratio = _ratio("rate, to direct", own, loads[DIRECT, 1], lambda load: load.per_second)
         if clients == CLIENTS[-1]:
             ratio["limit"] = SHARE_OF_DIRECT

@@ -6,6 +6,7 @@ Turns requests into calls of `service` and its errors into answers; decides noth
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from inspect import isawaitable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -15,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
-from starlette.routing import Match, Route
+from starlette.routing import Route, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -89,36 +90,37 @@ Endpoint = Callable[..., Awaitable[Response]]
 class _Shortcut:
     """Answers some POSTs without FastAPI's work, which takes longer than a prediction.
 
-    Its document describes them: it has the same endpoints.
+    Its document describes them: it has the same endpoints, and handles their errors.
     """
 
     def __init__(self, app: FastAPI, endpoints: Mapping[str, Endpoint]) -> None:
         self._app = app
         self._routes = [
-            Route(path, self._plain(endpoint), methods=["POST"])
+            (compile_path(path)[0], Route(path, endpoint), endpoint)
             for path, endpoint in endpoints.items()
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] == "http" and scope["method"] == "POST":
-            for route in self._routes:
-                match, found = route.matches(scope)
-                if match is Match.FULL:
-                    handlers = self._app.exception_handlers
-                    scope.update(found)
+            for pattern, route, endpoint in self._routes:
+                if found := pattern.match(scope["path"]):
                     scope["app"], scope["route"] = self._app, route
-                    scope["starlette.exception_handlers"] = (handlers, {})
-                    await route.handle(scope, receive, send)
+                    request = Request(scope, receive)
+                    try:
+                        response = await endpoint(request=request, **found.groupdict())
+                    except Exception as error:
+                        response = await self._refuse(request, error)
+                    await response(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
-    @staticmethod
-    def _plain(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-        async def plain(request: Request) -> Response:
-            return await endpoint(request=request, **request.path_params)
-
-        return plain
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        for kind in type(error).__mro__[: -len(Exception.__mro__)]:
+            if handler := self._app.exception_handlers.get(kind):
+                answered = handler(request, error)
+                return await answered if isawaitable(answered) else answered
+        raise error
 
 
 class _Measures:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from reptile.errors import InputError
 from reptile.images import decode, fit
@@ -43,15 +44,23 @@ def described_body(kinds: dict[str, type[BaseModel] | None]) -> dict[str, Any]:
 
 async def json_body(request: Request, service: Service) -> bytes:
     """Return a body that is JSON, bounded in size."""
-    size, most = 0, service.settings.max_json_bytes
-    parts = []
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise HTTPException(
-                413, f"JSON of more than {most} bytes: send image files as a form, or fewer images"
-            )
-        parts.append(part)
+    body, most = await whole_body(request), service.settings.max_json_bytes
+    if len(body) > most:
+        raise HTTPException(
+            413, f"JSON of more than {most} bytes: send image files as a form, or fewer images"
+        )
+    return body
+
+
+async def whole_body(request: Request) -> bytes:
+    """Return a body, which the guard has bounded; Request.body does the same more slowly."""
+    parts, more = [], True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
     return b"".join(parts)
 
 

@@ -15,8 +15,9 @@ HEAD_BYTES = 2**15
 class Connection(HttpToolsProtocol):
     """Closes when a request's head is late or long; what has begun is answered as ever."""
 
-    _timer: asyncio.TimerHandle | None = None
+    _since: float | None = None  # when it began to wait for a head
     _head = 0  # bytes of a head that is not complete
+    _timer: asyncio.TimerHandle | None = None  # one for many heads: each costs as much as a head
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""
@@ -27,13 +28,14 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self._head_is_there()
+        if self._timer:
+            self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        if self._timer:
+        if self._since is not None:
             self._head += len(data)
             if self._head > HEAD_BYTES:
                 self.transport.close()
@@ -45,15 +47,20 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """See httptools."""
-        self._head_is_there()
+        self._since, self._head = None, 0
         super().on_headers_complete()
 
     def _expect_head(self) -> None:
-        self._head_is_there()
-        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self._since, self._head = self.loop.time(), 0
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
 
-    def _head_is_there(self) -> None:
-        self._head = 0
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+    def _check(self) -> None:
+        self._timer = None
+        if self._since is None:
+            return
+        left = self._since + HEAD_SECONDS - self.loop.time()
+        if left <= 0:
+            self.transport.close()
+        else:
+            self._timer = self.loop.call_later(left, self._check)

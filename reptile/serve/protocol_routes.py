@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from reptile import __version__
-from reptile.serve.bodies import apart, described_body, json_body, parse
+from reptile.serve.bodies import apart, described_body, json_body, parse, whole_body
 from reptile.serve.protocol import (
+    EXTENSIONS,
     InferenceRequest,
     InferenceResponse,
     ModelMetadata,
@@ -24,6 +24,14 @@ from reptile.serve.service import Service
 
 Array = npt.NDArray[Any]
 
+LENGTH = "inference-header-content-length"
+_LENGTH = {
+    "name": LENGTH,
+    "in": "header",
+    "description": "Bytes of the body that are JSON; the rest are binary tensors.",
+    "schema": {"type": "integer", "minimum": 0},
+}
+
 
 def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitable[Response]]]:
     """Return the routes, and the endpoint of `infer`."""
@@ -32,7 +40,7 @@ def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitabl
     @router.get("", responses=responses())
     async def server() -> ServerMetadata:
         """What serves."""
-        return ServerMetadata(name="reptile", version=__version__)
+        return ServerMetadata(name="reptile", version=__version__, extensions=list(EXTENSIONS))
 
     @router.get("/health/live", response_class=Response)
     async def live() -> Response:
@@ -61,26 +69,49 @@ def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitabl
     @router.post(
         "/models/{model}/infer",
         responses={200: {"model": InferenceResponse}, **responses(400, 404, 422, 429)},
-        openapi_extra=described_body({"application/json": InferenceRequest}),
+        openapi_extra={
+            **described_body({"application/json": InferenceRequest}),
+            "parameters": [_LENGTH],
+        },
     )
     async def infer(model: str, request: Request) -> Response:
-        """Run a model on tensors."""
+        """Run a model on tensors, as JSON or after it."""
         inputs, _ = service.tensors(model)
-        body = await json_body(request, service)
-        asked, feeds = await apart(len(body), lambda: _infer_request(body, inputs))
+        body, size = await _json_and_binary(request, service)
+
+        def read() -> tuple[InferenceRequest, dict[str, Array]]:
+            asked = parse(InferenceRequest, body[:size])
+            return asked, read_inputs(asked, inputs, memoryview(body)[size:])
+
+        asked, feeds = await apart(len(body), read)
         found = await service.infer(model, feeds)
         return await apart(
             sum(array.nbytes for array in found.values()),
-            lambda: _json(write_outputs(asked, model, found)),
+            lambda: _answer(*write_outputs(asked, model, found)),
         )
 
     return router, infer
 
 
-def _infer_request(body: bytes, inputs: Any) -> tuple[InferenceRequest, dict[str, Array]]:
-    asked = parse(InferenceRequest, body)
-    return asked, read_inputs(asked, inputs)
+async def _json_and_binary(request: Request, service: Service) -> tuple[bytes, int]:
+    """Return the body, and how many of its bytes are JSON."""
+    told = request.headers.get(LENGTH)
+    if told is None:
+        body = await json_body(request, service)
+        return body, len(body)
+    body, most = await whole_body(request), service.settings.max_json_bytes
+    size = int(told) if told.isascii() and told.isdecimal() and len(told) < 20 else -1
+    if not 0 <= size <= min(len(body), most):
+        raise HTTPException(
+            400,
+            f"{LENGTH} {told[:50]!r}: give the bytes of the JSON, at most {most} "
+            f"of the body's {len(body)}",
+        )
+    return body, size
 
 
-def _json(model: BaseModel) -> Response:
-    return Response(model.model_dump_json(), media_type="application/json")
+def _answer(json: bytes, binary: bytes) -> Response:
+    if not binary:
+        return Response(json, media_type="application/json")
+    headers = {LENGTH: str(len(json))}
+    return Response(json + binary, headers=headers, media_type="application/octet-stream")

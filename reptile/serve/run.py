@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +50,20 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
 
 
 def _log_as_json() -> None:
-    shared: list[Any] = [
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.add_log_level,
-        structlog.processors.format_exc_info,
-    ]
     structlog.configure(
-        processors=[*shared, structlog.processors.JSONRenderer(_json)],
+        processors=[_line],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            structlog.processors.JSONRenderer(_json), foreign_pre_chain=shared
-        )
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(lambda *event: _line(*event).decode()))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
-def _json(event: Any, **options: Any) -> str:
-    """Write a line of the log, several times faster than `json` does."""
-    return to_json(event, fallback=str).decode()
+def _line(logger: Any, level: str, event: Any) -> bytes:
+    """Write a line of the log; structlog's own processors take several times longer."""
+    event = structlog.processors.format_exc_info(logger, level, event)
+    return to_json(
+        {"timestamp": datetime.now(UTC).isoformat(), "level": level, **event}, fallback=str
+    )

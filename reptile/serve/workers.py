@@ -101,9 +101,10 @@ class Predictor:
             raise BusyError("too many images are waiting for a prediction", 1)
         self.images += len(images)
         try:
-            answer: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[Array] = loop.create_future()
             self._waiting.setdefault(model, []).append(_Waiting(images, answer))
-            self._start(model)
+            loop.call_soon(self._start, model)  # once all that has arrived by now is read
             return await answer
         finally:
             self.images -= len(images)

@@ -65,6 +65,7 @@ class Attacker:
         kinds: list[tuple[int, Callable[[random.Random], Case]]] = [
             (20, self._task),
             (20, self._inference),
+            (12, self._binary),
             (16, self._bytes_of_json),
             (12, self._picture),
             (8, self._form),
@@ -208,15 +209,39 @@ class Attacker:
                     del tensor["data"]
         body["id"] = rng.choice(("1", "", None, 7, "\0", HUGE[:300])) if rng.random() < 0.3 else "1"
         place = f"/v2/models/{model}/infer"
-        if rng.random() < 0.1:
-            length = rng.choice((0, 1, -1, 10**9, 10**30, "x"))
-            return self._json(
-                f"{model[:8]} {what}, binary",
-                place,
-                body,
-                f"Inference-Header-Content-Length: {length}",
-            )
         return self._json(f"{model[:8]} {what}", place, body)
+
+    def _binary(self, rng: random.Random) -> Case:
+        model, body = self.inference(rng)
+        after = b""
+        for tensor in body["inputs"]:
+            dtype = "<f4" if tensor["datatype"] == "FP32" else "<i8"
+            content = np.asarray(tensor.pop("data")).astype(dtype).tobytes()
+            match rng.randrange(8):
+                case 0:
+                    content = rng.randbytes(len(content))
+                case 1:
+                    content = content[: rng.randrange(len(content) + 1)]
+                case 2:
+                    content = pictures.mutated(rng, content)
+                case 3:
+                    tensor["data"] = rng.choice(NUMBERS)
+            size = len(content) if rng.random() < 0.9 else rng.choice(NUMBERS)
+            tensor["parameters"] = {"binary_data_size": size}
+            after += content
+        if rng.random() < 0.3:
+            body["parameters"] = {"binary_data_output": rng.choice((True, *NUMBERS))}
+        told = json.dumps(body).encode()
+        length = len(told)
+        if rng.random() < 0.2:
+            length = rng.choice((0, 1, -1, length - 1, length + 1, 10**9, 10**30, "x"))
+        return self._post(
+            f"{model[:8]} binary",
+            f"/v2/models/{model}/infer",
+            told + after,
+            "application/octet-stream",
+            f"Inference-Header-Content-Length: {length}",
+        )
 
     def _bytes_of_json(self, rng: random.Random) -> Case:
         if rng.random() < 0.5:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import make_checkpoint, write_bundle
+from httpx import Response
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -117,6 +118,100 @@ def test_models_describe_themselves_and_a_task_is_one(
     rows = [list(each["probabilities"].values()) for each in named["predictions"]]
     np.testing.assert_allclose(np.ravel(rows), answer["outputs"][0]["data"], atol=1e-6)
     assert client.get("/v2/models/none").status_code == 404
+
+
+def binary(inputs: dict[str, np.ndarray], **more: object) -> dict:
+    """A request whose tensors come after its JSON, as httpx sends it."""
+    kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8", "float64": "FP64"}
+    tensors = [
+        {
+            "name": name,
+            "shape": array.shape,
+            "datatype": kinds[str(array.dtype)],
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for name, array in inputs.items()
+    ]
+    told = json.dumps({"inputs": tensors, **more}).encode()
+    return {
+        "content": told + b"".join(array.tobytes() for array in inputs.values()),
+        "headers": {"inference-header-content-length": str(len(told))},
+    }
+
+
+def test_binary_tensors_give_what_json_gives(
+    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
+) -> None:
+    task = teach(client, support, steps=2)
+    place = f"/v2/models/task-{task['id']}/infer"
+    named = client.post(f"/tasks/{task['id']}/predict", json={"images": queries.tolist()}).json()
+    expected = [list(each["probabilities"].values()) for each in named["predictions"]]
+    for images in (queries, queries.astype(np.float32)):
+        answer = client.post(
+            place, **binary({"images": images}, parameters={"binary_data_output": True}, id="x")
+        )
+        told, after = parts(answer)
+        (output,) = told["outputs"]
+        assert "data" not in output and told["id"] == "x"
+        assert output["parameters"] == {"binary_data_size": 4 * len(queries) * 3}
+        found = np.frombuffer(after, "<f4").reshape(output["shape"])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    golden = json.loads((exported / "golden/golden.json").read_text())
+    case = next(case for case in golden["cases"] if case["graph"] == "few_shot")
+    inputs = {name: np.load(exported / "golden" / path) for name, path in case["inputs"].items()}
+    inputs["learning_rate"] = inputs["learning_rate"].reshape(1)
+    wanted = [{"name": "losses"}, {"name": "logits", "parameters": {"binary_data": True}}]
+    answer = client.post("/v2/models/few_shot/infer", **binary(inputs, outputs=wanted))
+    told, after = parts(answer)
+    losses, logits = told["outputs"]
+    assert len(losses["data"]) == len(inputs["batches"])
+    np.testing.assert_allclose(
+        np.frombuffer(after, "<f4").reshape(logits["shape"]),
+        np.load(exported / "golden" / case["outputs"]["logits"]),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+
+
+def parts(answer: Response) -> tuple[dict, bytes]:
+    """An answer's JSON and what comes after it."""
+    assert answer.status_code == 200, answer.text
+    size = int(answer.headers["inference-header-content-length"])
+    return json.loads(answer.content[:size]), answer.content[size:]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"size": 3}, 422, "images: 3 bytes of the binary_data_size 3 came"),
+        ({"size": 10**6}, 422, "came; the shape"),
+        ({"more": b"xyz"}, 422, "bytes after the JSON"),
+        ({"data": [1]}, 422, "give its values as data, or their binary_data_size"),
+        ({"length": "99999999"}, 400, "give the bytes of the JSON"),
+        ({"length": "-1"}, 400, "give the bytes of the JSON"),
+        ({"length": "1e3"}, 400, "give the bytes of the JSON"),
+        ({"length": "5"}, 400, "no JSON"),
+        ({"nan": True}, 422, "NaN"),
+    ],
+)
+def test_binary_tensors_that_lie_are_refused(
+    client: TestClient, queries: np.ndarray, change: dict, status: int, message: str
+) -> None:
+    pixels = queries.astype(np.float32)
+    if "nan" in change:
+        pixels[0, 0, 0, 0] = np.nan
+    size = change.get("size", pixels.nbytes)
+    tensor = {"name": "images", "shape": pixels.shape, "datatype": "FP32"}
+    tensor["parameters"] = {"binary_data_size": size}
+    told = json.dumps({"inputs": [tensor | {k: change[k] for k in ("data",) if k in change}]})
+    answer = client.post(
+        "/v2/models/predict/infer",
+        content=told.encode() + pixels.tobytes()[:size] + change.get("more", b""),
+        headers={"inference-header-content-length": change.get("length", str(len(told)))},
+    )
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
 
 
 def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
