@@ -38,7 +38,7 @@ class Compared(BaseModel):
     ratios: tuple[float, ...] = ()  # to the baseline, one a round; empty for a baseline
     limit: float | None = None
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def ratio(self) -> Spread | None:
         """Quartiles of the rounds' own ratios, which is not the ratio of the medians."""
@@ -60,13 +60,13 @@ class Line(Compared):
     tasks: int | None = None  # adapted to in one timing
     point: Point | None = None
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def time(self) -> Spread:
         """Quartiles of the milliseconds."""
         return Spread.of(self.milliseconds)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def tasks_per_second(self) -> float | None:
         """How many tasks are adapted to in a second, by the median."""
@@ -80,7 +80,7 @@ class Line(Compared):
         low, median, high = self.ratio
         return (high - low) / (1.0 if self.comparison == "share" else median)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def within_limit(self) -> bool | None:
         """Whether the median ratio keeps its limit: the least speed, the most slowdown or share."""
@@ -98,7 +98,7 @@ class Row(BaseModel):
     others: float | None = None  # share of the CPUs' time that went to other programs meanwhile
     seconds: float = 0.0
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def disturbed(self) -> bool:
         """Whether the figures are not to be relied on."""
@@ -122,7 +122,7 @@ class Results(BaseModel):
     quick: bool
     rows: tuple[Row, ...]
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def warnings(self) -> tuple[str, ...]:
         """Everything that forbids taking these figures for real."""

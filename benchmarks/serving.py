@@ -75,7 +75,7 @@ class Line(Compared):
     ratio_to: str | None = None
     limit_is_most: bool = False
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field
     @property
     def within_limit(self) -> bool | None:
         """Whether the median ratio keeps its limit."""

@@ -233,14 +233,15 @@ def _timed(engine: Engine, seconds: list[float]) -> Engine:
 
         return call
 
+    watched: Any = engine
     if isinstance(engine, NativeEngine):  # only the kernel: what is done for it is not the loop
         kernel = SimpleNamespace(
             reptile_adapt=timed(engine._kernel.reptile_adapt),
             reptile_predict=engine._kernel.reptile_predict,
         )
-        engine._kernel = kernel  # type: ignore[assignment]
+        watched._kernel = kernel
     else:
-        engine.adapt = timed(engine.adapt)  # type: ignore[method-assign]
+        watched.adapt = timed(engine.adapt)
     return engine
 
 

@@ -65,7 +65,7 @@ def summarise(
 
 
 @component
-def tabulate(rows: list, table: Output[Markdown]) -> None:  # type: ignore[type-arg]
+def tabulate(rows: list[str], table: Output[Markdown]) -> None:
     """Put the rows of all measured points into one table, % ± 95 % interval."""
     from pathlib import Path
 

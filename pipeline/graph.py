@@ -57,7 +57,7 @@ def reptile(
     evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
     export_settings: str = _SETTINGS.export.model_dump_json(),
     verify_settings: str = _SETTINGS.verify.model_dump_json(),
-    points: list[str] = list(POINTS),  # noqa: B006 - KFP reads it, nothing changes it
+    points: list[str] = list(POINTS),
     work: str = WORK,
     work_volume: str = "reptile-work",
     data_secret: str = "reptile-data",
@@ -65,8 +65,8 @@ def reptile(
     accelerators: str = "0",
     cpu: str = "4",
     memory: str = "8Gi",
-    node_selector: dict[str, str] = {},  # noqa: B006
-    tolerations: list[dict[str, Any]] = [],  # noqa: B006
+    node_selector: dict[str, str] = {},
+    tolerations: list[dict[str, Any]] = [],
 ) -> None:
     """Fetch, prepare, train, evaluate, and export what passes the gate.
 

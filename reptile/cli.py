@@ -97,7 +97,7 @@ def prepare(
     folder = artifacts / "prepared"
     with _counting("preparing") as count:
         data = stages.prepare(settings.prepare, folder, count)
-    sizes = {split: len(data.split(split).start) for split in ("train", "validation", "test")}
+    sizes = {split: len(data.split(split).starts) for split in ("train", "validation", "test")}
     what = "points" if data.values else f"images of {data.image_shape}"
     console.print(
         f"{data.name}: {len(data.images):,} {what} in {folder}; classes: "

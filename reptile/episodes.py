@@ -54,9 +54,9 @@ def sample_rows(
         rows [tasks, ways, images]: row w of a task holds images of the class that gets label w, so
         each call is also a fresh random map from classes to labels.
     """
-    chosen = _distinct(rng, np.full(tasks, len(classes.start)), ways)
-    picks = _distinct(rng, classes.count[chosen].ravel(), images)
-    return np.asarray(classes.start[chosen][..., None] + picks.reshape(tasks, ways, images))
+    chosen = _distinct(rng, np.full(tasks, len(classes.starts)), ways)
+    picks = _distinct(rng, classes.counts[chosen].ravel(), images)
+    return np.asarray(classes.starts[chosen][..., None] + picks.reshape(tasks, ways, images))
 
 
 def _distinct(rng: np.random.Generator, ends: IntArray, size: int) -> IntArray:
@@ -101,14 +101,14 @@ def targets(classes: ClassRange, rows: IntArray) -> Targets:
 
 def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
     """Refuse a split that cannot give a task of `ways` classes with `images` images each."""
-    if len(classes.start) < ways:
+    if len(classes.starts) < ways:
         raise InputError(
-            f"{what}: {len(classes.start)} classes cannot make a {ways}-way task; "
+            f"{what}: {len(classes.starts)} classes cannot make a {ways}-way task; "
             "lower the ways or hold out more classes"
         )
-    if classes.count.min() < images:
+    if classes.counts.min() < images:
         raise InputError(
-            f"{what}: a class has {classes.count.min()} images and a task needs {images} of each; "
+            f"{what}: a class has {classes.counts.min()} images and a task needs {images} of each; "
             "lower the shots or queries"
         )
 

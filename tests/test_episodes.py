@@ -84,8 +84,8 @@ def test_every_image_and_class_is_as_likely(data: PreparedData) -> None:
     classes = data.split("train")
     rng = np.random.default_rng(0)
     rows = sample_rows(rng, classes, 4000, 5, 3).ravel()
-    counts = np.bincount(rows, minlength=classes.count.sum())
-    expected = len(rows) / classes.count.sum()
+    counts = np.bincount(rows, minlength=classes.counts.sum())
+    expected = len(rows) / classes.counts.sum()
     # Means of 240 cells, each within five standard deviations of a Poisson count.
     assert np.abs(counts[counts > 0] - expected).max() < 5 * expected**0.5
 

@@ -33,10 +33,10 @@ CROSS_DOMAIN_FOLDER = "cross_domain"
 
 
 class ClassRange(NamedTuple):
-    """Where the images of some classes lie: rows start[k] to start[k] + count[k]."""
+    """Where the images of some classes lie: rows starts[k] to starts[k] + counts[k]."""
 
-    start: IntArray  # [K]
-    count: IntArray  # type: ignore[assignment]  # [K]; hides tuple.count, which nobody needs
+    starts: IntArray  # [K]
+    counts: IntArray  # [K]
     targets: Values | None = None  # [N, outputs] of all rows, where a task is to predict them
 
 

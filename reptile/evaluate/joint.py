@@ -34,7 +34,7 @@ def train_jointly(
     classes = data.split("train")
     assert classes.targets is not None
     rows = np.concatenate(
-        [np.arange(a, a + n) for a, n in zip(classes.start, classes.count, strict=True)]
+        [np.arange(a, a + n) for a, n in zip(classes.starts, classes.counts, strict=True)]
     )
     nothing = np.empty(0, dtype=np.int64)
     rng = random_stream(settings.seed, Purpose.JOINT)

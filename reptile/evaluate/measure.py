@@ -151,7 +151,7 @@ class Evaluation:
     @property
     def fewest_classes(self) -> str:
         """The dataset of which a confusion matrix is easiest to read."""
-        return min(self.data, key=lambda name: len(self.data[name].split("test").start))
+        return min(self.data, key=lambda name: len(self.data[name].split("test").starts))
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:

@@ -149,8 +149,8 @@ class _Subject:
         classes, ways = self.data.split("test"), self.checkpoint.info.settings.ways
         rng = random_stream(self.settings.seed, Purpose.VERIFY, size, number)
         labels = np.arange(size) % ways
-        chosen = rng.permutation(len(classes.start))[:ways][labels]
-        rows = classes.start[chosen] + rng.integers(classes.count[chosen])
+        chosen = rng.permutation(len(classes.starts))[:ways][labels]
+        rows = classes.starts[chosen] + rng.integers(classes.counts[chosen])
         batches = mini_batches(rng, size, int(self.manifest["inner"]["batch"]), steps)
         targets = labels if self.data.targets is None else np.asarray(self.data.targets[rows])
         return SupportSet(np.asarray(self.data.images[rows]), targets, batches)

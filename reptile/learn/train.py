@@ -179,7 +179,7 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
 
 
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
-    name: Split = "validation" if data.split("validation").start.size else "train"
+    name: Split = "validation" if data.split("validation").starts.size else "train"
     classes = data.split(name)
     protocol = kind_of(data.values).validation._replace(ways=settings.ways)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")

@@ -3,20 +3,21 @@
 Turns requests into calls of `service` and its errors into answers; decides nothing else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from inspect import isawaitable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
-from starlette.routing import Route, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,6 +34,7 @@ from reptile.serve.task_routes import Queries, Support, task_routes
 
 PAGE = Path(str(files("reptile.serve"))) / "page"
 ORT = Path(str(files("reptile.serve"))) / "ort"
+PREDICTIONS = ("/v2/models/{model}/infer", "/tasks/{task_id}/predict")
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -67,9 +69,8 @@ def make_app(model: FewShotModel, settings: ServeSettings, token: str | None = N
     app.state.service = service
     if ORT.is_dir():
         app.mount("/ort", StaticFiles(directory=ORT))
-    protocol, infer = protocol_routes(service)
-    tasks, predict = task_routes(service)
-    for router in (protocol, tasks, _files(model)):
+    routers = (protocol_routes(service), task_routes(service), _files(model))
+    for router in routers:
         app.include_router(router)
     handle_errors(app, registry)
     registry.register(_Measures(service))
@@ -80,35 +81,30 @@ def make_app(model: FewShotModel, settings: ServeSettings, token: str | None = N
 
     _describe_bodies(app)
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
-    ways = {"/v2/models/{model}/infer": infer, "/tasks/{task_id}/predict": predict}
-    return Guard(_Shortcut(app, ways), settings, token, registry)
-
-
-Endpoint = Callable[..., Awaitable[Response]]
+    return Guard(_Shortcut(app, routers), settings, token, registry)
 
 
 class _Shortcut:
-    """Answers some POSTs without FastAPI's work, which takes longer than a prediction.
+    """Answers predictions without FastAPI's work, which takes longer than a prediction."""
 
-    Its document describes them: it has the same endpoints, and handles their errors.
-    """
-
-    def __init__(self, app: FastAPI, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(self, app: FastAPI, routers: Sequence[APIRouter]) -> None:
         self._app = app
         self._routes = [
-            (compile_path(path)[0], Route(path, endpoint), endpoint)
-            for path, endpoint in endpoints.items()
+            route
+            for router in routers
+            for route in router.routes
+            if isinstance(route, APIRoute) and route.path in PREDICTIONS
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] == "http" and scope["method"] == "POST":
-            for pattern, route, endpoint in self._routes:
-                if found := pattern.match(scope["path"]):
+            for route in self._routes:
+                if found := route.path_regex.match(scope["path"]):
                     scope["app"], scope["route"] = self._app, route
                     request = Request(scope, receive)
                     try:
-                        response = await endpoint(request=request, **found.groupdict())
+                        response = await route.endpoint(request=request, **found.groupdict())
                     except Exception as error:
                         response = await self._refuse(request, error)
                     await response(scope, receive, send)
@@ -116,7 +112,9 @@ class _Shortcut:
         await self._app(scope, receive, send)
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
-        for kind in type(error).__mro__[: -len(Exception.__mro__)]:
+        for kind in type(error).__mro__:
+            if kind is Exception:
+                break  # a fault, which the guard logs and answers
             if handler := self._app.exception_handlers.get(kind):
                 answered = handler(request, error)
                 return await answered if isawaitable(answered) else answered
@@ -169,6 +167,8 @@ def _files(model: FewShotModel) -> APIRouter:
 def _describe_bodies(app: FastAPI) -> None:
     """Add to the document what bodies look like that are read by hand."""
     written = app.openapi()
-    read = [(kind, "validation") for kind in (InferenceRequest, Queries, Support)]
-    _, definitions = models_json_schema(read, ref_template=SCHEMAS)  # type: ignore[arg-type]
+    read: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (kind, "validation") for kind in (InferenceRequest, Queries, Support)
+    ]
+    _, definitions = models_json_schema(read, ref_template=SCHEMAS)
     written["components"]["schemas"].update(definitions["$defs"])

@@ -17,7 +17,7 @@ class Connection(HttpToolsProtocol):
 
     _since: float | None = None  # when it began to wait for a head
     _head = 0  # bytes of a head that is not complete
-    _timer: asyncio.TimerHandle | None = None  # one for many heads: each costs as much as a head
+    _timer: asyncio.TimerHandle | None = None  # one for all heads
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""

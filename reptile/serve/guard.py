@@ -17,12 +17,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reptile.serve.refusals import FAULT
 from reptile.serve.settings import ServeSettings
 
 log = structlog.get_logger("reptile.serve")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-FAULT = "the server has a fault; its log says more"
 GONE = 499  # logged for a client that hung up while it sent
 # Answered without the token: a page is asked for by browsers, which have no place for one.
 OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")

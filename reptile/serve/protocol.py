@@ -1,6 +1,6 @@
 """The Open Inference Protocol, version 2: its JSON and its binary tensors, as arrays and back.
 
-Checks what the protocol says of tensors; what a graph says of its values is `models`' business.
+Checks what the protocol says of tensors; what a graph says of its values is `service`'s business.
 """
 
 import math

@@ -1,6 +1,5 @@
 """The routes of the Open Inference Protocol, version 2; its tensors are in `protocol`."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy.typing as npt
@@ -26,15 +25,16 @@ Array = npt.NDArray[Any]
 
 LENGTH = "inference-header-content-length"
 _LENGTH = {
-    "name": LENGTH,
-    "in": "header",
     "description": "Bytes of the body that are JSON; the rest are binary tensors.",
     "schema": {"type": "integer", "minimum": 0},
 }
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_BODY = described_body({"application/json": InferenceRequest})
+_BODY["requestBody"]["content"].update(_BINARY)
 
 
-def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitable[Response]]]:
-    """Return the routes, and the endpoint of `infer`."""
+def protocol_routes(service: Service) -> APIRouter:
+    """Return the routes."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", responses=responses())
@@ -68,10 +68,13 @@ def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitabl
 
     @router.post(
         "/models/{model}/infer",
-        responses={200: {"model": InferenceResponse}, **responses(400, 404, 422, 429)},
+        responses={
+            200: {"model": InferenceResponse, "content": _BINARY, "headers": {LENGTH: _LENGTH}},
+            **responses(400, 404, 422, 429),
+        },
         openapi_extra={
-            **described_body({"application/json": InferenceRequest}),
-            "parameters": [_LENGTH],
+            **_BODY,
+            "parameters": [{"name": LENGTH, "in": "header", **_LENGTH}],
         },
     )
     async def infer(model: str, request: Request) -> Response:
@@ -90,7 +93,7 @@ def protocol_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitabl
             lambda: _answer(*write_outputs(asked, model, found)),
         )
 
-    return router, infer
+    return router
 
 
 async def _json_and_binary(request: Request, service: Service) -> tuple[bytes, int]:

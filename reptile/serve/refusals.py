@@ -1,5 +1,6 @@
 """How the server refuses: its errors as answers, and how the document tells of them."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,6 +14,8 @@ from starlette.routing import compile_path
 from reptile.errors import DivergedError, InputError
 from reptile.serve.service import UnknownError
 from reptile.serve.workers import BusyError
+
+FAULT = "the server has a fault; its log says more"
 
 
 class Problem(BaseModel):
@@ -52,18 +55,19 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         return answer(404, str(error))
 
     async def failed(request: Request, error: Exception) -> Response:
-        return answer(500, "the server has a fault; its log says more")
+        return answer(500, FAULT)
 
-    for kind, handler in (
-        (InputError, bad_input),
-        (RequestValidationError, invalid),
-        (BusyError, busy),
-        (TimeoutError, late),
-        (HTTPException, http),
-        (UnknownError, unknown),
-        (Exception, failed),
-    ):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
+        InputError: bad_input,
+        RequestValidationError: invalid,
+        BusyError: busy,
+        TimeoutError: late,
+        HTTPException: http,
+        UnknownError: unknown,
+        Exception: failed,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
 
 
 def _allowed(app: FastAPI, path: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The task API: teach, list, forget, and name images. For people; models' tensors are elsewhere."""
 
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -79,8 +78,8 @@ class Predictions(BaseModel):
     predictions: list[NamedImage]
 
 
-def task_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitable[Response]]]:
-    """Return the routes, and the endpoint that predicts."""
+def task_routes(service: Service) -> APIRouter:
+    """Return the routes."""
     router = APIRouter(prefix="/tasks", tags=["Tasks"])
 
     def shown(task: TaughtTask) -> Task:
@@ -173,4 +172,4 @@ def task_routes(service: Service) -> tuple[APIRouter, Callable[..., Awaitable[Re
         ]
         return Response(to_json({"predictions": predictions}), media_type="application/json")
 
-    return router, predict
+    return router

@@ -83,11 +83,11 @@ def test_nothing_holds_the_value_of_a_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}"
+    "document",
+    [document for document in manifests() if document["apiVersion"] in CORE],
+    ids=lambda m: f"{m['kind']}-{m['metadata']['name']}",
 )
 def test_fields_are_those_of_the_kubernetes_api(document: dict[str, Any]) -> None:
-    if document["apiVersion"] not in CORE:
-        pytest.skip(f"{document['apiVersion']} is no part of Kubernetes itself")
     prefix = "".join(part.capitalize() for part in document["apiVersion"].split("/")[1:]) or "V1"
     assert unknown_fields(document, prefix + document["kind"]) == []
 

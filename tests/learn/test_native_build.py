@@ -26,11 +26,8 @@ def images(shape: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (60, *shape), dtype=np.uint8)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_auto_takes_the_native_engine_and_eager_stays_eager() -> None:
-    try:
-        build.load_kernel()
-    except BuildError as error:
-        pytest.skip(str(error))
     model, pixels = build_model(MLP, 5, (1, 15, 15)), images((1, 15, 15))
     assert make_engine("auto", model, SGD, pixels, CPU).name.startswith("native")
     assert make_engine("native", model, SGD, pixels, CPU).name.startswith("native")

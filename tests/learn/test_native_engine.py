@@ -13,7 +13,7 @@ from reptile.errors import InputError
 from reptile.learn.engine import Adapted, EagerEngine, one_by_one
 from reptile.learn.inner import InnerState, fresh_state
 from reptile.learn.meta import MetaState, meta_step
-from reptile.learn.native import BuildError, NativeEngine, build
+from reptile.learn.native import NativeEngine
 from reptile.models import Model, Objective, build_model, initialise, size
 
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05)
@@ -33,13 +33,7 @@ GRADIENT_TOLERANCE = 5e-6
 TRAJECTORY_TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> None:
-    """Build once; where there is no compiler the eager engine serves, and there is no test."""
-    try:
-        build.load_kernel()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def images(shape: tuple[int, int, int]) -> np.ndarray:

@@ -150,8 +150,8 @@ class KubeflowServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = _any  # noqa: N815
-
+        for verb in ("GET", "POST", "DELETE", "PUT", "PATCH"):
+            setattr(Handler, f"do_{verb}", Handler._any)
         return Handler
 
     def answer(self, request: BaseHTTPRequestHandler, body: bytes) -> Any:

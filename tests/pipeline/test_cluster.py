@@ -53,8 +53,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seed: int = 1,
         rate: float = 0.5,
         deep: bool = False,
-        shots: list = [1, 5],  # noqa: B006, RUF100
-        selector: dict = {},  # noqa: B006, RUF100
+        shots: list = [1, 5],
+        selector: dict = {},
     ) -> None:
         task = train(seed=seed)
         with dsl.If(task.output > 0.5):

@@ -56,6 +56,7 @@ class FakeRuntime:
 
     def __init__(self, starts: bool) -> None:
         self.starts, self.preloaded = starts, False
+        self.InferenceSession = self.open
 
     def get_available_providers(self) -> list[str]:
         return [CUDA, CPU]
@@ -63,9 +64,7 @@ class FakeRuntime:
     def preload_dlls(self) -> None:
         self.preloaded = True
 
-    def InferenceSession(  # noqa: N802
-        self, graph: bytes, options: Any, providers: list[str], enable_fallback: int
-    ) -> Any:
+    def open(self, graph: bytes, options: Any, providers: list[str], enable_fallback: int) -> Any:
         assert enable_fallback == 0 and self.preloaded == (CUDA in providers)
         return SimpleNamespace(get_providers=lambda: [CUDA, CPU] if self.starts else [CPU])
 

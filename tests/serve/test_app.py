@@ -13,12 +13,15 @@ from bundles import make_checkpoint, write_bundle
 from httpx import Response
 from PIL import Image
 from starlette.testclient import TestClient
+from structlog.testing import capture_logs
 
 from reptile.config import ModelSettings, OptimizerSettings
 from reptile.data.prepared import PreparedData
 from reptile.runtime import FewShotModel
 from reptile.serve.app import make_app
+from reptile.serve.refusals import FAULT
 from reptile.serve.settings import ServeSettings
+from reptile.serve.workers import Predictor
 
 
 def png(image: np.ndarray) -> bytes:
@@ -122,7 +125,7 @@ def test_models_describe_themselves_and_a_task_is_one(
 
 def binary(inputs: dict[str, np.ndarray], **more: object) -> dict:
     """A request whose tensors come after its JSON, as httpx sends it."""
-    kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8", "float64": "FP64"}
+    kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8"}
     tensors = [
         {
             "name": name,
@@ -212,6 +215,26 @@ def test_binary_tensors_that_lie_are_refused(
     )
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
+
+
+def test_a_fault_is_answered_in_one_sentence_and_logged(
+    serve, support: tuple, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve()
+    task = teach(client, support, steps=1)
+
+    async def fails(self: Predictor, *arguments: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr(Predictor, "predict", fails)
+    path = f"/tasks/{task['id']}/predict"
+    with capture_logs() as logged:
+        answer = client.post(path, json={"images": queries.tolist()}, headers={"x-request-id": "7"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "7")
+    assert answer.json() == {"error": FAULT}
+    failed, request = logged
+    assert failed["event"] == "failed" and failed["exc_info"] and failed["id"] == "7"
+    assert (request["event"], request["status"]) == ("request", 500)
 
 
 def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
