@@ -26,7 +26,7 @@ def pictures(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     test = data.split("test")
     (tmp_path / "new").mkdir()
-    for name, start in zip(NAMES, test.start, strict=False):
+    for name, start in zip(NAMES, test.starts, strict=False):
         (tmp_path / "support" / name).mkdir(parents=True)
         for number in range(10):
             folder = f"support/{name}" if number < 5 else "new"
@@ -73,7 +73,7 @@ def test_pictures_are_named_right(pictures: Path, classify: Run) -> None:
 def test_the_command_gives_what_the_runtime_gives_on_the_same_pixels(
     pictures: Path, classify: Run, exported: Path, data: PreparedData
 ) -> None:
-    starts = data.split("test").start[: len(NAMES)]
+    starts = data.split("test").starts[: len(NAMES)]
     support = np.concatenate([data.images[start : start + 5] for start in starts])
     adapted = FewShotModel.load(exported).adapt(support, np.repeat(NAMES, 5), steps=7, seed=3)
     expected = adapted.predict(np.concatenate([data.images[s + 5 : s + 10] for s in starts]))

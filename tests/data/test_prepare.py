@@ -113,7 +113,7 @@ def test_splits_depend_on_names_and_split_seed_only(tmp_path: Path) -> None:
 
 def test_held_out_classes_split_within_groups(folder: Path, tmp_path: Path) -> None:
     data = prepare(settings_of(folder, held_out="classes", rotations=False), tmp_path / "out")
-    counts = [len(data.split(split).start) for split in ("train", "validation", "test")]
+    counts = [len(data.split(split).starts) for split in ("train", "validation", "test")]
     assert counts == [6, 2, 2]
 
 
@@ -153,7 +153,7 @@ def test_cross_domain_sources_get_the_main_shape_and_only_a_test_split(
     digits = load_cross_domain(tmp_path / "out")["digits"]
     assert digits.image_shape == (3, 6, 6)
     assert {c.split for c in digits.classes} == {"test"}
-    assert len(digits.split("test").start) == 10
+    assert len(digits.split("test").starts) == 10
     assert len(digits.images) == 1797
 
 
@@ -252,8 +252,8 @@ def test_loading_gives_what_was_prepared_read_only(prepared: Path) -> None:
     assert isinstance(data.images, np.memmap)
     assert not data.images.flags.writeable
     split = data.split("train")
-    assert split.start.dtype == split.count.dtype == np.int64
-    assert split.count.sum() == 4 * 3 * CLASSES * IMAGES
+    assert split.starts.dtype == split.counts.dtype == np.int64
+    assert split.counts.sum() == 4 * 3 * CLASSES * IMAGES
 
 
 def damage_json(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:

@@ -52,7 +52,7 @@ def test_every_class_is_one_sinusoid_drawn_from_the_published_ranges(
 
 
 def test_splits_have_the_sizes_asked_for_and_share_no_sinusoid(sinusoids: PreparedData) -> None:
-    starts = [sinusoids.split(name).start for name in ("train", "validation", "test")]
+    starts = [sinusoids.split(name).starts for name in ("train", "validation", "test")]
     assert [len(start) for start in starts] == [20_000, 1_000, 4_000]
     assert len(np.unique(np.concatenate(starts))) == 25_000
 

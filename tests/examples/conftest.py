@@ -20,7 +20,7 @@ def taught(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
     """A copy of the bundle with one golden task, and as its logits those of the runtime."""
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     model = FewShotModel.load(bundle)
-    starts = data.split("test").start[: model.ways]
+    starts = data.split("test").starts[: model.ways]
     support = np.concatenate([data.images[start : start + 4] for start in starts])
     queries = np.concatenate([data.images[start + 4 : start + 9] for start in starts])
     labels = np.repeat(np.arange(model.ways), 4)

@@ -118,7 +118,7 @@ def test_golden_tensors_cover_every_graph_and_stay_small(exported: Path) -> None
 def test_the_runtime_adapts_and_predicts(exported: Path, data: PreparedData) -> None:
     model = FewShotModel.load(exported)
     assert model.check() < 1e-4
-    rows = data.split("test").start[1:4]
+    rows = data.split("test").starts[1:4]
     adapted = model.adapt(data.images[rows], ["a", "b", "c"], steps=60)
     assert adapted.predict(data.images[rows]).labels == ["a", "b", "c"]
 
