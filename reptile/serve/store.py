@@ -104,8 +104,11 @@ class TaskStore:
 
     def get(self, name: str) -> TaughtTask | None:
         """Return a task and mark it as used; None if there is none of this id."""
-        self._forget_old()
-        if task := self._tasks.get(name):
+        task = self._tasks.get(name)
+        if task and self.expires(task) < time.time():
+            self.remove(name)
+            return None
+        if task:
             self._tasks.move_to_end(name)
         return task
 

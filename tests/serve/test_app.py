@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import threading
 import time
@@ -13,12 +14,13 @@ from bundles import make_checkpoint, write_bundle
 from httpx import Response
 from PIL import Image
 from starlette.testclient import TestClient
-from structlog.testing import capture_logs
 
 from reptile.config import ModelSettings, OptimizerSettings
 from reptile.data.prepared import PreparedData
 from reptile.runtime import FewShotModel
+from reptile.runtime.model import softmax
 from reptile.serve.app import make_app
+from reptile.serve.journal import JsonLines
 from reptile.serve.refusals import FAULT
 from reptile.serve.settings import ServeSettings
 from reptile.serve.workers import Predictor
@@ -218,7 +220,11 @@ def test_binary_tensors_that_lie_are_refused(
 
 
 def test_a_fault_is_answered_in_one_sentence_and_logged(
-    serve, support: tuple, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    serve,
+    support: tuple,
+    queries: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     client = serve()
     task = teach(client, support, steps=1)
@@ -228,13 +234,17 @@ def test_a_fault_is_answered_in_one_sentence_and_logged(
 
     monkeypatch.setattr(Predictor, "predict", fails)
     path = f"/tasks/{task['id']}/predict"
-    with capture_logs() as logged:
-        answer = client.post(path, json={"images": queries.tolist()}, headers={"x-request-id": "7"})
+    caplog.set_level(logging.INFO, "reptile.serve")
+    caplog.clear()
+    answer = client.post(path, json={"images": queries.tolist()}, headers={"x-request-id": "7"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "7")
     assert answer.json() == {"error": FAULT}
-    failed, request = logged
-    assert failed["event"] == "failed" and failed["exc_info"] and failed["id"] == "7"
-    assert (request["event"], request["status"]) == ("request", 500)
+    records = [record for record in caplog.records if record.name.startswith("reptile.serve")]
+    lines = [json.loads(line) for each in records for line in JsonLines().format(each).split("\n")]
+    failed, request = lines
+    assert failed["event"] == "failed" and failed["id"] == "7"
+    assert "a secret of the inside" in failed["exception"]
+    assert (request["event"], request["id"], request["status"]) == ("request", "7", 500)
 
 
 def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
