@@ -62,14 +62,24 @@ class AdaptedModel:
         Raises:
             InputError: images of another shape, type or range.
         """
-        array = check_images(images, self.bundle.image_shape)
+        logits = self.logits(images)
         names = self.state.labels
-        probabilities = np.empty((len(array), len(names)), dtype=np.float32)
+        return Prediction([names[i] for i in logits.argmax(axis=1)], softmax(logits))
+
+    def logits(self, images: npt.ArrayLike) -> FloatArray:
+        """Return what `predict` takes the softmax of, float32 [N, names].
+
+        Raises:
+            InputError: as `predict`.
+        """
+        array = check_images(images, self.bundle.image_shape)
+        logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
         for start in range(0, len(array), _CHUNK):
             chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
-            (logits,) = self._session.run(["logits"], {"images": chunk, **self.state.weights})
-            probabilities[start : start + _CHUNK] = _softmax(logits[:, : len(names)])
-        return Prediction([names[i] for i in probabilities.argmax(axis=1)], probabilities)
+            (found,) = self._session.run(["logits"], {"images": chunk, **self.state.weights})
+            # The head's spare outputs never get any probability.
+            logits[start : start + _CHUNK] = found[:, : logits.shape[1]]
+        return logits
 
     def save(self, path: str | Path) -> None:
         """Write the adapted task to one file (safetensors format) for `load_adapted`.
@@ -81,8 +91,8 @@ class AdaptedModel:
         write_adapted(Path(path), self.state, self.bundle)
 
 
-def _softmax(logits: FloatArray) -> FloatArray:
-    """Share out probability among the outputs in use; the head's spare ones never get any."""
+def softmax(logits: FloatArray) -> FloatArray:
+    """Return probabilities [N, names]; every row sums to 1."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
 

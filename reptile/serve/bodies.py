@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -136,7 +135,7 @@ async def read_files(request: Request, service: Service) -> list[tuple[str, Arra
                 )
             image = decode(file[:200], content, min(left, settings.max_image_pixels))
             left -= image.width * image.height
-            found.append((name, fit(image, service.model.image_shape).astype(np.float32)))
+            found.append((name, fit(image, service.model.image_shape)))
         return found
 
     return await to_thread.run_sync(decoded, limiter=_few())

@@ -18,6 +18,7 @@ from reptile.serve.workers import Adapter, Predictor
 Array = npt.NDArray[Any]
 
 GRAPHS = ("few_shot", "predict")
+IMAGES = {"images", "support_images", "query_images"}  # inputs that hold pixels
 TASK = "task-"  # a taught task's model is called so, then its id
 
 
@@ -57,7 +58,7 @@ class Service:
         self.predictor.close()
 
     def images(self, values: Any) -> Array:
-        """Return images as float32 [N, C, H, W].
+        """Return images as uint8 or float32 [N, C, H, W].
 
         Raises:
             InputError: not images of this bundle, none, or too many.
@@ -67,7 +68,7 @@ class Service:
             raise InputError(
                 f"{len(images)} images: give 1 to {self.settings.max_images} in one request"
             )
-        return images.astype(np.float32)
+        return images.astype(np.float32 if images.dtype.kind == "f" else np.uint8)
 
     async def teach(self, images: Array, labels: list[Any], **options: Any) -> TaughtTask:
         """Adapt to a new task and keep it; once it returns, it survives a restart.
@@ -111,7 +112,10 @@ class Service:
         adapted = self._adapted(name)
         shape = (None, *self.model.image_shape)
         outputs = TensorType("float32", (None, len(adapted.labels)))
-        return {"images": TensorType("float32", shape)}, {"probabilities": outputs}
+        return {"images": TensorType("float32", shape)}, {
+            "probabilities": outputs,
+            "logits": outputs,
+        }
 
     async def infer(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run a model on tensors of its types and shapes.
@@ -119,12 +123,13 @@ class Service:
         Raises:
             UnknownError, BusyError, TimeoutError, DivergedError, InputError: see there.
         """
-        for tensor in ("images", "support_images", "query_images"):
-            if tensor in feeds:
-                feeds[tensor] = self.images(feeds[tensor])
+        for tensor in IMAGES & feeds.keys():
+            feeds[tensor] = self.images(feeds[tensor])
         if name not in GRAPHS:
-            adapted = self._adapted(name)
-            return {"probabilities": await self.predictor.predict(adapted, feeds["images"])}
+            named = await self.predictor.predict(self._adapted(name), feeds["images"])
+            return named._asdict()
+        for tensor in IMAGES & feeds.keys():
+            feeds[tensor] = feeds[tensor].astype(np.float32)
         if name == "few_shot":
             self._check_adaptation(feeds)
         outputs = list(self.model.bundle.graphs[name].outputs)

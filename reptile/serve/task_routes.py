@@ -161,13 +161,13 @@ def task_routes(service: Service) -> APIRouter:
         else:
             body = await json_body(request, service)
             images = await apart(len(body), lambda: service.images(parse(Queries, body).images))
+        found = await service.predictor.predict(task.model, images)
         labels = task.model.labels
-        probabilities = await service.predictor.predict(task.model, images)
         names = [str(label) for label in labels]
         predictions = [
             {"label": labels[best], "probabilities": dict(zip(names, row, strict=True))}
             for best, row in zip(
-                probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True
+                found.logits.argmax(1).tolist(), found.probabilities.tolist(), strict=True
             )
         ]
         return Response(to_json({"predictions": predictions}), media_type="application/json")

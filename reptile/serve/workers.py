@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reptile.runtime import AdaptedModel
+from reptile.runtime.model import softmax
 from reptile.serve.settings import ServeSettings
 
 Array = npt.NDArray[Any]
@@ -76,9 +77,19 @@ class Adapter:
         self._pool.shutdown(cancel_futures=True)
 
 
+class Named(NamedTuple):
+    """What is said of N images."""
+
+    probabilities: Array  # [N, names]
+    logits: Array  # [N, names]
+
+
 class _Waiting(NamedTuple):
     images: Array
-    answer: "asyncio.Future[Array]"
+    answer: "asyncio.Future[Named]"
+
+
+Kind = tuple[AdaptedModel, np.dtype[Any]]  # what can be run together
 
 
 class Predictor:
@@ -87,12 +98,12 @@ class Predictor:
     def __init__(self, settings: ServeSettings) -> None:
         self._most = settings.waiting_images
         self._pool = ThreadPoolExecutor(1, "predict")
-        self._waiting: dict[AdaptedModel, list[_Waiting]] = {}
-        self._running: set[AdaptedModel] = set()
+        self._waiting: dict[Kind, list[_Waiting]] = {}
+        self._running: set[Kind] = set()
         self.images = 0  # running and waiting
 
-    async def predict(self, model: AdaptedModel, images: Array) -> Array:
-        """Return the probabilities [N, names] of checked images [N, C, H, W].
+    async def predict(self, model: AdaptedModel, images: Array) -> Named:
+        """Name checked images [N, C, H, W].
 
         Raises:
             BusyError: too many images are waiting.
@@ -102,45 +113,57 @@ class Predictor:
         self.images += len(images)
         try:
             loop = asyncio.get_running_loop()
-            answer: asyncio.Future[Array] = loop.create_future()
-            self._waiting.setdefault(model, []).append(_Waiting(images, answer))
-            loop.call_soon(self._start, model)  # once all that has arrived by now is read
+            answer: asyncio.Future[Named] = loop.create_future()
+            kind = model, images.dtype
+            if kind not in self._waiting:
+                self._waiting[kind] = []
+                loop.call_soon(self._start, kind)  # once all that has arrived by now is read
+            self._waiting[kind].append(_Waiting(images, answer))
             return await answer
         finally:
             self.images -= len(images)
 
-    def _start(self, model: AdaptedModel) -> None:
-        if model in self._running or not self._waiting.get(model):
+    def _start(self, kind: Kind) -> None:
+        if kind in self._running or kind not in self._waiting:
             return
-        batch = [self._waiting[model].pop(0)]
-        size = len(batch[0].images)
-        while self._waiting[model] and size + len(self._waiting[model][0].images) <= IMAGES_AT_ONCE:
-            batch.append(self._waiting[model].pop(0))
-            size += len(batch[-1].images)
-        if not self._waiting[model]:
-            del self._waiting[model]
-        self._running.add(model)
+        waiting, size, count = self._waiting[kind], 0, 0
+        for one in waiting:
+            if count and size + len(one.images) > IMAGES_AT_ONCE:
+                break
+            size, count = size + len(one.images), count + 1
+        batch, rest = waiting[:count], waiting[count:]
+        if rest:
+            self._waiting[kind] = rest
+        else:
+            del self._waiting[kind]
+        self._running.add(kind)
         images = np.concatenate([one.images for one in batch])
-        future = self._pool.submit(lambda: model.predict(images).probabilities)
+        future = self._pool.submit(_run, kind[0], images)
         loop = asyncio.get_running_loop()
-        future.add_done_callback(partial(_from_thread, loop, self._finish, model, batch, future))
+        future.add_done_callback(partial(_from_thread, loop, self._finish, kind, batch, future))
 
-    def _finish(self, model: AdaptedModel, batch: list[_Waiting], future: "Future[Array]") -> None:
-        self._running.discard(model)
+    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Named]") -> None:
+        self._running.discard(kind)
         error, start = future.exception(), 0
         for one in batch:
+            own = slice(start, start + len(one.images))
             if one.answer.cancelled():
                 pass
             elif error:
                 one.answer.set_exception(error)
             else:
-                one.answer.set_result(future.result()[start : start + len(one.images)])
-            start += len(one.images)
-        self._start(model)
+                one.answer.set_result(Named(*(every[own] for every in future.result())))
+            start = own.stop
+        self._start(kind)
 
     def close(self) -> None:
         """Wait for what runs."""
         self._pool.shutdown()
+
+
+def _run(model: AdaptedModel, images: Array) -> Named:
+    logits = model.logits(images)
+    return Named(softmax(logits), logits)
 
 
 def _from_thread(

@@ -106,7 +106,7 @@ def test_few_shot_is_the_graph(client: TestClient, exported: Path) -> None:
 
 
 def test_models_describe_themselves_and_a_task_is_one(
-    client: TestClient, support: tuple, queries: np.ndarray
+    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
 ) -> None:
     task = teach(client, support, steps=2)
     name = f"task-{task['id']}"
@@ -121,8 +121,27 @@ def test_models_describe_themselves_and_a_task_is_one(
     assert (answer["id"], answer["model_name"]) == ("x", name)
     named = client.post(f"/tasks/{task['id']}/predict", json={"images": queries.tolist()}).json()
     rows = [list(each["probabilities"].values()) for each in named["predictions"]]
-    np.testing.assert_allclose(np.ravel(rows), answer["outputs"][0]["data"], atol=1e-6)
+    probabilities, logits = (np.reshape(out["data"], out["shape"]) for out in answer["outputs"])
+    np.testing.assert_allclose(rows, probabilities, atol=1e-6)
+    images, labels = support
+    here = FewShotModel.load(exported).adapt(images, labels, steps=2)
+    np.testing.assert_allclose(logits, here.logits(queries), atol=1e-4)
     assert client.get("/v2/models/none").status_code == 404
+
+
+def test_dark_images_are_taken_as_the_runtime_takes_them(
+    client: TestClient, exported: Path, support: tuple
+) -> None:
+    images, labels = support
+    dark = (images > 128).astype(np.uint8)  # pixels 0 and 1, which as floats would be refused
+    here = FewShotModel.load(exported).adapt(dark, labels, steps=2)
+    task = teach(client, (dark, labels), steps=2)
+    np.testing.assert_allclose(task["losses"], here.losses, rtol=1e-5)
+    path = f"/tasks/{task['id']}/predict"
+    named = client.post(path, json={"images": dark.tolist()}).json()["predictions"]
+    assert [each["label"] for each in named] == here.predict(dark).labels
+    floats = client.post(path, json={"images": (dark * 1.0).tolist()})
+    assert floats.status_code == 422 and "multiply by 255" in floats.json()["error"]
 
 
 def binary(inputs: dict[str, np.ndarray], **more: object) -> dict:
@@ -156,11 +175,14 @@ def test_binary_tensors_give_what_json_gives(
             place, **binary({"images": images}, parameters={"binary_data_output": True}, id="x")
         )
         told, after = parts(answer)
-        (output,) = told["outputs"]
-        assert "data" not in output and told["id"] == "x"
-        assert output["parameters"] == {"binary_data_size": 4 * len(queries) * 3}
-        found = np.frombuffer(after, "<f4").reshape(output["shape"])
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert told["id"] == "x"
+        size = 4 * len(queries) * 3
+        for output, start in zip(told["outputs"], (0, size), strict=True):
+            assert "data" not in output and output["parameters"] == {"binary_data_size": size}
+            found = np.frombuffer(after[start : start + size], "<f4").reshape(output["shape"])
+            if output["name"] == "logits":
+                found = softmax(found)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
 
     golden = json.loads((exported / "golden/golden.json").read_text())
     case = next(case for case in golden["cases"] if case["graph"] == "few_shot")
