@@ -1,7 +1,8 @@
 """Reading requests' bodies, each bounded before it is parsed, the large ones off the event loop."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -83,6 +84,29 @@ def parse(kind: type[Model], body: bytes) -> Model:
 async def apart(size: int, work: Callable[[], Result]) -> Result:
     """Run what takes long for large bodies in a thread, so that others are answered meanwhile."""
     return await to_thread.run_sync(work, limiter=_few()) if size > LARGE else work()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Wait for what takes long; stop if the client hangs up. The body must have been read.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 _LIMITER: RunVar[CapacityLimiter] = RunVar("large bodies")

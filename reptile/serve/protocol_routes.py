@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from reptile import __version__
-from reptile.serve.bodies import apart, described_body, json_body, parse, whole_body
+from reptile.serve.bodies import apart, described_body, json_body, parse, unless_gone, whole_body
 from reptile.serve.protocol import (
     EXTENSIONS,
     InferenceRequest,
@@ -20,7 +20,7 @@ from reptile.serve.protocol import (
     write_outputs,
 )
 from reptile.serve.refusals import responses
-from reptile.serve.service import Service
+from reptile.serve.service import GRAPHS, Service
 
 Array = npt.NDArray[Any]
 
@@ -89,7 +89,10 @@ def protocol_routes(service: Service) -> APIRouter:
             return asked, read_inputs(asked, inputs, memoryview(body)[size:])
 
         asked, feeds = await apart(len(body), read)
-        found = await service.infer(model, feeds)
+        if model in GRAPHS:
+            found = await unless_gone(request, service.run_graph(model, feeds))
+        else:
+            found = await service.predict(model, feeds["images"])
         return await apart(
             sum(array.nbytes for array in found.values()),
             lambda: _answer(*write_outputs(asked, model, found)),

@@ -1,5 +1,6 @@
 """What the server does with a bundle, without HTTP: teach, predict, run graphs as models."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,14 +79,16 @@ class Service:
             TimeoutError: not done in time.
             InputError: arguments that cannot be used, or an adaptation that diverged.
         """
+        loop = asyncio.get_running_loop()
 
         def work(seconds: float) -> TaughtTask:
             adapted = self.model.adapt(images, labels, timeout=seconds, **options)
-            return self.store.write(adapted)
+            task = self.store.write(adapted)
+            # Even if its client has gone by now: what is on disk is in memory.
+            loop.call_soon_threadsafe(self.store.add, task)
+            return task
 
-        task = await self.adapter.run(work)
-        self.store.add(task)
-        return task
+        return await self.adapter.run(work)
 
     def task(self, name: str) -> TaughtTask:
         """Return a taught task.
@@ -117,19 +120,23 @@ class Service:
             "logits": outputs,
         }
 
-    async def infer(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Run a model on tensors of its types and shapes.
+    async def predict(self, name: str, images: Array) -> dict[str, Array]:
+        """Run the model of a taught task on images of its type and shape.
 
         Raises:
-            UnknownError, BusyError, TimeoutError, DivergedError, InputError: see there.
+            UnknownError, BusyError, InputError: see there.
+        """
+        named = await self.predictor.predict(self._adapted(name), self.images(images))
+        return named._asdict()
+
+    async def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
+        """Run one of `GRAPHS` on tensors of its types and shapes.
+
+        Raises:
+            BusyError, TimeoutError, DivergedError, InputError: see there.
         """
         for tensor in IMAGES & feeds.keys():
-            feeds[tensor] = self.images(feeds[tensor])
-        if name not in GRAPHS:
-            named = await self.predictor.predict(self._adapted(name), feeds["images"])
-            return named._asdict()
-        for tensor in IMAGES & feeds.keys():
-            feeds[tensor] = feeds[tensor].astype(np.float32)
+            feeds[tensor] = self.images(feeds[tensor]).astype(np.float32)
         if name == "few_shot":
             self._check_adaptation(feeds)
         outputs = list(self.model.bundle.graphs[name].outputs)

@@ -73,34 +73,36 @@ class TaskStore:
                 continue
             found.append(TaughtTask(file.stem, adapted, status.st_mtime, status.st_size))
         for task in sorted(found, key=lambda task: task.taught):
-            self._keep(task)
+            self.add(task)
 
     def write(self, adapted: AdaptedModel) -> TaughtTask:
         """Save a new task to disk; to be called from a worker thread, before `add`.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: it cannot be written, or alone is larger than the bound.
         """
-        name = str(uuid.uuid4())
+        name, most = str(uuid.uuid4()), self._settings.max_task_bytes
         size = sum(array.nbytes for array in adapted.state.weights.values())
         if path := self._path(name):
             adapted.save(path)
             size = path.stat().st_size
+        if size > most:
+            self._erase(name)
+            raise InputError(
+                f"a task of {size} bytes is above max_task_bytes = {most}: "
+                "start the server with a larger bound"
+            )
         return TaughtTask(name, adapted, time.time(), size)
 
     def add(self, task: TaughtTask) -> None:
-        """Take a task in and make room for it.
-
-        Raises:
-            InputError: it alone is larger than the bound.
-        """
-        if task.size > self._settings.max_task_bytes:
-            self._erase(task.id)
-            raise InputError(
-                f"a task of {task.size} bytes is above max_task_bytes = "
-                f"{self._settings.max_task_bytes}: start the server with a larger bound"
-            )
-        self._keep(task)
+        """Take a task in that was written, and make room for it."""
+        self._tasks[task.id] = task
+        self.size += task.size
+        self._forget_old()
+        while (
+            len(self._tasks) > self._settings.max_tasks or self.size > self._settings.max_task_bytes
+        ):
+            self.remove(next(iter(self._tasks)))
 
     def get(self, name: str) -> TaughtTask | None:
         """Return a task and mark it as used; None if there is none of this id."""
@@ -124,15 +126,6 @@ class TaskStore:
     def expires(self, task: TaughtTask) -> float:
         """Return when a task will be forgotten, in seconds since 1970."""
         return task.taught + self._settings.task_days * DAY
-
-    def _keep(self, task: TaughtTask) -> None:
-        self._tasks[task.id] = task
-        self.size += task.size
-        self._forget_old()
-        while (
-            len(self._tasks) > self._settings.max_tasks or self.size > self._settings.max_task_bytes
-        ):
-            self.remove(next(iter(self._tasks)))
 
     def _forget_old(self) -> None:
         now = time.time()

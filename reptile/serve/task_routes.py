@@ -17,6 +17,7 @@ from reptile.serve.bodies import (
     json_body,
     parse,
     read_files,
+    unless_gone,
 )
 from reptile.serve.refusals import responses
 from reptile.serve.service import Service
@@ -127,7 +128,7 @@ def task_routes(service: Service) -> APIRouter:
                 for name, value in given.items()
             }
         options = {name: value for name, value in given.items() if value is not None}
-        task = await service.teach(images, labels, **options)
+        task = await unless_gone(request, service.teach(images, labels, **options))
         response.headers["location"] = f"/tasks/{task.id}"
         return shown(task)
 

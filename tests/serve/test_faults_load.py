@@ -93,6 +93,38 @@ def test_more_connections_than_it_takes_are_served_or_told_to_come_back(
             time.sleep(0.2)
 
 
+def test_what_waits_to_be_learnt_is_dropped_when_its_client_hangs_up(
+    exported: Path, images: Any
+) -> None:
+    def pending(server: Server) -> int:
+        told = server.request("GET", "/metrics").body.decode()
+        (line,) = (x for x in told.splitlines() if x.startswith("reptile_adaptations_pending "))
+        return int(float(line.split()[1]))
+
+    with started(exported, images) as (server, _):
+        steps = FewShotModel.load(exported).bundle.max_steps
+        lesson = {"images": images, "labels": LABELS, "steps": steps}
+        asked = json_request("POST", "/tasks", lesson)
+        with ExitStack() as stack:
+            clients = []
+            for number in range(1, 7):
+                clients.append(socket.create_connection((HOST, server.port), timeout=60))
+                stack.callback(clients[-1].close)
+                clients[-1].sendall(asked)
+                until = time.monotonic() + SLACK
+                while pending(server) < number:
+                    assert time.monotonic() < until
+            for client in clients[2:]:
+                client.close()
+            until = time.monotonic() + 1
+            while pending(server) > 2:
+                assert time.monotonic() < until
+            heads = [client.recv(4096)[:12] for client in clients[:2]]
+            assert heads == [b"HTTP/1.1 201"] * 2
+        assert len(server.request("GET", "/tasks").json()["tasks"]) == 1 + 2
+        assert server.log.count('"status":499') == 4
+
+
 LARGE = {
     "empty lists": b'{"images": [' + b"[]," * (16 * MIB // 3 - 20) + b"[]]}",
     "empty objects": b'{"images": [' + b"{}," * (16 * MIB // 3 - 20) + b"{}]}",
