@@ -8,12 +8,15 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
+
 from reptile.errors import InputError
+from reptile.runtime.constants import with_constants
 from reptile.runtime.inputs import MAX_LEARNING_RATE
 from reptile.runtime.provider import open_session
 
@@ -100,6 +103,22 @@ class Bundle:
                     f"{kind}: {_show(said)} against {_show(found)}; export the bundle again"
                 )
         return session
+
+    def open_with(
+        self,
+        graph: str,
+        constants: Mapping[str, npt.NDArray[Any]],
+        *,
+        threads: int,
+        providers: Sequence[str] | None,
+    ) -> Any:
+        """Open a session on one graph with arrays for some of its inputs, as constants.
+
+        Raises:
+            InputError: as `open`, or the package onnx is absent.
+        """
+        content = with_constants(self.read(self.graphs[graph].path), constants)
+        return open_session(content, graph, threads=threads, providers=providers)
 
 
 def open_bundle(folder: Path) -> Bundle:

@@ -4,8 +4,8 @@ Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
 """
 
 import reprlib
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ class AdaptedModel:
     bundle: Bundle
     state: AdaptedState
     _session: Any
+    _fed: Mapping[str, FloatArray]  # weights, with every run
+    _options: dict[str, Any]
 
     def __repr__(self) -> str:
         return f"AdaptedModel(labels={reprlib.repr(self.labels)})"
@@ -76,10 +78,23 @@ class AdaptedModel:
         logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
         for start in range(0, len(array), _CHUNK):
             chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
-            (found,) = self._session.run(["logits"], {"images": chunk, **self.state.weights})
+            (found,) = self._session.run(["logits"], {"images": chunk, **self._fed})
             # The head's spare outputs never get any probability.
             logits[start : start + _CHUNK] = found[:, : logits.shape[1]]
         return logits
+
+    def specialized(self) -> "AdaptedModel":
+        """Return the same task with a graph of its own, in which its weights are constants.
+
+        ONNX Runtime then lays them out as suits the processor, and predicts two to three times as
+        fast on a CPU; the logits are the same but for rounding. Takes some milliseconds, a few
+        times the task's memory, and the package onnx. Worth it from about a hundred images on.
+
+        Raises:
+            InputError: no package onnx, or the bundle's files have changed since it was opened.
+        """
+        session = self.bundle.open_with("predict_adapted", self.state.weights, **self._options)
+        return replace(self, _session=session, _fed={})
 
     def save(self, path: str | Path) -> None:
         """Write the adapted task to one file (safetensors format) for `load_adapted`.
@@ -157,7 +172,7 @@ class FewShotModel(OpenedBundle):
         array = np.ascontiguousarray(array, dtype=np.float32)
         inner = InnerLoop(steps, learning_rate, seed, timeout)
         losses, weights = adapt(bundle, self._adapt, array, targets, inner)
-        return AdaptedModel(bundle, AdaptedState(names, losses, weights), self._predict)
+        return self._adapted(AdaptedState(names, losses, weights))
 
     def load_adapted(self, path: str | Path) -> AdaptedModel:
         """Read a task that `AdaptedModel.save` wrote for this very bundle.
@@ -165,4 +180,7 @@ class FewShotModel(OpenedBundle):
         Raises:
             InputError: a missing or damaged file, or one of another bundle.
         """
-        return AdaptedModel(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
+        return self._adapted(read_adapted(Path(path), self.bundle))
+
+    def _adapted(self, state: AdaptedState) -> AdaptedModel:
+        return AdaptedModel(self.bundle, state, self._predict, state.weights, self._options)

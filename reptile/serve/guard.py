@@ -5,6 +5,7 @@ Plain ASGI, so that nothing of a body is read before it has been bounded.
 
 import asyncio
 import hmac
+import itertools
 import logging
 import re
 import secrets
@@ -28,6 +29,7 @@ TICK = 0.1  # seconds between looks for requests that are late
 # Answered without the token: a page is asked for by browsers, which have no place for one.
 OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
 REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")
+_PROCESS, _numbers = secrets.token_hex(8), itertools.count(1)  # what ids are made of
 
 
 class _Request:
@@ -43,7 +45,7 @@ class _Request:
     ) -> None:
         self._guard, self._settings, self._receive, self._send = guard, settings, receive, send
         known = REQUEST_ID.fullmatch(given_id)
-        self.id = given_id if known else secrets.token_hex(16).encode()
+        self.id = given_id if known else f"{_PROCESS}-{next(_numbers)}".encode()
         self.task = asyncio.current_task()
         self.start = time.monotonic()
         self.until = self.start + min(settings.body_seconds, settings.request_seconds)

@@ -12,6 +12,7 @@ from reptile.runtime import AdaptedModel, FewShotModel
 from reptile.runtime.bundle import TensorType
 from reptile.runtime.inputs import check_images, check_learning_rate
 from reptile.runtime.provider import run_within
+from reptile.serve.pixels import whole_pixels
 from reptile.serve.settings import ServeSettings
 from reptile.serve.store import TaskStore, TaughtTask
 from reptile.serve.workers import Adapter, Predictor
@@ -49,6 +50,7 @@ class Service:
         """Run every graph once, so that no request pays for it."""
         images = np.zeros((2, *self.model.image_shape), dtype=np.uint8)
         adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=1))
+        await self.adapter.run(lambda _: adapted.specialized())
         await self.predictor.predict(adapted, images)
         self.ready = True
 
@@ -64,7 +66,10 @@ class Service:
         Raises:
             InputError: not images of this bundle, none, or too many.
         """
-        images = check_images(values, self.model.image_shape)
+        shape = self.model.image_shape
+        images = whole_pixels(values, shape)
+        if images is None:
+            images = check_images(values, shape)
         if not 1 <= len(images) <= self.settings.max_images:
             raise InputError(
                 f"{len(images)} images: give 1 to {self.settings.max_images} in one request"

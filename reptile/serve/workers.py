@@ -6,6 +6,7 @@ while one runs are run together next: nothing waits for a batch to fill.
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -13,18 +14,24 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from reptile.errors import InputError
 from reptile.runtime import AdaptedModel
 from reptile.runtime.model import softmax
 from reptile.serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
 
 IMAGES_AT_ONCE = 32  # of several requests: so few that others are read while these are run
+OFTEN = 256  # images that a task was asked for before it gets a graph of its own
+MOST_OWN = 16  # graphs of tasks' own; the one used longest ago goes first
 LOWER = 10  # of nice's 0..19
 
 
@@ -97,7 +104,7 @@ class Predictor:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._most = settings.waiting_images
-        self._pool = ThreadPoolExecutor(1, "predict")
+        self._pool, self._hot = ThreadPoolExecutor(1, "predict"), _Hot()
         self._waiting: dict[Kind, list[_Waiting]] = {}
         self._running: set[Kind] = set()
         self.images = 0  # running and waiting
@@ -138,7 +145,7 @@ class Predictor:
             del self._waiting[kind]
         self._running.add(kind)
         images = np.concatenate([one.images for one in batch])
-        future = self._pool.submit(_run, kind[0], images)
+        future = self._pool.submit(self._hot.predict, kind[0], images)
         loop = asyncio.get_running_loop()
         future.add_done_callback(partial(_from_thread, loop, self._finish, kind, batch, future))
 
@@ -161,9 +168,35 @@ class Predictor:
         self._pool.shutdown()
 
 
-def _run(model: AdaptedModel, images: Array) -> Named:
-    logits = model.logits(images)
-    return Named(softmax(logits), logits)
+class _Hot:
+    """Gives the tasks that are asked most a graph of their own; for one thread."""
+
+    def __init__(self) -> None:
+        # Weak, so that a task that is forgotten takes both with it.
+        self._asked: WeakKeyDictionary[AdaptedModel, int] = WeakKeyDictionary()
+        self._own: WeakKeyDictionary[AdaptedModel, AdaptedModel] = WeakKeyDictionary()
+
+    def predict(self, model: AdaptedModel, images: Array) -> Named:
+        logits = self._fastest(model, len(images)).logits(images)
+        return Named(softmax(logits), logits)
+
+    def _fastest(self, model: AdaptedModel, images: int) -> AdaptedModel:
+        if own := self._own.pop(model, None):
+            self._own[model] = own  # the last of them
+            return own
+        self._asked[model] = self._asked.get(model, 0) + images
+        if self._asked[model] < OFTEN:
+            return model
+        self._asked[model] = 0
+        try:
+            own = model.specialized()
+        except InputError as error:  # such as a bundle that was replaced in its folder
+            log.warning("a task is answered more slowly than it could be: %s", error)
+            return model
+        if len(self._own) == MOST_OWN:
+            self._own.pop(next(iter(self._own)))
+        self._own[model] = own
+        return own
 
 
 def _from_thread(

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -48,6 +49,32 @@ def test_the_bundles_steps_and_rate_are_the_defaults(
     assert default.losses.tolist() == spelled.losses.tolist()
     other = model.adapt(images, FOUR, seed=1)
     assert default.losses.tolist() != other.losses.tolist()
+
+
+def test_a_specialized_task_predicts_the_same_with_its_own_weights_inside(
+    model: FewShotModel, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (model.adapt(images, FOUR, seed=seed) for seed in (0, 1))
+    for task in (first, second):
+        own = task.specialized()
+        assert [node.name for node in own._session.get_inputs()] == ["images"]
+        np.testing.assert_allclose(own.logits(images), task.logits(images), rtol=1e-4, atol=1e-5)
+        own.save(tmp_path / "task")
+        again = model.load_adapted(tmp_path / "task")
+        assert (again.logits(images) == task.logits(images)).all()
+    assert not np.allclose(first.specialized().logits(images), second.logits(images))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match="pip install onnx"):
+        first.specialized()
+
+
+def test_logits_are_what_probabilities_are_the_softmax_of(
+    model: FewShotModel, images: np.ndarray
+) -> None:
+    adapted = model.adapt(images[:4], FOUR[:4])  # two names of four
+    logits, probabilities = adapted.logits(images), adapted.predict(images).probabilities
+    assert logits.shape == (8, 2)
+    np.testing.assert_allclose(np.diff(logits), np.diff(np.log(probabilities)), atol=1e-4)
 
 
 def test_no_steps_give_the_initialisation(model: FewShotModel, images: np.ndarray) -> None:
