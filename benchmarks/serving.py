@@ -255,7 +255,7 @@ def _line(label: str, clients: int, loads: dict[tuple[str, int], list[Load]]) ->
     ratio: dict[str, Any] = {}
     if label in (PREDICT, PREDICT_BINARY, PREDICT_PNG):
         ratio = _ratio("rate, to direct", own, loads[DIRECT, 1], lambda load: load.per_second)
-        if clients == CLIENTS[-1]:
+        if clients == CLIENTS[-1] and label != PREDICT_PNG:
             ratio["limit"] = SHARE_OF_DIRECT
     elif label == ADAPT:
         base = loads[DIRECT_ADAPT, 1]
