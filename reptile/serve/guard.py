@@ -23,29 +23,25 @@ from reptile.serve.refusals import FAULT
 from reptile.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
+numbers = itertools.count(1)
 
 GONE = 499  # logged for a client that hung up while it sent
 TICK = 0.1  # seconds between looks for requests that are late
 # Answered without the token: a page is asked for by browsers, which have no place for one.
 OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
 REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")
-_PROCESS, _numbers = secrets.token_hex(8), itertools.count(1)  # what ids are made of
+PROCESS = secrets.token_hex(8)  # so that its ids are not another's
 
 
 class _Request:
     """A request under way: its bounds on body and time, and what was answered."""
-
-    __slots__ = (
-        "_guard", "_receive", "_send", "_settings", "complete", "id", "late", "size", "start",
-        "status", "task", "until",
-    )  # fmt: skip
 
     def __init__(
         self, guard: "Guard", settings: ServeSettings, given_id: bytes, receive: Receive, send: Send
     ) -> None:
         self._guard, self._settings, self._receive, self._send = guard, settings, receive, send
         known = REQUEST_ID.fullmatch(given_id)
-        self.id = given_id if known else f"{_PROCESS}-{next(_numbers)}".encode()
+        self.id = given_id.decode() if known else f"{PROCESS}-{next(numbers)}"
         self.task = asyncio.current_task()
         self.start = time.monotonic()
         self.until = self.start + min(settings.body_seconds, settings.request_seconds)
@@ -58,7 +54,7 @@ class _Request:
         """See ASGI."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.id)]
+            message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode())]
         await self._send(message)
 
     async def receive(self) -> Message:
@@ -127,7 +123,7 @@ class Guard:
             except ClientDisconnect:
                 request.status = GONE
             except Exception:
-                log.exception("failed", extra={"events": [{"id": request.id.decode()}]})
+                log.exception("failed", extra={"events": [{"id": request.id}]})
                 if not request.status:
                     await JSONResponse({"error": FAULT}, 500)(scope, receive, request.send)
             finally:
@@ -135,7 +131,7 @@ class Guard:
                 self.held -= request.size
         self._journal.add(
             Ended(
-                request.id.decode(),
+                request.id,
                 scope["method"],
                 scope["path"],
                 getattr(scope.get("route"), "path", "unknown"),
