@@ -227,7 +227,7 @@ def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> Non
 def test_the_server_has_no_torch_and_no_compiler() -> None:
     script = (
         "import importlib.util as u; "
-        "print([n for n in ('torch', 'onnx', 'kfp', 'dvc', 'scipy') if u.find_spec(n)])"
+        "print([n for n in ('torch', 'onnxscript', 'kfp', 'dvc', 'scipy') if u.find_spec(n)])"
     )
     assert confined("python", "-c", script, image=SERVER) == "[]\n"
     looked_for = "for c in c++ g++ gcc cc ld as pip; do command -v $c; done; true"
