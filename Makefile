@@ -56,7 +56,7 @@ page: setup
 		cp "$$ort/LICENSE" "$$ort/ThirdPartyNotices.txt" reptile/serve/ort/
 
 test-browser: page
-	cd examples/node && $(NPM)
+	cd clients/js/example && $(NPM)
 	pytest -m browser
 
 lint: setup

@@ -13,18 +13,18 @@ import torch
 
 from benchmarks.results import Line, Point, Row
 from benchmarks.timing import Effort, interleave, paired, stopwatch
-from reptile.config import ModelSettings, TrainSettings
-from reptile.episodes import Task
 from reptile.export.graphs import build_graphs
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engine import EagerEngine
-from reptile.learn.inner import InnerState
-from reptile.learn.meta import MetaState
-from reptile.learn.native import NativeEngine
+from reptile.learn.engines import EagerEngine
+from reptile.learn.engines.native import NativeEngine
+from reptile.learn.optimizer import InnerState
+from reptile.learn.reptile import MetaState
 from reptile.minibatches import mini_batches
 from reptile.models import build_model, initialise, to_unit
 from reptile.runtime.provider import open_session
+from reptile.settings import ModelSettings, TrainSettings
+from reptile.tasks import Task
 
 Ways = dict[str, Callable[[], Any]]
 

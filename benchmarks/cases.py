@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
-from reptile.data.prepared import ClassRange
-from reptile.episodes import Task, training_tasks
-from reptile.learn.engine import Engine, make_engine
-from reptile.learn.inner import InnerState
-from reptile.learn.meta import MetaState, meta_step
+from reptile.data.dataset import ClassRange
+from reptile.learn.engines import Engine, make_engine
+from reptile.learn.optimizer import InnerState
+from reptile.learn.reptile import MetaState, meta_step
 from reptile.models import build_model, initialise
+from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
+from reptile.tasks import Task, training_tasks
 
 CPU = torch.device("cpu")
 CLASSES, IMAGES = 40, 20  # images of each class

@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 
 from reptile.cpus import available_cpus
-from reptile.data.prepared import load_prepared
+from reptile.data.dataset import load_prepared
 
 CLASSES = 100
 SETTINGS = (

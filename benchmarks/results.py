@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from benchmarks.machine import Machine
 from benchmarks.timing import Comparison, Spread, paired
-from reptile.config import describe
 from reptile.errors import InputError
 from reptile.files import write_json
+from reptile.settings import describe
 
 OTHERS = 0.05  # share of the CPUs' time given to other programs above which figures are spoiled
 WIDTH = 0.25  # distance of a ratio's quartiles above which it is no figure, see `Line.unsure`

@@ -13,9 +13,9 @@ from benchmarks.cases import CASES, Work, class_range
 from benchmarks.results import Line, Point, Row, compared
 from benchmarks.timing import Effort, Measure, interleave, paired, stopwatch
 from benchmarks.training import busy_core, overhead, processes
-from reptile.config import BATCH_NORM_MODES, EvaluateSettings, TrainSettings
-from reptile.episodes import FewShotProtocol, held_out_task, training_tasks
-from reptile.learn.engine import Engine
+from reptile.learn.engines import Engine
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, TrainSettings
+from reptile.tasks import FewShotProtocol, held_out_task, training_tasks
 
 EVALUATED = 8  # test tasks in one timing
 EVALUATION_SPEED = 4.0  # of 1-shot tasks against eager, at least

@@ -19,17 +19,17 @@ import yaml
 
 from benchmarks.results import Row, compared
 from benchmarks.timing import Effort, Measure, interleave, stopwatch
-from reptile.config import PrepareSettings, TrainSettings
-from reptile.data.glyphs import write_glyphs
+from reptile.data.dataset import PreparedData, load_prepared
 from reptile.data.prepare import prepare
-from reptile.data.prepared import PreparedData, load_prepared
-from reptile.episodes import training_tasks
-from reptile.learn.engine import Engine, make_engine
-from reptile.learn.inner import fresh_state
-from reptile.learn.meta import MetaState, meta_step
-from reptile.learn.native import NativeEngine
+from reptile.data.readers.glyphs import write_glyphs
+from reptile.learn.engines import Engine, make_engine
+from reptile.learn.engines.native import NativeEngine
+from reptile.learn.optimizer import fresh_state
+from reptile.learn.reptile import MetaState, meta_step
 from reptile.learn.train import train
 from reptile.models import build_model, initialise
+from reptile.settings import PrepareSettings, TrainSettings
+from reptile.tasks import training_tasks
 
 OVERHEAD = 0.08  # share of a meta-iteration that is not the inner loop, at most
 SLOWDOWN = 3.0  # of training with one core kept busy by another program, at most

@@ -1,6 +1,6 @@
 """The pipeline's stages and what holds them together, as components of Kubeflow Pipelines.
 
-Each is a typed signature and one call into `reptile.kubeflow`, as only its own source text travels:
+Each is a typed signature and one call into `components.artifacts`, as only its own source travels:
 it runs in the project's image, which has everything else. How they are joined is in `pipeline`.
 """
 

@@ -15,9 +15,9 @@ def gate(
     settings: str, champion: str, checkpoint: Input[Model], evaluation: Input[Metrics]
 ) -> NamedTuple("Verdict", passed=bool, reason=str):  # type: ignore[valid-type]
     """Say whether the checkpoint may be exported, and if not, why."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    return kubeflow.gate(settings, champion, checkpoint, evaluation)
+    return artifacts.gate(settings, champion, checkpoint, evaluation)
 
 
 @component

@@ -19,9 +19,9 @@ def prepare(
     prepared: Output[Dataset],
 ) -> None:
     """Fetch the data by DVC and make the prepared dataset of it."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    kubeflow.prepare(settings, repository, revision, path, md5, git_commit, prepared)
+    artifacts.prepare(settings, repository, revision, path, md5, git_commit, prepared)
 
 
 @component
@@ -33,9 +33,9 @@ def train(
     curves: Output[Artifact],
 ) -> None:
     """Meta-train; a run that was interrupted goes on from its latest checkpoint below `work`."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    kubeflow.train(settings, work, prepared, checkpoint, curves)
+    artifacts.train(settings, work, prepared, checkpoint, curves)
 
 
 @component
@@ -48,17 +48,17 @@ def evaluate(
     report: Output[HTML],
 ) -> None:
     """Measure few-shot accuracy; the evaluation's files lie where its metrics point."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    kubeflow.evaluate(settings, prepared, checkpoint, evaluation, confusion, report)
+    artifacts.evaluate(settings, prepared, checkpoint, evaluation, confusion, report)
 
 
 @component
 def measure(settings: str, point: str, prepared: Input[Dataset], checkpoint: Input[Model]) -> str:
     """Measure held-out accuracy at one point, such as `3-way 1-shot frozen`: a row of a table."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    return kubeflow.measure(settings, point, prepared, checkpoint)
+    return artifacts.measure(settings, point, prepared, checkpoint)
 
 
 @component
@@ -70,9 +70,9 @@ def export(
     bundle: Output[Model],
 ) -> None:
     """Write the ONNX bundle."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    kubeflow.export(settings, prepared, checkpoint, evaluation, bundle)
+    artifacts.export(settings, prepared, checkpoint, evaluation, bundle)
 
 
 @component
@@ -84,14 +84,14 @@ def verify(
     verification: Output[Metrics],
 ) -> str:
     """Check the bundle against eager PyTorch; return the SHA-256 of the manifest that held."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    return kubeflow.verify(settings, prepared, checkpoint, bundle, verification)
+    return artifacts.verify(settings, prepared, checkpoint, bundle, verification)
 
 
 @component
 def publish(bundle: Input[Model], remote: str, pointer: Output[Artifact]) -> None:
     """Push the bundle to a DVC remote; its .dvc file, to be committed, is the pointer."""
-    from reptile import kubeflow
+    from components import artifacts
 
-    kubeflow.publish(bundle, remote, pointer)
+    artifacts.publish(bundle, remote, pointer)

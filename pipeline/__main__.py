@@ -15,9 +15,9 @@ from rich.table import Table
 
 from pipeline import COMPILED
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
-from reptile.config import Settings, load_settings
 from reptile.errors import InputError
 from reptile.files import atomic_file
+from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster

@@ -12,7 +12,7 @@ from kfp.dsl import PipelineTask
 import components
 from components.image import IMAGE
 from pipeline.revisions import DATA_FILE, data_md5
-from reptile.config import load_settings
+from reptile.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 WORK = "/workspace"  # where the volume for unfinished training runs is mounted

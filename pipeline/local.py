@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from kfp import local
 from kfp.components import load_component_from_text
 
+from components.artifacts import flatten
+from components.fetch import content_md5
 from pipeline.document import for_this_machine
 from pipeline.revisions import data_md5
-from reptile.data.fetch import content_md5
-from reptile.data.prepared import load_prepared
+from reptile.data.dataset import load_prepared
 from reptile.errors import InputError
 from reptile.files import sha256_file
-from reptile.kubeflow import flatten
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.runtime.bundle import open_bundle
 from reptile.stages import read_metrics

@@ -10,7 +10,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reptile.config import (
+from reptile.data.dataset import PreparedData, load_cross_domain, load_prepared
+from reptile.data.prepare import prepare as prepare_data
+from reptile.errors import InputError
+from reptile.evaluate import Evaluation, write_evaluation
+from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.evaluate.write import metrics
+from reptile.experiments.transfer import transfer as transfer_checkpoints
+from reptile.experiments.transfer import transfer_json, transfer_markdown
+from reptile.export.verify import verify_bundle
+from reptile.export.write import export_bundle
+from reptile.files import atomic_directory, write_json
+from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from reptile.learn.curves import CurveWriter
+from reptile.learn.distributed import join
+from reptile.learn.train import Progress, choose_device, run_folder
+from reptile.learn.train import train as meta_train
+from reptile.objectives import CLASSIFICATION, Kind, kind_of, kind_scored
+from reptile.settings import (
     BatchNormMode,
     EvaluateSettings,
     ExportSettings,
@@ -19,23 +36,6 @@ from reptile.config import (
     TrainSettings,
     VerifySettings,
 )
-from reptile.data.prepare import prepare as prepare_data
-from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
-from reptile.errors import InputError
-from reptile.evaluate import Evaluation, write_evaluation
-from reptile.evaluate import evaluate as evaluate_checkpoint
-from reptile.evaluate.outputs import metrics
-from reptile.evaluate.transfer import transfer as transfer_checkpoints
-from reptile.evaluate.transfer import transfer_json, transfer_markdown
-from reptile.export.bundle import export_bundle
-from reptile.export.verify import verify_bundle
-from reptile.files import atomic_directory, write_json
-from reptile.kinds import CLASSIFICATION, Kind, kind_of, kind_scored
-from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from reptile.learn.curves import CurveWriter
-from reptile.learn.processes import join
-from reptile.learn.train import Progress, choose_device, run_folder
-from reptile.learn.train import train as meta_train
 
 Counted = Callable[[int, int], None]
 """Told how many of how many are done."""

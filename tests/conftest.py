@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by 
 import pytest
 from patterns import make_data
 
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
 
 if TYPE_CHECKING:
     from reptile.learn.checkpoint import Checkpoint

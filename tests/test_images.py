@@ -136,11 +136,11 @@ def test_kernel_is_shipped_and_there_is_no_compiler() -> None:
         confined("sh", "-c", f"for c in {' '.join(looked_for)}; do command -v $c; done; true") == ""
     )
     script = (
-        "from reptile.learn.native.build import load_kernel; "
+        "from reptile.learn.engines.native.build import load_kernel; "
         "k = load_kernel(); print(k._name, bool(k.reptile_adapt))"
     )
     assert re.fullmatch(
-        r"/opt/reptile/reptile/learn/native/kernel-\w+-\w+\.so True\n",
+        r"/opt/reptile/reptile/learn/engines/native/kernel-\w+-\w+\.so True\n",
         confined("python", "-c", script),
     )
 

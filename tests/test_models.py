@@ -8,7 +8,6 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from reptile.config import ModelSettings
 from reptile.errors import InputError
 from reptile.models import (
     BATCH_NORM_EPSILON,
@@ -20,6 +19,7 @@ from reptile.models import (
     to_unit,
     unflatten,
 )
+from reptile.settings import ModelSettings
 
 
 def same_pads(length: int, window: int, stride: int) -> tuple[int, int]:

@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from reptile import stages
-from reptile.config import EvaluateSettings, ExportSettings, Settings, load_settings
-from reptile.data import sinusoid
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
+from reptile.data.readers import sinusoid
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation
 from reptile.export import reference
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotModel, FewShotRegressor
+from reptile.settings import EvaluateSettings, ExportSettings, Settings, load_settings
 
 CHANGES = (
     "train.meta_iterations=1500",
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("sinusoid")
-    preset = Path(stages.__file__).parent / "presets" / "sinusoid.yaml"
+    preset = Path(stages.__file__).parent / "experiments/presets/sinusoid.yaml"
     settings = load_settings(preset, CHANGES)
     prepared, checkpoint, evaluation = (
         folder / name for name in ("prepared", "checkpoint", "evaluation")

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from reptile.data.source import Source, SourceClass
+from reptile.data.readers.base import Source, SourceClass
 from reptile.errors import InputError
 from reptile.images import decode
 

@@ -15,11 +15,8 @@ import numpy as np
 from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
-from reptile.config import PrepareSettings
 from reptile.cpus import available_cpus
-from reptile.data import sinusoid
-from reptile.data.held_out import assign_splits
-from reptile.data.prepared import (
+from reptile.data.dataset import (
     CROSS_DOMAIN_FOLDER,
     IMAGES_FILE,
     INDEX_FILE,
@@ -32,11 +29,14 @@ from reptile.data.prepared import (
     load_prepared,
     splits_digest,
 )
-from reptile.data.source import Source
-from reptile.data.sources import open_source
+from reptile.data.readers import sinusoid
+from reptile.data.readers.base import Source
+from reptile.data.readers.open import open_source
+from reptile.data.splits import assign_splits
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.images import fit
+from reptile.settings import PrepareSettings
 
 CHUNK = 256  # images in flight: bounds memory, and how late an error stops the work
 CHUNK_BYTES = 32 * 2**20

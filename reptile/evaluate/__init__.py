@@ -5,7 +5,7 @@ Not for choosing a checkpoint: that is the validation split's business in `learn
 """
 
 from reptile.evaluate.measure import Evaluation, Measurement, Score, evaluate
-from reptile.evaluate.outputs import write_evaluation
-from reptile.evaluate.summary import summary_table
+from reptile.evaluate.report.summary import summary_table
+from reptile.evaluate.write import write_evaluation
 
 __all__ = ["Evaluation", "Measurement", "Score", "evaluate", "summary_table", "write_evaluation"]

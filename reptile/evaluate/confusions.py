@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reptile.data.prepared import PreparedClass, PreparedData
+from reptile.data.dataset import PreparedClass, PreparedData
 from reptile.evaluate.measure import Measurement
 from reptile.minibatches import IntArray
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptile.data.prepared import PreparedData
-from reptile.episodes import Task
+from reptile.data.dataset import PreparedData
 from reptile.models import Model, unflatten
+from reptile.tasks import Task
 
 GRID = 121  # places at which a curve is drawn
 

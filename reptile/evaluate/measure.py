@@ -15,9 +15,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reptile.config import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
-from reptile.data.prepared import Inputs, PreparedData
-from reptile.episodes import (
+from reptile.data.dataset import Inputs, PreparedData
+from reptile.errors import InputError
+from reptile.evaluate.baselines import train_jointly
+from reptile.evaluate.fits import Fit, fit_curves
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.learn.engines import Engine, make_engine
+from reptile.learn.optimizer import fresh_state
+from reptile.learn.reptile import MetaState
+from reptile.learn.train import choose_device
+from reptile.learn.validate import TASKS_AT_ONCE, adapted_in_chunks
+from reptile.minibatches import IntArray
+from reptile.models import initialise, silence
+from reptile.objectives import CLASSIFICATION, REGRESSION, Kind
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
+from reptile.tasks import (
     FewShotProtocol,
     Purpose,
     Task,
@@ -25,18 +37,6 @@ from reptile.episodes import (
     held_out_task,
     random_stream,
 )
-from reptile.errors import InputError
-from reptile.evaluate.fits import Fit, fit_curves
-from reptile.evaluate.joint import train_jointly
-from reptile.kinds import CLASSIFICATION, REGRESSION, Kind
-from reptile.learn.accuracy import TASKS_AT_ONCE, adapted_in_chunks
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engine import Engine, make_engine
-from reptile.learn.inner import fresh_state
-from reptile.learn.meta import MetaState
-from reptile.learn.train import choose_device
-from reptile.minibatches import IntArray
-from reptile.models import initialise, silence
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ Says only what the manifest and the checkpoint know.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from reptile.kinds import CLASSIFICATION, REGRESSION, Kind
 from reptile.learn.checkpoint import CheckpointInfo
+from reptile.objectives import CLASSIFICATION, REGRESSION, Kind
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "

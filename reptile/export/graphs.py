@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from reptile import __version__
 from reptile.export.fold import fold
+from reptile.export.gradient import trace_gradient
 from reptile.export.rows import Layout, indices
-from reptile.export.step import trace_gradient
-from reptile.kinds import CLASSIFICATION, kind_with
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.inner import BETA2, EPSILON, decay
+from reptile.learn.optimizer import BETA2, EPSILON, decay
 from reptile.models import Model, silence, unflatten
+from reptile.objectives import CLASSIFICATION, kind_with
 
 OPSET = 18
 IR_VERSION = 8  # read everywhere; newer ones add nothing that these graphs use

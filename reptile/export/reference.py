@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.episodes import Task
 from reptile.export.fold import fold
-from reptile.kinds import CLASSIFICATION, kind_with
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.engine import EagerEngine
-from reptile.learn.inner import InnerState
+from reptile.learn.engines import EagerEngine
+from reptile.learn.optimizer import InnerState
 from reptile.minibatches import IntArray
 from reptile.models import Model, silence, unflatten
+from reptile.objectives import CLASSIFICATION, kind_with
+from reptile.tasks import Task
 
 Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
 Tensors = dict[str, Array]

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reptile.config import TrainSettings, describe
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
-from reptile.kinds import Kind, kind_of
-from reptile.learn.inner import InnerState
-from reptile.learn.meta import MetaState
+from reptile.learn.optimizer import InnerState
+from reptile.learn.reptile import MetaState
 from reptile.models import Model, build_model, flatten, unflatten
+from reptile.objectives import Kind, kind_of
+from reptile.settings import TrainSettings, describe
 
 WEIGHTS_FILE = "weights.safetensors"
 INFO_FILE = "checkpoint.json"

@@ -7,8 +7,8 @@ from types import TracebackType
 
 from dvclive.live import Live
 
-from reptile.kinds import Kind
 from reptile.learn.checkpoint import CurvePoint
+from reptile.objectives import Kind
 
 
 class CurveWriter:

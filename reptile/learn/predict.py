@@ -8,8 +8,8 @@
 import torch
 from torch import Tensor
 
-from reptile.config import BatchNormMode
 from reptile.models import Model, Params
+from reptile.settings import BatchNormMode
 
 
 def query_logits(

@@ -14,19 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from reptile.config import TrainSettings
-from reptile.data.prepared import PreparedData, Split
-from reptile.episodes import (
-    Purpose,
-    Task,
-    check_classes,
-    held_out_task,
-    random_stream,
-    training_tasks,
-)
+from reptile.data.dataset import PreparedData, Split
 from reptile.errors import InputError
-from reptile.kinds import Kind, kind_of
-from reptile.learn.accuracy import mean_score
 from reptile.learn.checkpoint import (
     Checkpoint,
     CheckpointInfo,
@@ -34,12 +23,23 @@ from reptile.learn.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from reptile.learn.engine import make_engine
-from reptile.learn.inner import InnerState, fresh_state
-from reptile.learn.meta import MetaState, meta_step, step_size
-from reptile.learn.processes import Processes
+from reptile.learn.distributed import Processes
+from reptile.learn.engines import make_engine
+from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.reptile import MetaState, meta_step, step_size
+from reptile.learn.validate import mean_score
 from reptile.models import initialise
+from reptile.objectives import Kind, kind_of
 from reptile.provenance import code_sha256, settings_sha256, versions
+from reptile.settings import TrainSettings
+from reptile.tasks import (
+    Purpose,
+    Task,
+    check_classes,
+    held_out_task,
+    random_stream,
+    training_tasks,
+)
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reptile import __version__
 from reptile.runtime import FewShotModel
-from reptile.serve.bodies import SCHEMAS
-from reptile.serve.guard import Guard
+from reptile.serve.errors import handle_errors
+from reptile.serve.middleware import Guard
 from reptile.serve.protocol import InferenceRequest
 from reptile.serve.protocol_routes import protocol_routes
-from reptile.serve.refusals import handle_errors
+from reptile.serve.request_body import SCHEMAS
 from reptile.serve.service import Service
 from reptile.serve.settings import ServeSettings
 from reptile.serve.task_routes import Queries, Support, task_routes

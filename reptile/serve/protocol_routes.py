@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from reptile import __version__
-from reptile.serve.bodies import apart, described_body, json_body, parse, unless_gone, whole_body
+from reptile.serve.errors import responses
 from reptile.serve.protocol import (
     EXTENSIONS,
     InferenceRequest,
@@ -19,7 +19,14 @@ from reptile.serve.protocol import (
     read_inputs,
     write_outputs,
 )
-from reptile.serve.refusals import responses
+from reptile.serve.request_body import (
+    apart,
+    described_body,
+    json_body,
+    parse,
+    unless_gone,
+    whole_body,
+)
 from reptile.serve.service import GRAPHS, Service
 
 Array = npt.NDArray[Any]

@@ -10,9 +10,9 @@ from pathlib import Path
 import uvicorn
 
 from reptile.runtime import FewShotModel
+from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
 from reptile.serve.connection import Connection
-from reptile.serve.journal import JsonLines
 from reptile.serve.settings import ServeSettings
 
 TOKEN = "REPTILE_TOKEN"

@@ -14,7 +14,7 @@ from reptile.runtime.inputs import check_images, check_learning_rate
 from reptile.runtime.provider import run_within
 from reptile.serve.pixels import whole_pixels
 from reptile.serve.settings import ServeSettings
-from reptile.serve.store import TaskStore, TaughtTask
+from reptile.serve.task_store import TaskStore, TaughtTask
 from reptile.serve.workers import Adapter, Predictor
 
 Array = npt.NDArray[Any]

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from reptile.serve.bodies import (
+from reptile.serve.errors import responses
+from reptile.serve.request_body import (
     MAX_LABEL,
     apart,
     described_body,
@@ -19,9 +20,8 @@ from reptile.serve.bodies import (
     read_files,
     unless_gone,
 )
-from reptile.serve.refusals import responses
 from reptile.serve.service import Service
-from reptile.serve.store import TaughtTask
+from reptile.serve.task_store import TaughtTask
 
 Array = npt.NDArray[Any]
 Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float

@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from reptile import cli
-from reptile.config import load_settings
 from reptile.data import download as downloads
 from reptile.data.download import DATASETS, RemoteDataset, RemoteFile, dataset_named, download
 from reptile.errors import InputError
+from reptile.settings import load_settings
 
 CONTENT = np.random.default_rng(0).bytes(900_000)
 SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from reptile.data.glyphs import draw_glyphs, glyph_name, write_glyphs
+from reptile.data.readers.glyphs import draw_glyphs, glyph_name, write_glyphs
 
 SMALL = {"alphabets": 3, "characters": 4, "hands": 5}
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reptile.config import PrepareSettings
-from reptile.data.held_out import assign_splits
+from reptile.data.dataset import PreparedData, load_cross_domain, load_prepared
 from reptile.data.prepare import prepare
-from reptile.data.prepared import PreparedData, load_cross_domain, load_prepared
-from reptile.data.source import Source, SourceClass
+from reptile.data.readers.base import Source, SourceClass
+from reptile.data.splits import assign_splits
 from reptile.errors import InputError
+from reptile.settings import PrepareSettings
 
 GROUPS, CLASSES, IMAGES = 5, 2, 3
 

@@ -28,11 +28,11 @@ from published import (
     write_tar,
 )
 
-from reptile.config import PrepareSettings
+from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
-from reptile.data.prepared import PreparedData
-from reptile.data.sources import open_source
+from reptile.data.readers.open import open_source
 from reptile.errors import InputError
+from reptile.settings import PrepareSettings
 
 BACKGROUND = {"Greek": 3, "Latin": 2}
 EVALUATION = {"Angelic": 2, "Tengwar": 1}
@@ -419,7 +419,7 @@ def test_training_and_test_images_of_the_same_classes_are_no_few_shot_split(tmp_
 GROWTH = """
 import resource, sys
 from pathlib import Path
-from reptile.config import PrepareSettings
+from reptile.settings import PrepareSettings
 from reptile.data.prepare import prepare
 
 def peak(source, out):

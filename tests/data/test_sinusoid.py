@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reptile.config import PrepareSettings, TrainSettings
+from reptile.data.dataset import PreparedData, load_prepared
 from reptile.data.prepare import prepare
-from reptile.data.prepared import PreparedData, load_prepared
-from reptile.episodes import FewShotProtocol, held_out_task, training_tasks
 from reptile.errors import InputError
 from reptile.learn.train import train
+from reptile.settings import PrepareSettings, TrainSettings
+from reptile.tasks import FewShotProtocol, held_out_task, training_tasks
 
 SETTINGS = PrepareSettings(
     source="sinusoid", cross_domain=(), images_per_class=12, validation=0.04, test=0.16

@@ -19,7 +19,7 @@ from pipeline.cron import parse_cron
 from pipeline.graph import SECRET_KEYS, WORK
 from pipeline.package import load_package, run_parameters
 from reptile.cli import app as reptile_app
-from reptile.export.verify import GRAPHS
+from reptile.export.verify.parity import GRAPHS
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"

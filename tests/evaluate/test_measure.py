@@ -9,19 +9,19 @@ import pytest
 import torch
 from sklearn.neighbors import NearestCentroid
 
-from reptile.config import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
-from reptile.data.prepared import ClassRange, PreparedData
-from reptile.episodes import FewShotProtocol, Task, held_out_task
+from reptile.data.dataset import ClassRange, PreparedData
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation, Score, evaluate, measure
 from reptile.evaluate.confusions import confusions, hardest
 from reptile.evaluate.measure import adapt_along, nearest_mean
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engine import Adapted, EagerEngine
-from reptile.learn.inner import InnerState
-from reptile.learn.meta import MetaState
+from reptile.learn.engines import Adapted, EagerEngine
+from reptile.learn.optimizer import InnerState
 from reptile.learn.predict import query_logits
+from reptile.learn.reptile import MetaState
 from reptile.models import build_model, flatten, initialise, unflatten
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
+from reptile.tasks import FewShotProtocol, Task, held_out_task
 
 CPU = torch.device("cpu")
 SETTINGS = EvaluateSettings(tasks=6, shots=(1, 2), queries=2, steps=4, batch=3)

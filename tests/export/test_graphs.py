@@ -9,14 +9,14 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from reptile.config import ModelSettings, OptimizerSettings
 from reptile.export import reference
 from reptile.export.fold import fold
 from reptile.export.graphs import Adapt, build_graphs
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.meta import MetaState
+from reptile.learn.reptile import MetaState
 from reptile.models import build_model, flatten, to_unit, unflatten
+from reptile.settings import ModelSettings, OptimizerSettings
 
 MAX_STEPS = 12
 HEAD = ("head.weight", "head.bias")

@@ -10,15 +10,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from reptile.config import VerifySettings
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
-from reptile.export import verify as module
-from reptile.export.bundle import describe
-from reptile.export.conformance import Check
+from reptile.export.verify import parity as module
 from reptile.export.verify import verify_bundle
+from reptile.export.verify.conformance import Check
+from reptile.export.write import describe
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import Checkpoint
+from reptile.settings import VerifySettings
 
 SETTINGS = VerifySettings(episodes=30, steps=5)
 Edit = Callable[[onnx.GraphProto], None]

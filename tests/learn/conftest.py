@@ -2,7 +2,7 @@
 
 import pytest
 
-from reptile.learn.native import BuildError, build
+from reptile.learn.engines.native import BuildError, build
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from patterns import make_data
 
-from reptile.config import BATCH_NORM_MODES, ModelSettings, OptimizerSettings
-from reptile.episodes import FewShotProtocol, Purpose, Task, held_out_task, random_stream
-from reptile.learn.batched import BatchedEngine, patches
-from reptile.learn.engine import EagerEngine
-from reptile.learn.inner import InnerState
+from reptile.learn.engines import EagerEngine
+from reptile.learn.engines.batched import BatchedEngine, patches
+from reptile.learn.optimizer import InnerState
 from reptile.models import Model, build_model, initialise
+from reptile.settings import BATCH_NORM_MODES, ModelSettings, OptimizerSettings
+from reptile.tasks import FewShotProtocol, Purpose, Task, held_out_task, random_stream
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {

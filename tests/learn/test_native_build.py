@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from reptile.config import ModelSettings, OptimizerSettings
 from reptile.errors import InputError
-from reptile.learn.batched import BatchedEngine
-from reptile.learn.engine import EagerEngine, make_engine
-from reptile.learn.native import BuildError, build
+from reptile.learn.engines import EagerEngine, make_engine
+from reptile.learn.engines.batched import BatchedEngine
+from reptile.learn.engines.native import BuildError, build
 from reptile.models import build_model
+from reptile.settings import ModelSettings, OptimizerSettings
 
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05)
 MLP = ModelSettings(name="mlp", hidden=(20,))
@@ -112,7 +112,7 @@ def test_failing_compiler_falls_back_to_eager_with_one_line(
     assert "error" in str(raised.value) and "\n" not in str(raised.value)
     assert not libraries(empty_cache)
 
-    monkeypatch.setattr("reptile.learn.native._kernel", build.load_kernel)
+    monkeypatch.setattr("reptile.learn.engines.native._kernel", build.load_kernel)
     model, pixels = build_model(MLP, 5, (1, 15, 15)), images((1, 15, 15))
     fallback = make_engine("auto", model, SGD, pixels, CPU)
     assert isinstance(fallback, EagerEngine)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
-from reptile.episodes import Task
 from reptile.errors import InputError
-from reptile.learn.engine import Adapted, EagerEngine, one_by_one
-from reptile.learn.inner import InnerState, fresh_state
-from reptile.learn.meta import MetaState, meta_step
-from reptile.learn.native import NativeEngine
+from reptile.learn.engines import Adapted, EagerEngine
+from reptile.learn.engines.base import one_by_one
+from reptile.learn.engines.native import NativeEngine
+from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.reptile import MetaState, meta_step
 from reptile.models import Model, Objective, build_model, initialise, size
+from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
+from reptile.tasks import Task
 
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05)
 ADAM = OptimizerSettings(name="adam", learning_rate=1e-2)

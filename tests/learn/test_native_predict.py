@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from reptile.config import BATCH_NORM_MODES, BatchNormMode, ModelSettings, OptimizerSettings
-from reptile.data.prepared import ClassRange
-from reptile.episodes import FewShotProtocol, Purpose, Task, held_out_task, random_stream
+from reptile.data.dataset import ClassRange
 from reptile.errors import InputError
-from reptile.learn.engine import EagerEngine
-from reptile.learn.native import NativeEngine
+from reptile.learn.engines import EagerEngine
+from reptile.learn.engines.native import NativeEngine
 from reptile.models import Model, build_model, initialise
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, ModelSettings, OptimizerSettings
+from reptile.tasks import FewShotProtocol, Purpose, Task, held_out_task, random_stream
 
 MODELS = {
     "stride": (ModelSettings(), (1, 28, 28)),

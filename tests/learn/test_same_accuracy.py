@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from reptile.config import EvaluateSettings, PrepareSettings, TrainSettings
 from reptile.data.prepare import prepare
 from reptile.evaluate import Evaluation, evaluate
 from reptile.learn.train import train
+from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 
 @pytest.mark.slow

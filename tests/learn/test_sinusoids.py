@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from reptile.config import ModelSettings, OptimizerSettings, TrainSettings
-from reptile.episodes import Task
-from reptile.learn.engine import EagerEngine, Engine
-from reptile.learn.inner import fresh_state
-from reptile.learn.meta import MetaState, meta_step, step_size
-from reptile.learn.native import NativeEngine
+from reptile.learn.engines import EagerEngine, Engine
+from reptile.learn.engines.native import NativeEngine
+from reptile.learn.optimizer import fresh_state
+from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.minibatches import mini_batches
 from reptile.models import Model, build_model, initialise
+from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
+from reptile.tasks import Task
 
 POINTS = np.linspace(-5, 5, 1000, dtype=np.float32).reshape(-1, 1, 1, 1)
 SEEN, STEPS = 10, 32

@@ -12,12 +12,12 @@ import pytest
 import torch
 from patterns import make_data
 
-from reptile.config import TrainSettings
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import write_json
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
 from reptile.learn.train import Progress, choose_device, train
+from reptile.settings import TrainSettings
 
 
 def settings_of(**changes: object) -> TrainSettings:
@@ -106,8 +106,8 @@ def test_kill_9_loses_nothing(data: PreparedData, tmp_path: Path) -> None:
     settings = settings_of(meta_iterations=40, checkpoint_every=2)
     write_json(tmp_path / "settings.json", settings.model_dump(mode="json"))
     script = (
-        "import sys; from pathlib import Path; from reptile.config import TrainSettings;"
-        "from reptile.data.prepared import load_prepared; from reptile.learn.train import train;"
+        "import sys; from pathlib import Path; from reptile.settings import TrainSettings;"
+        "from reptile.data.dataset import load_prepared; from reptile.learn.train import train;"
         "from reptile.learn.checkpoint import save_checkpoint; root = Path(sys.argv[1]);"
         "settings = TrainSettings.model_validate_json((root / 'settings.json').read_text());"
         "result = train(settings, load_prepared(root / 'prepared'), root / 'work', resume=True);"

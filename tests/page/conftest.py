@@ -19,17 +19,17 @@ import pytest
 from bundles import make_checkpoint, write_bundle
 from patterns import make_data
 
-from reptile.config import (
+from reptile.data.prepare import prepare
+from reptile.data.readers.glyphs import write_glyphs
+from reptile.export.write import export_bundle
+from reptile.learn.train import train
+from reptile.settings import (
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
     PrepareSettings,
     TrainSettings,
 )
-from reptile.data.glyphs import write_glyphs
-from reptile.data.prepare import prepare
-from reptile.export.bundle import export_bundle
-from reptile.learn.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

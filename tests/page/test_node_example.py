@@ -52,7 +52,7 @@ Node = Callable[..., Any]
 
 @pytest.fixture
 def example(root: Path) -> Path:
-    return root / "examples/node"
+    return root / "clients/js/example"
 
 
 def test_the_example_checks_the_golden_tensors_and_teaches_a_task(

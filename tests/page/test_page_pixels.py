@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reptile.data.glyphs import draw_glyphs
+from reptile.data.readers.glyphs import draw_glyphs
 from reptile.images import decode, fit
 from reptile.minibatches import mini_batches
 

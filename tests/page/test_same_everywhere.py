@@ -49,7 +49,7 @@ def test_the_golden_tasks_get_the_same_logits_in_python_over_http_in_node_and_in
         const bundle = (path) => readFile("{bundle.resolve()}/" + path);
         console.log(JSON.stringify(await {golden}));
         """,
-        folder=root / "examples/node",
+        folder=root / "clients/js/example",
     )
     in_chromium = open_page().evaluate(
         f"""async () => {{

@@ -14,7 +14,7 @@ from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConf
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
 from pipeline import COMPILED
-from reptile.config import load_settings
+from reptile.settings import load_settings
 
 Document = dict[str, Any]
 

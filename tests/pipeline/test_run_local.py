@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
+from components.fetch import content_md5
 from pipeline.local import Outcome, examine
-from reptile.config import load_settings
-from reptile.data.fetch import content_md5
 from reptile.provenance import settings_sha256
 from reptile.runtime import FewShotModel
+from reptile.settings import load_settings
 
 STAGES = ("prepare", "train", "evaluate", "export", "verify")
 POINT = ("--point", "2-way 1-shot frozen")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
 from reptile.runtime import FewShotModel
 from reptile.serve.app import make_app
 from reptile.serve.settings import ServeSettings

@@ -15,15 +15,15 @@ from httpx import Response
 from PIL import Image
 from starlette.testclient import TestClient
 
-from reptile.config import ModelSettings, OptimizerSettings
-from reptile.data.prepared import PreparedData
+from reptile.data.dataset import PreparedData
 from reptile.runtime import FewShotModel
 from reptile.runtime.model import softmax
+from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
-from reptile.serve.journal import JsonLines
-from reptile.serve.refusals import FAULT
+from reptile.serve.errors import FAULT
 from reptile.serve.settings import ServeSettings
 from reptile.serve.workers import Predictor
+from reptile.settings import ModelSettings, OptimizerSettings
 
 
 def png(image: np.ndarray) -> bytes:

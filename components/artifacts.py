@@ -1,0 +1,321 @@
+"""The stages as Kubeflow's components call them: settings as JSON text, artifacts with metadata.
+
+An artifact is a path and a dictionary, so nothing here imports kfp. What a stage does is `stages`'
+business, and the graph that joins them is in `pipeline/`.
+"""
+
+import csv
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import chdir
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Protocol
+
+from components.fetch import fetch
+from components.push import publish as publish_bundle
+from reptile import stages
+from reptile.errors import InputError
+from reptile.files import sha256_file
+from reptile.learn.checkpoint import load_checkpoint
+from reptile.learn.train import Progress
+from reptile.objectives import kind_scored
+from reptile.provenance import settings_sha256
+from reptile.settings import (
+    BATCH_NORM_MODES,
+    EvaluateSettings,
+    ExportSettings,
+    PrepareSettings,
+    Section,
+    TrainSettings,
+    VerifySettings,
+    parse_settings,
+)
+
+
+class Artifact(Protocol):
+    """What of a KFP artifact is used here."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+class ConfusionMatrix(Artifact, Protocol):
+    """KFP's ClassificationMetrics."""
+
+    def log_confusion_matrix(self, categories: list[str], matrix: list[list[int]]) -> None:
+        """Keep a confusion matrix, rows for the actual classes."""
+
+
+class Verdict(NamedTuple):
+    """Whether a checkpoint may be exported, and if not, why."""
+
+    passed: bool
+    reason: str
+
+
+def prepare(
+    settings: str,
+    repository: str,
+    revision: str,
+    path: str,
+    md5: str,
+    git_commit: str,
+    prepared: Artifact,
+) -> None:
+    """Fetch the data by DVC and make the prepared dataset of it.
+
+    Args:
+        settings: of `prepare`; its sources are relative to the repository's root.
+        repository: address or folder of the repository that tracks the data.
+        revision: of that repository.
+        path: of the data in it.
+        md5: of the data, as DVC knows it.
+        git_commit: of the code that runs; kept for lineage, here and in all that comes of it.
+        prepared: the dataset to write.
+    """
+    chosen = parse_settings(PrepareSettings, settings)
+    target = Path(prepared.path).absolute()
+    with TemporaryDirectory(prefix="reptile-data-") as folder:
+        fetch(repository, revision, path, md5, Path(folder))
+        with chdir(folder):
+            data = stages.prepare(chosen, target)
+    prepared.metadata |= finite(
+        {
+            "data_repository": repository,
+            "data_revision": revision,
+            "data_path": path,
+            "data_md5": md5,
+            "git_commit": git_commit,
+            "dataset": data.name,
+            "data_sha256": data.content_sha256,
+            "splits_sha256": data.splits_sha256,
+            "prepare_settings_sha256": _hash(chosen),
+        }
+    )
+
+
+def train(
+    settings: str, work: str, prepared: Artifact, checkpoint: Artifact, curves: Artifact
+) -> None:
+    """Meta-train; go on from the latest checkpoint below `work`, if this run has left one there."""
+    chosen = parse_settings(TrainSettings, settings)
+    result = stages.train(
+        chosen,
+        Path(prepared.path),
+        Path(checkpoint.path),
+        curves=Path(curves.path),
+        work=Path(work),
+        resume=True,
+        on_progress=_Log(),
+    )
+    own = {
+        "train_settings_sha256": _hash(chosen),
+        "code_sha256": result.info.code_sha256,
+        f"validation_{result.info.kind.metric}": result.info.curve[-1].score,
+        result.info.kind.metric: result.info.curve[-1].score,
+    }
+    checkpoint.metadata |= _inherit(prepared) | finite(own)
+    curves.metadata |= checkpoint.metadata
+
+
+def evaluate(
+    settings: str,
+    prepared: Artifact,
+    checkpoint: Artifact,
+    evaluation: Artifact,
+    confusion: ConfusionMatrix,
+    report: Artifact,
+) -> None:
+    """Measure few-shot accuracy; show the scores, the confusion matrix and the report."""
+    chosen = parse_settings(EvaluateSettings, settings)
+    folder = Path(evaluation.path)
+    stages.evaluate(chosen, Path(prepared.path), Path(checkpoint.path), folder)
+    scores = flatten(stages.read_metrics(folder))
+    # The first is of the held-out data, at the fewest shots, transductive: as the curve's points.
+    name, score = next(iter(scores.items()))
+    own = {"evaluate_settings_sha256": _hash(chosen), name.rpartition("/")[2]: score}
+    lineage = _inherit(checkpoint) | finite(own)
+    evaluation.metadata |= lineage | finite(scores)
+    if (folder / "confusion.csv").is_file():  # a regressor has none
+        categories, matrix = confusion_matrix(folder / "confusion.csv")
+        confusion.log_confusion_matrix(categories, matrix)
+    confusion.metadata |= lineage
+    shutil.copyfile(folder / "report.html", report.path)
+    report.metadata |= lineage
+
+
+def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact) -> str:
+    """Measure held-out accuracy at one point; return it as a row of the table below.
+
+    What cannot be measured is a row too, which says why, as the other points can.
+
+    Args:
+        settings: of `evaluate`; its shots do not matter here.
+        point: such as `3-way 1-shot frozen`.
+        prepared: the dataset.
+        checkpoint: trained on it, for as many ways or more.
+
+    Raises:
+        InputError: `point` is not written as above.
+    """
+    found = re.fullmatch(rf"([1-9]\d*)-way ([1-9]\d*)-shot ({'|'.join(BATCH_NORM_MODES)})", point)
+    if not found:
+        modes = ", ".join(BATCH_NORM_MODES)
+        raise InputError(f"point {point!r}: write it as `5-way 1-shot frozen`; modes are {modes}")
+    ways, shots, mode = int(found[1]), int(found[2]), found[3]
+    chosen = parse_settings(EvaluateSettings, settings).model_copy(update={"shots": (shots,)})
+    try:
+        scores = stages.measure(chosen, Path(prepared.path), Path(checkpoint.path), ways)
+    except InputError as error:
+        return f"| {point} | {error} | |"
+    (by_shots,) = scores.values()
+    score = by_shots[f"{shots}-shot"][mode]
+    kind = kind_scored(score)
+    trained, random = (
+        kind.show(score[f"{start}{kind.metric}"], score[f"{start}interval"])
+        for start in ("", "random_")
+    )
+    return f"| {point} | {trained} | {random} |"
+
+
+def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifact) -> Verdict:
+    """Say whether the checkpoint may be exported.
+
+    Args:
+        settings: of `export`, whose gate counts.
+        champion: the text of an earlier bundle's manifest.json, or "".
+        checkpoint: the challenger.
+        evaluation: its evaluation.
+    """
+    chosen = parse_settings(ExportSettings, settings)
+    reason = stages.gate(chosen.gate, Path(checkpoint.path), Path(evaluation.path), champion)
+    print(f"refused: {reason}" if reason else "passed")
+    return Verdict(not reason, reason or "")
+
+
+def export(
+    settings: str, prepared: Artifact, checkpoint: Artifact, evaluation: Artifact, bundle: Artifact
+) -> None:
+    """Write the ONNX bundle."""
+    chosen = parse_settings(ExportSettings, settings)
+    folder = Path(bundle.path)
+    stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
+    info = load_checkpoint(Path(checkpoint.path)).info
+    metric, point = info.kind.metric, chosen.gate
+    scores = stages.read_metrics(Path(evaluation.path))[info.dataset]
+    gated = scores[f"{point.shots}-shot"][point.mode]
+    own = {
+        "export_settings_sha256": _hash(chosen),
+        "name": chosen.name,
+        "manifest_sha256": sha256_file(folder / "manifest.json"),
+        metric: gated[metric],
+        "interval": gated["interval"],
+    }
+    bundle.metadata |= _inherit(evaluation) | finite(own)
+
+
+def verify(
+    settings: str,
+    prepared: Artifact,
+    checkpoint: Artifact,
+    bundle: Artifact,
+    verification: Artifact,
+) -> str:
+    """Check the bundle against eager PyTorch; return the SHA-256 of the manifest that held."""
+    chosen = parse_settings(VerifySettings, settings)
+    report = stages.verify(
+        chosen,
+        Path(prepared.path),
+        Path(checkpoint.path),
+        Path(bundle.path),
+        Path(verification.path),
+    )
+    own = {"verify_settings_sha256": _hash(chosen), "checks_passed": len(report["checks"])}
+    verification.metadata |= _inherit(bundle) | finite(own)
+    return sha256_file(Path(bundle.path) / "manifest.json")
+
+
+def publish(bundle: Artifact, remote: str, pointer: Artifact) -> None:
+    """Push the bundle to a DVC remote; its .dvc file is the pointer."""
+    publish_bundle(Path(bundle.path), remote, Path(pointer.path))
+    pointer.metadata |= _inherit(bundle) | {
+        "remote": remote,
+        "manifest_sha256": bundle.metadata["manifest_sha256"],
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return nested scores under names such as `glyphs/1-shot/frozen/accuracy`."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}/")
+            if isinstance(value, Mapping)
+            else {prefix + name: float(value)}
+        )
+    return flat
+
+
+def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:
+    """Read confusion.csv: the classes in their order, and how often each was taken for each."""
+    with path.open(encoding="utf-8", newline="") as file:
+        pairs = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(file))
+    categories = sorted({name for pair in pairs for name in pair})
+    return categories, [[pairs[actual, guess] for guess in categories] for actual in categories]
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not finite and say so: JSON, and so Kubeflow's store, has no NaN."""
+    bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
+    kept = {name: value for name, value in values.items() if name not in bad}
+    return kept | ({"not_finite": ", ".join(bad)} if bad else {})
+
+
+class _Log:
+    """Prints where training starts, and each new point of its curve, as a pod's log shows it."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __call__(self, progress: Progress) -> None:
+        if self._shown < 0:
+            print(f"from meta-iteration {progress.iteration} of {progress.of}: {progress.engine}")
+            self._shown = 0
+        for point in progress.curve[self._shown :]:
+            print(
+                f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
+                f"validation {progress.kind.title} {point.score:.3f}",
+                flush=True,
+            )
+        self._shown = len(progress.curve)
+
+
+# What passes from an artifact to those made of it; its own scores and hashes do not.
+_LINEAGE = (
+    "data_repository",
+    "data_revision",
+    "data_path",
+    "data_md5",
+    "git_commit",
+    "dataset",
+    "data_sha256",
+    "splits_sha256",
+    "code_sha256",
+    "accuracy",
+)
+
+
+def _inherit(artifact: Artifact) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in artifact.metadata.items()
+        if name in _LINEAGE or name.endswith("_settings_sha256")
+    }
+
+
+def _hash(settings: Section) -> str:
+    return settings_sha256(settings.model_dump(mode="json"))

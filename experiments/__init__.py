@@ -1,0 +1,1 @@
+"""Studies on accuracy, and the scripts that draw the pictures in docs."""

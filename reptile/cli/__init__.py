@@ -1,0 +1,563 @@
+"""The command line: a command for each stage, with settings from params.yaml or a preset, and more.
+
+It shows progress and results to a person; all work is done by `reptile.stages` and
+`reptile.cli.classify`. Each command imports what it needs: `classify` runs without torch.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from reptile.errors import InputError
+from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
+from reptile.settings import BatchNormMode, Settings, load_settings
+
+if TYPE_CHECKING:
+    from reptile.learn.train import Progress as TrainingProgress
+    from reptile.runtime import AdaptedModel, Prediction
+    from reptile.stages import Counted
+
+app = typer.Typer(
+    help="Few-shot learning with Reptile: from images to a bundle, and a bundle in use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Make the starter data, or download others'.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="File of settings.", show_default="params.yaml"),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="Settings of a paper; see `reptile presets`."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
+]
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", help="Folder that the stages read and write.")
+]
+PARAMS = Path("params.yaml")
+ARTIFACTS = Path("artifacts")
+
+
+def read_settings(params: Path | None, preset: str | None, changes: list[str] | None) -> Settings:
+    """Read the file of settings or the preset, then apply the changes."""
+    if params and preset:
+        raise InputError(f"--params {params} --preset {preset}: name one of them")
+    path = preset_path(preset) if preset else params or PARAMS
+    return load_settings(path, changes or ())
+
+
+@app.command()
+def prepare(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Make the prepared dataset: one array of images with its classes and splits.
+
+    Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile import stages
+
+    folder = artifacts / "prepared"
+    with _counting("preparing") as count:
+        data = stages.prepare(settings.prepare, folder, count)
+    sizes = {split: len(data.split(split).starts) for split in ("train", "validation", "test")}
+    what = "points" if data.values else f"images of {data.image_shape}"
+    console.print(
+        f"{data.name}: {len(data.images):,} {what} in {folder}; classes: "
+        + ", ".join(f"{count} {split}" for split, count in sizes.items()),
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def train(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint of an interrupted run.")
+    ] = False,
+) -> None:
+    """Meta-train an initialisation on the prepared data.
+
+    Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile import stages
+
+    folder = artifacts / "checkpoint"
+    with _training(settings) as observe:
+        result = stages.train(
+            settings.train,
+            artifacts / "prepared",
+            folder,
+            curves=artifacts / "curves",
+            work=artifacts / "training",
+            resume=resume,
+            on_progress=observe,
+        )
+    last = result.info.curve[-1]
+    score = f"validation {result.info.kind.title} {last.score:.3f}"
+    console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
+
+
+@app.command()
+def evaluate(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Measure few-shot accuracy on held-out classes and other domains, with a report.
+
+    Example: reptile evaluate -S evaluate.tasks=100 -S evaluate.queries=15
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile import stages
+    from reptile.evaluate import summary_table
+
+    folder = artifacts / "evaluation"
+    start = perf_counter()
+    with _counting("evaluating") as count:
+        result = stages.evaluate(
+            settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
+        )
+    seconds = perf_counter() - start
+    console.print(summary_table(stages.read_metrics(folder)))
+    console.print(
+        f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
+        f"{result.adaptations / seconds:.0f} tasks/s"
+    )
+    console.print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def export(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    ignore_gate: Annotated[
+        bool, typer.Option("--ignore-gate", help="Export whatever the evaluation says.")
+    ] = False,
+) -> None:
+    """Write the ONNX bundle, if the evaluation passes the gate in the settings.
+
+    Example: reptile export -S export.gate.accuracy=0.8
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile import stages
+
+    bundle = artifacts / "bundle"
+    with console.status("exporting"):
+        stages.export(
+            settings.export,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            artifacts / "evaluation",
+            bundle,
+            ignore_gate=ignore_gate,
+        )
+    console.print(f"bundle: {bundle}")
+
+
+@app.command()
+def verify(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Check the bundle against eager PyTorch; exit code 2 if any check fails.
+
+    Example: reptile verify -S verify.episodes=1000
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile import stages
+
+    report = artifacts / "verification.json"
+    with console.status("verifying"):
+        result = stages.verify(
+            settings.verify,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            artifacts / "bundle",
+            report,
+        )
+    console.print(f"{len(result['checks'])} checks passed; report: {report}")
+
+
+@app.command()
+def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
+    """Show what the stages have made: the accuracies, and where bundle and report lie."""
+    from reptile.evaluate import summary_table
+    from reptile.stages import read_metrics
+
+    evaluation, verification = artifacts / "evaluation", artifacts / "verification.json"
+    console.print(summary_table(read_metrics(evaluation)))
+    if not verification.is_file():
+        raise InputError(f"{verification}: no such file; run `reptile verify` first")
+    checks = json.loads(verification.read_text(encoding="utf-8"))["checks"]
+    passed = sum(check["passed"] for check in checks)
+    console.print(f"report   {evaluation / 'report.html'}")
+    console.print(f"bundle   {artifacts / 'bundle'} ({passed} of {len(checks)} checks passed)")
+
+
+@app.command()
+def classify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files to name.")
+    ] = None,
+    support: Annotated[
+        Path | None,
+        typer.Option(help="Folder or zip with a folder of examples for each class."),
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Instead of --support: what --save wrote.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write what was learnt for --task.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Inner steps; the bundle's if not given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Chooses the mini-batches; 0 if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Learn new classes from a few example images, then name other images; needs no torch.
+
+    Example: reptile classify artifacts/bundle --support animals new/1.png new/2.png
+    """
+    from reptile.cli.classify import read_images, read_support, report
+    from reptile.runtime import FewShotModel
+
+    paths = images or []
+    if (support is None) == (task is None):
+        raise InputError(
+            "give either --support, a folder of examples, or --task, what --save wrote"
+        )
+    if task is not None and (save, steps, seed) != (None, None, None):
+        raise InputError("--save, --steps and --seed go with --support: --task has learnt already")
+    if not paths and save is None:
+        raise InputError("no images to name: give PNG or JPEG files, or --save to learn only")
+    model = FewShotModel.load(bundle)
+    queries = read_images(paths, model.image_shape)
+    if support is not None:
+        examples, labels = read_support(support, model)
+        adapted = model.adapt(examples, labels, steps=steps, seed=seed or 0)
+        learnt = f"learnt {len(adapted.labels)} classes from {len(labels)} images"
+    elif task is not None:
+        adapted = model.load_adapted(task)
+        learnt = f"{task}: {len(adapted.labels)} classes"
+    prediction = adapted.predict(queries)
+    if save is not None:
+        adapted.save(save)
+    if as_json:
+        typer.echo(json.dumps(report(paths, adapted, prediction), indent=2, allow_nan=False))
+        return
+    if len(losses := adapted.losses):
+        learnt += f" in {len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    console.print(learnt, markup=False, highlight=False, soft_wrap=True)
+    if paths:
+        console.print(_prediction_table(paths, adapted, prediction))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder that keeps taught tasks over a restart.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="NAME=VALUE", help="Change a bound; --bounds lists."),
+    ] = None,
+    bounds: Annotated[bool, typer.Option("--bounds", help="List the bounds and end.")] = False,
+) -> None:
+    """Serve a bundle over HTTP, with a page to try it on; needs no torch.
+
+    A token in the environment variable REPTILE_TOKEN is asked of every request but health and the
+    page's own files; the page asks its visitor for it.
+
+    Example: reptile serve artifacts/bundle --tasks tasks -S max_tasks=100
+    """
+    from reptile.serve.settings import ServeSettings, changed
+
+    if bounds:
+        for name, field in ServeSettings.model_fields.items():
+            if name != "tasks":
+                console.print(f"{name} = {field.default}", highlight=False)
+                console.print(f"    {' '.join((field.description or '').split())}", style="dim")
+        return
+    settings = changed(tasks, changes or ())
+    from reptile.serve.run import run
+
+    run(bundle, host, port, settings)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    preset: Annotated[str, typer.Argument(help="Which experiment; see `reptile presets`.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs, from train.seed on.")] = 3,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Another source of images, or a prepared folder, than the preset's."),
+    ] = None,
+    changes: SetOption = None,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="artifacts/reproduce/PRESET"),
+    ] = None,
+) -> None:
+    """Train and evaluate a preset for several seeds; show it beside the published row.
+
+    What is finished is not done again, and an interrupted seed goes on where it stopped.
+
+    Example: reptile reproduce omniglot-5w1s --seeds 3 -S train.meta_iterations=5000
+    """
+    chosen = load_preset(preset)
+    settings = load_settings(preset_path(preset), changes or ())
+    from reptile.experiments.reproduce import markdown, reproduce
+
+    folder = artifacts or ARTIFACTS / "reproduce" / preset
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        result = reproduce(chosen, settings, seeds, folder, data=data, on_progress=observe)
+    typer.echo(markdown(result))
+    console.print(f"written to {folder / 'result.md'} and result.json")
+
+
+@app.command("transfer")
+def transfer_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Artifacts folders: each one a row and a column.")
+    ],
+    on: Annotated[
+        list[Path] | None,
+        typer.Option("--on", help="One more prepared dataset to test on; may be repeated."),
+    ] = None,
+    mode: Annotated[
+        BatchNormMode, typer.Option(help="Batch norm in the table; the JSON has all.")
+    ] = "transductive",
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for transfer.json and transfer.md.")] = (
+        ARTIFACTS / "transfer"
+    ),
+) -> None:
+    """Test every run's initialisation on every run's held-out classes, and on more datasets.
+
+    The classes of another split or preparation of a run's own data are left out: it may have been
+    trained on them.
+
+    Example: reptile transfer letters digits --on letters/prepared/cross_domain/emnist-balanced
+    """
+    settings = read_settings(params, preset, changes).evaluate
+    from reptile import stages
+
+    with _counting("evaluating") as count:
+        text = stages.transfer(settings, runs, on or (), output, mode, count)
+    typer.echo(text)
+    console.print(f"written to {output / 'transfer.md'} and transfer.json")
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    params: Annotated[Path, typer.Option("--params", help="What DVC would change.")] = PARAMS,
+) -> None:
+    """List the settings of published experiments, or show one and how to run it with DVC.
+
+    Example: reptile presets omniglot-5w1s
+    """
+    if name is None:
+        console.print(presets_table())
+        console.print("reptile presets NAME shows one; reptile train --preset NAME uses it")
+        return
+    path = preset_path(name)
+    typer.echo(path.read_text(encoding="utf-8"))
+    if params.is_file():
+        typer.echo(f"# with DVC:\n{dvc_command(load_settings(path), params)}")
+
+
+@data_app.command()
+def glyphs(
+    path: Annotated[Path, typer.Argument(help="Zip file to write.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw the starter dataset: invented alphabets, written by simulated hands.
+
+    Example: reptile data glyphs data/glyphs.zip
+    """
+    from reptile.data.readers.glyphs import write_glyphs
+
+    with console.status("drawing"):
+        write_glyphs(path, seed=seed)
+    console.print(f"wrote {path}")
+
+
+@data_app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="omniglot, mnist, emnist, cifar-fs or fc100.")],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where to; a folder in datasets/ by default.")
+    ] = None,
+) -> None:
+    """Download a public dataset and check it; go on where an earlier try was cut off.
+
+    Example: reptile data download omniglot
+    """
+    from reptile.data.download import dataset_named
+    from reptile.data.download import download as fetch_files
+
+    dataset = dataset_named(name)
+    target = folder or Path(dataset.folder)
+    with _bar(columns=(DownloadColumn(), TransferSpeedColumn())) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file)
+            bar.update(tasks[file], completed=done, total=total)
+
+        fetch_files(dataset, target, observe)
+    console.print(f"{name}: {len(dataset.files)} files in {target}, as published", soft_wrap=True)
+    console.print(f"version it:  dvc add {target}", soft_wrap=True)
+    settings = " ".join(f"-S {each}" for each in (f"prepare.source={target}", *dataset.settings))
+    console.print(f"prepare it:  reptile prepare {settings}", soft_wrap=True)
+
+
+def run() -> None:
+    """Run the command line and turn foreseeable errors into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("reptile").setLevel(logging.INFO)
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+
+
+def _fail(message: str) -> None:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    sys.exit(2)
+
+
+def _prediction_table(
+    paths: list[Path], adapted: "AdaptedModel", prediction: "Prediction"
+) -> Table:
+    """One row an image: its likeliest class with its probability, and the next likeliest."""
+    columns = [Column(name, overflow="fold") for name in ("image", "class", "", "", "or")]
+    columns[3].justify = "right"
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for path, row in zip(paths, prediction.probabilities, strict=True):
+        first, second, *_ = row.argsort()[::-1]
+        name = str(path)
+        table.add_row(
+            Text(name if name.isprintable() else repr(name)),
+            Text(str(adapted.labels[first]), style="bold"),
+            ProgressBar(total=1, completed=float(row[first]), width=12),
+            f"{row[first]:.1%}",
+            Text(f"{adapted.labels[second]} {row[second]:.1%}", style="dim"),
+        )
+    return table
+
+
+def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        *(TextColumn(field) for field in more),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+@contextmanager
+def _counting(what: str) -> "Iterator[Counted]":
+    """Show a progress bar; yield what moves it."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None]]":
+    """Show training: a bar in a terminal, and a line for each point of the curve."""
+    shown = 0
+    meta_batch = settings.train.meta_batch
+    with _bar("{task.fields[rate]}") as bar:
+        task = bar.add_task("training", total=settings.train.meta_iterations, rate="")
+
+        def observe(progress: "TrainingProgress") -> None:
+            nonlocal shown
+            speed = bar.tasks[task].speed
+            rate = f"{speed * meta_batch:.0f} tasks/s" if speed else ""
+            bar.update(task, completed=progress.iteration, rate=f"{rate}, {progress.engine}")
+            for point in progress.curve[shown:]:
+                bar.console.print(
+                    f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
+                    f"validation {progress.kind.title} {point.score:.3f}, {rate} "
+                    f"({progress.engine})",
+                    soft_wrap=True,
+                )
+            shown = len(progress.curve)
+
+        yield observe

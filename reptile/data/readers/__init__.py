@@ -1,0 +1,1 @@
+"""Reading sources: folders and zips of images, published files, and what is drawn here."""

@@ -1,0 +1,52 @@
+"""The network that ordinary training makes of the same tasks: what Reptile is compared with.
+
+All points of all training tasks are one set, as if they were one function's. Only for regression:
+labels of classes differ from task to task, so classification has nothing to pool.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from reptile.data.dataset import PreparedData
+from reptile.learn.engines import Engine
+from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.reptile import MetaState
+from reptile.settings import TrainSettings
+from reptile.tasks import Purpose, Task, random_stream
+
+STEPS_AT_ONCE = 1000  # bounds the memory of a call
+
+
+def train_jointly(
+    settings: TrainSettings, engine: Engine, weights: Tensor, data: PreparedData
+) -> MetaState:
+    """Train from the same start with as many steps, of the same size, as meta-training took.
+
+    Args:
+        settings: of meta-training; its inner optimiser and mini-batches are used.
+        engine: holds the data's inputs.
+        weights: the random start, [P].
+        data: with values to predict; mini-batches are drawn from all points of its training split.
+
+    Returns:
+        The weights reached, with a fresh optimiser state: this training had another aim.
+    """
+    classes = data.split("train")
+    assert classes.targets is not None
+    rows = np.concatenate(
+        [np.arange(a, a + n) for a, n in zip(classes.starts, classes.counts, strict=True)]
+    )
+    nothing = np.empty(0, dtype=np.int64)
+    rng = random_stream(settings.seed, Purpose.JOINT)
+    left = settings.meta_iterations * settings.meta_batch * settings.inner_steps
+    state = fresh_state(weights)
+    while left:
+        steps = min(left, STEPS_AT_ONCE)
+        support = rng.choice(rows, steps * settings.inner_batch)
+        batches = np.arange(support.size).reshape(steps, -1)
+        task = Task(support, classes.targets[support], nothing, nothing, tuple(batches))
+        adapted = engine.adapt(weights, state, [task])
+        weights = adapted.weights[0]
+        state = InnerState(adapted.state.second_moment[0], adapted.state.step)
+        left -= steps
+    return MetaState(weights, fresh_state(weights))

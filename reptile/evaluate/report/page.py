@@ -1,0 +1,274 @@
+"""The report for people: one HTML page that holds all it shows and asks nothing of the network.
+
+What is measured is `measure`'s business; here it is put into words, tables and pictures.
+"""
+
+import base64
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from reptile import __version__
+from reptile.data.dataset import PreparedClass, PreparedData
+from reptile.evaluate.confusions import Confusions, confusions, hardest
+from reptile.evaluate.measure import (
+    BASELINES,
+    PATH_MODES,
+    Evaluation,
+    Measurement,
+    Score,
+    Start,
+)
+from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
+from reptile.objectives import CLASSIFICATION, Kind
+from reptile.provenance import code_sha256, versions
+from reptile.settings import BatchNormMode, Section
+
+HEADLINE_MODE: BatchNormMode = "frozen"  # each query on its own, as the exported model predicts
+START_NAMES: dict[Start, str] = {
+    "trained": "meta-trained",
+    "random": "random start",
+    "joint": "jointly trained",
+}
+STYLES = {"transductive": "dashed", "frozen": ""}
+EXAMPLE_TASKS = 3
+EXAMPLE_QUERIES = 3  # of each class
+HARDEST = 6
+DRAWINGS = 3  # of each of them
+LARGEST_MATRIX = 20
+
+
+class Query(NamedTuple):
+    """One query of an example task."""
+
+    image: str
+    right: bool
+    answer: str  # letter of the class it was taken for
+    probability: float
+    probability_of_truth: float
+
+
+class Column(NamedTuple):
+    """One class of an example task."""
+
+    letter: str
+    name: str
+    support: list[str]
+    queries: list[Query]
+
+
+def render_report(evaluation: Evaluation) -> str:
+    """Return the page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("reptile.evaluate.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    kind = evaluation.kind
+    environment.filters["score"] = lambda score: kind.show(*score)
+    return environment.get_template(f"{kind.name}.html").render(
+        e=evaluation,
+        ways=evaluation.checkpoint.settings.ways,
+        held_out=next(iter(evaluation.data)),
+        headline_mode=HEADLINE_MODE,
+        by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out],
+        path_tasks=len(next(iter(evaluation.held_out[0].by_step.values()))[0]),
+        **(_named(evaluation) if kind is CLASSIFICATION else {"fits": _fits(evaluation)}),
+        curves=_curves(evaluation),
+        evaluate_settings=_flat(evaluation.settings),
+        train_settings=_flat(evaluation.checkpoint.settings),
+        code=code_sha256(),
+        versions={"reptile": __version__} | versions("torch", "numpy"),
+    )
+
+
+def _named(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what only a classifier has: images named, right or wrong."""
+    held_out, fewest = next(iter(evaluation.data)), evaluation.fewest_classes
+    matrix = confusions(evaluation.data[fewest], evaluation.of(fewest)[:1])
+    return {
+        "examples": [_examples(m, evaluation.data[m.dataset]) for m in evaluation.measurements],
+        "example_tasks": EXAMPLE_TASKS,
+        "example_queries": EXAMPLE_QUERIES,
+        "matrix_data": fewest,
+        "matrix": _matrix(matrix, evaluation.data[fewest]),
+        "hardest": _hardest(evaluation, held_out),
+    }
+
+
+def _fits(evaluation: Evaluation) -> list[Markup]:
+    """Draw the functions before adaptation, after one step and after all, and the points."""
+    charts = []
+    x_high = max((float(np.abs(fit.x).max()) for fit in evaluation.fits), default=1.0)
+    for fit in evaluation.fits:
+        steps = sorted(fit.by_step)
+        names = {0: "before", steps[-1]: f"{steps[-1]} steps"}
+        styles = {0: "random", steps[-1]: "trained"}
+        lines = [
+            Line(
+                names.get(step, f"{step} step"),
+                styles.get(step, "trained dashed"),
+                fit.x.tolist(),
+                fit.by_step[step].tolist(),
+            )
+            for step in steps
+        ]
+        values = [fit.shown.y, fit.asked.y, *fit.by_step.values()]
+        y_high = 1.05 * max(float(np.abs(value).max()) for value in values)
+        dots = [
+            Dots("ring", 2.4, fit.asked.x.tolist(), fit.asked.y.tolist()),
+            Dots("shown", 3.6, fit.shown.x.tolist(), fit.shown.y.tolist()),
+        ]
+        axes = symmetric_axis("x", x_high), symmetric_axis("", y_high)
+        charts.append(line_chart("the function before and after adaptation", lines, *axes, dots))
+    return charts
+
+
+def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
+    kind = evaluation.kind
+    factor = 100 if kind is CLASSIFICATION else 1
+    lines = []
+    for start in evaluation.starts:
+        for mode in PATH_MODES:
+            if mode not in evaluation.modes:
+                continue
+            scores = [Score.of(factor * row) for row in measurement.by_step[start, mode]]
+            means, intervals = zip(*scores, strict=True)
+            label = START_NAMES[start] if mode == HEADLINE_MODE else ""
+            style = f"{start} {STYLES[mode]}"
+            lines.append(Line(label, style, measurement.steps, means, intervals))
+    last = measurement.steps[-1]
+    level, what = _without_a_network(evaluation)
+    lines.append(Line(what, "chance", (0, last), (level, level)))
+    ticks: list[int] = []
+    for step in measurement.steps:
+        if not ticks or math.sqrt(step) - math.sqrt(ticks[-1]) > 0.065 * math.sqrt(last):
+            ticks.append(step)
+    x = Axis("inner steps (square-root scale)", max(last, 1), ticks, scale=math.sqrt)
+    high = max(max(line.y) + max(line.intervals, default=0) for line in lines)
+    what = f"{kind.title} by inner step, {measurement.shots}-shot"
+    return line_chart(what, lines, x, _score_axis(kind, high))
+
+
+def _without_a_network(evaluation: Evaluation) -> tuple[float, str]:
+    """Return what guessing scores, as the charts show it, and its name."""
+    if evaluation.kind is CLASSIFICATION:
+        return 100 / evaluation.checkpoint.settings.ways, "chance"
+    return evaluation.held_out[0].baseline_score().mean, BASELINES[evaluation.kind].title
+
+
+def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
+    curve = evaluation.checkpoint.curve
+    if not curve:
+        return []
+    iterations = [point.iteration for point in curve]
+    x = axis("meta-iterations", evaluation.checkpoint.settings.meta_iterations)
+    losses = [point.loss for point in curve]
+    kind = evaluation.kind
+    level, what = _without_a_network(evaluation)
+    factor = 100 if kind is CLASSIFICATION else 1
+    score = Line("validation", "trained", iterations, [factor * p.score for p in curve])
+    guess = Line(what, "chance", (0, x.high), (level, level))
+    high = max(level, *score.y)
+    loss = Line("training", "trained", iterations, losses)
+    return [
+        (
+            f"{kind.title.capitalize()} on validation tasks ({kind.validation.shots}-shot"
+            f"{', transductive' if evaluation.has_batch_norm else ''})",
+            line_chart(f"validation {kind.title}", [score, guess], x, _score_axis(kind, high)),
+        ),
+        (
+            "Loss in the last inner step of training tasks",
+            line_chart("training loss", [loss], x, axis("", 1.05 * max(losses))),
+        ),
+    ]
+
+
+def _score_axis(kind: Kind, high: float) -> Axis:
+    if kind is CLASSIFICATION:
+        return Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
+    return axis("", 1.05 * high)
+
+
+def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
+    logits = measurement.logits["trained", HEADLINE_MODE][:EXAMPLE_TASKS]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = weights / weights.sum(-1, keepdims=True)
+    starts = [entry.start for entry in data.classes]
+    tasks = []
+    for task, likely in zip(measurement.tasks, probabilities, strict=False):
+        columns = []
+        for label in range(likely.shape[-1]):
+            support = task.support[task.support_labels == label]
+            asked = np.flatnonzero(task.query_labels == label)[:EXAMPLE_QUERIES]
+            queries = [
+                Query(
+                    _image(data, task.query[i]),
+                    bool(likely[i].argmax() == label),
+                    _letter(int(likely[i].argmax())),
+                    float(likely[i].max()),
+                    float(likely[i, label]),
+                )
+                for i in asked
+            ]
+            name = data.classes[int(np.searchsorted(starts, support[0], side="right")) - 1].name
+            columns.append(
+                Column(_letter(label), name, [_image(data, row) for row in support], queries)
+            )
+        tasks.append(columns)
+    return {"dataset": measurement.dataset, "shots": measurement.shots, "tasks": tasks}
+
+
+def _letter(label: int) -> str:
+    return chr(ord("A") + label) if label < 26 else str(label + 1)
+
+
+def _matrix(found: Confusions, data: PreparedData) -> list[dict[str, Any]]:
+    """Rows of shares; empty if there are too many classes to read."""
+    if len(found.classes) > LARGEST_MATRIX:
+        return []
+    shares = found.counts / np.maximum(found.counts.sum(1, keepdims=True), 1)
+    return [
+        {"name": entry.name, "image": _image(data, entry.start), "shares": row.tolist()}
+        for entry, row in zip(found.classes, shares, strict=True)
+    ]
+
+
+def _hardest(evaluation: Evaluation, dataset: str) -> list[dict[str, Any]]:
+    data = evaluation.data[dataset]
+
+    def drawings(entry: PreparedClass) -> list[str]:
+        return [_image(data, entry.start + i) for i in range(min(DRAWINGS, entry.count))]
+
+    return [
+        hard._asdict() | {"images": drawings(hard.entry), "others": drawings(hard.taken_for)}
+        for hard in hardest(confusions(data, evaluation.of(dataset)), HARDEST)
+    ]
+
+
+def _image(data: PreparedData, row: int | np.integer[Any]) -> str:
+    """Return an image as a data URI."""
+    pixels = np.asarray(data.images[row])
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def _flat(section: Section, prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in section:
+        if isinstance(value, Section):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            several = isinstance(value, tuple)
+            shown = ", ".join(map(str, value)) or "none" if several else str(value)
+            rows.append((prefix + name, shown))
+    return rows

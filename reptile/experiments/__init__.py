@@ -1,0 +1,1 @@
+"""Published experiments: their settings, their repetition over seeds, and transfer between data."""

@@ -1,0 +1,378 @@
+"""A published experiment over several training seeds, and its table beside the published row.
+
+Runs the stages `prepare`, `train` and `evaluate` in a folder of its own, and never what is there
+already: a finished seed is not trained again, an interrupted one goes on. No export here.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from scipy import stats
+
+from reptile import stages
+from reptile.cpus import available_cpus
+from reptile.data.dataset import INDEX_FILE, PreparedData, load_prepared
+from reptile.errors import InputError
+from reptile.experiments.presets import Preset, changes
+from reptile.files import atomic_file, write_json
+from reptile.learn.checkpoint import CurvePoint, load_checkpoint
+from reptile.learn.train import Progress
+from reptile.provenance import code_sha256, versions
+from reptile.settings import (
+    BATCH_NORM_MODES,
+    BatchNormMode,
+    EvaluateSettings,
+    PrepareSettings,
+    Settings,
+)
+
+Reported = Callable[[str, int, int], None]
+"""Told what is being done, and how many of how many are done."""
+
+NO_MATTER = ("train.seed", "train.device", "train.engine", "train.checkpoint_every")
+"""Settings that may differ from the preset's without making another experiment."""
+
+
+class Training(BaseModel):
+    """How a seed was trained, as training.json says. Of an interrupted run, the last part alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    cpus: int
+    first_iteration: int
+    """0, or where this part went on."""
+    seconds: float
+    tasks_per_second: float
+    """With the validation on the way."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One training run and its evaluation."""
+
+    seed: int
+    training: Training
+    curve: tuple[CurvePoint, ...]
+    metrics: Mapping[str, Any]  # as metrics.json: dataset, then shots, then method
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """All seeds of one experiment."""
+
+    preset: Preset
+    settings: Settings  # `train.seed` is the first of the seeds
+    data: PreparedData
+    seeds: tuple[Seed, ...]
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """What is not as the preset has it, as (here, in the preset)."""
+        found = changes(self.settings, self.preset.settings)
+        return {
+            name: values
+            for name, values in found.items()
+            if name not in NO_MATTER and not name.startswith(("export.", "verify."))
+        }
+
+    @property
+    def scaled_down(self) -> bool:
+        """Whether less was trained or tested than the preset says."""
+        here, there = self.settings, self.preset.settings
+        return (
+            here.train.meta_iterations < there.train.meta_iterations
+            or here.evaluate.tasks < there.evaluate.tasks
+        )
+
+    @property
+    def modes(self) -> tuple[BatchNormMode, ...]:
+        """The modes worth showing: without batch norm all three are the same."""
+        return BATCH_NORM_MODES if self.settings.train.model.name == "conv4" else ("frozen",)
+
+
+def reproduce(
+    preset: Preset,
+    settings: Settings,
+    seeds: int,
+    folder: Path,
+    *,
+    data: str | None = None,
+    on_progress: Reported = lambda what, done, total: None,
+) -> Reproduction:
+    """Train and evaluate a preset for several seeds; write `result.json` and `result.md`.
+
+    Args:
+        preset: what is reproduced.
+        settings: its settings, some of them perhaps changed.
+        seeds: how many training seeds, from `settings.train.seed` on. The test tasks are those of
+            `settings.evaluate.seed` for every one of them.
+        folder: where everything goes: `prepared`, and a folder for each seed.
+        data: another source of images than the preset's; or a folder that is prepared already,
+            whose own settings of `prepare` then count.
+        on_progress: told where it is.
+
+    Raises:
+        InputError: whatever the stages refuse.
+    """
+    if data is not None and (Path(data) / INDEX_FILE).is_file():
+        prepared = Path(data)
+        used = PrepareSettings.model_validate(load_prepared(prepared).index.settings)
+        settings = settings.model_copy(update={"prepare": used})
+    else:
+        prepared = folder / "prepared"
+        if data is not None:
+            source = settings.prepare.model_copy(update={"source": data})
+            settings = settings.model_copy(update={"prepare": source})
+        _prepare(settings, prepared, on_progress)
+    images = load_prepared(prepared)
+    done = []
+    for number in range(seeds):
+        seed = settings.train.seed + number
+        own = settings.train.model_copy(update={"seed": seed})
+        ours = settings.model_copy(update={"train": own})
+        label = f"seed {number + 1} of {seeds}"
+        done.append(_seed(ours, images, prepared, folder / f"seed-{seed}", label, on_progress))
+    result = Reproduction(preset, settings, images, tuple(done))
+    write_json(folder / "result.json", as_json(result))
+    with atomic_file(folder / "result.md") as temporary:
+        temporary.write_text(markdown(result), encoding="utf-8")
+    return result
+
+
+def over_seeds(means: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half its 95 % interval: Student's t with n - 1 degrees, n >= 2."""
+    number = len(means)
+    mean = sum(means) / number
+    variance = sum((value - mean) ** 2 for value in means) / (number - 1)
+    return mean, float(stats.t.ppf(0.975, number - 1)) * math.sqrt(variance / number)
+
+
+def markdown(result: Reproduction) -> str:
+    """Return the table for people, beside the published row, and what it was made with."""
+    seeds, paper, metric = result.seeds, result.preset.paper, _metric(result)
+    several = len(seeds) > 1
+    ours = f"mean of {len(seeds)} seeds ± 95 %" if several else f"seed {seeds[0].seed} ± 95 %"
+    head = ["data", "batch norm", f"{ours}{', scaled down' * result.scaled_down}"]
+    head += [f"seed {seed.seed}" for seed in seeds if several]
+    head += ["random start", "published"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for dataset, shots, mode, scores in _rows(result):
+        first = dataset == result.data.name and shots == next(iter(seeds[0].metrics[dataset]))
+        start = scores[0][f"random_{metric}"], scores[0]["random_interval"]
+        cells = [
+            f"{dataset}, {shots}",
+            mode.replace("_", "-") if len(result.modes) > 1 else "none",
+            f"**{_shown(metric, *_joint(metric, scores))}**",
+        ]
+        cells += [_shown(metric, s[metric], s["interval"]) for s in scores if several]
+        cells += [_shown(metric, *start), (first and paper.show(mode)) or "–"]
+        lines.append(_row(cells))
+    title = f"### {result.preset.name}" + (f": {paper.row}" if paper.row else "")
+    return "\n".join([title, "", *lines, "", *_notes(result)]) + "\n"
+
+
+def as_json(result: Reproduction) -> dict[str, Any]:
+    """Return everything as plain values."""
+    metric = _metric(result)
+    joint: dict[str, Any] = {}
+    for dataset, shots, mode, scores in _rows(result):
+        mean, interval = _joint(metric, scores)
+        by_mode = joint.setdefault(dataset, {}).setdefault(shots, {})
+        by_mode[mode] = {metric: mean, "interval": interval}
+    stages_run = {"prepare", "train", "evaluate"}
+    return {
+        "preset": result.preset.name,
+        "paper": result.preset.paper.model_dump(mode="json"),
+        "settings": result.settings.model_dump(mode="json", include=stages_run),
+        "changed": [
+            {"setting": name, "here": here, "preset": there}
+            for name, (here, there) in result.changes.items()
+        ],
+        "data_sha256": result.data.content_sha256,
+        "splits_sha256": result.data.splits_sha256,
+        "code_sha256": code_sha256(),
+        "versions": versions("torch", "numpy"),
+        "over_seeds": joint,
+        "seeds": [
+            {
+                "seed": seed.seed,
+                "training": seed.training.model_dump(mode="json"),
+                "curve": [point.model_dump(mode="json") for point in seed.curve],
+                "metrics": seed.metrics,
+            }
+            for seed in result.seeds
+        ],
+    }
+
+
+def _rows(
+    result: Reproduction,
+) -> Iterator[tuple[str, str, BatchNormMode, list[Mapping[str, float]]]]:
+    """Yield dataset, shots, mode and the scores of every seed."""
+    for dataset, by_shots in result.seeds[0].metrics.items():
+        for shots in by_shots:
+            for mode in result.modes:
+                yield (
+                    dataset,
+                    shots,
+                    mode,
+                    [seed.metrics[dataset][shots][mode] for seed in result.seeds],
+                )
+
+
+def _prepare(settings: Settings, prepared: Path, on_progress: Reported) -> None:
+    """Prepare the data unless the same settings have done so already."""
+    wanted = settings.prepare.model_dump(mode="json")
+    if (prepared / INDEX_FILE).is_file() and load_prepared(prepared).index.settings == wanted:
+        return
+    stages.prepare(
+        settings.prepare, prepared, lambda done, total: on_progress("preparing", done, total)
+    )
+
+
+def _seed(
+    settings: Settings,
+    data: PreparedData,
+    prepared: Path,
+    folder: Path,
+    label: str,
+    on_progress: Reported,
+) -> Seed:
+    checkpoint, evaluation = folder / "checkpoint", folder / "evaluation"
+    record = folder / "training.json"
+    training = _trained(settings, data, checkpoint, record)
+    if training is None:
+        shutil.rmtree(evaluation, ignore_errors=True)
+        training = _train(settings, prepared, folder, f"{label}: training", on_progress)
+        write_json(record, training.model_dump(mode="json"))
+    if not _evaluated(settings, evaluation):
+        stages.evaluate(
+            settings.evaluate,
+            prepared,
+            checkpoint,
+            evaluation,
+            lambda done, total: on_progress(f"{label}: evaluating", done, total),
+        )
+    curve = load_checkpoint(checkpoint).info.curve
+    return Seed(settings.train.seed, training, curve, stages.read_metrics(evaluation))
+
+
+def _trained(
+    settings: Settings, data: PreparedData, checkpoint: Path, record: Path
+) -> Training | None:
+    """Return how this very run was trained, if it was."""
+    try:
+        info = load_checkpoint(checkpoint).info
+        training = Training.model_validate_json(record.read_bytes())
+    except (InputError, FileNotFoundError, ValidationError):
+        return None
+    theirs = info.settings, info.data_sha256, info.splits_sha256
+    same = theirs == (settings.train, data.content_sha256, data.splits_sha256)
+    return training if same else None
+
+
+def _evaluated(settings: Settings, evaluation: Path) -> bool:
+    try:
+        text = (evaluation / "settings.json").read_bytes()
+        return EvaluateSettings.model_validate_json(text) == settings.evaluate
+    except (FileNotFoundError, ValidationError):
+        return False
+
+
+def _train(
+    settings: Settings, prepared: Path, folder: Path, label: str, on_progress: Reported
+) -> Training:
+    start = perf_counter()
+    first, engine = settings.train.meta_iterations, ""
+
+    def observe(progress: Progress) -> None:
+        nonlocal first, engine
+        first, engine = min(first, progress.iteration - 1), progress.engine
+        on_progress(label, progress.iteration, progress.of)
+
+    stages.train(
+        settings.train,
+        prepared,
+        folder / "checkpoint",
+        curves=folder / "curves",
+        work=folder / "training",
+        resume=True,
+        on_progress=observe,
+    )
+    seconds = perf_counter() - start
+    tasks = settings.train.meta_batch * (settings.train.meta_iterations - first)
+    return Training(
+        engine=engine,
+        cpus=available_cpus(),
+        first_iteration=first,
+        seconds=round(seconds, 1),
+        tasks_per_second=round(tasks / seconds, 1),
+    )
+
+
+def _notes(result: Reproduction) -> list[str]:
+    """Return what a reader of the table must know."""
+    train, test, seeds = result.settings.train, result.settings.evaluate, result.seeds
+    what = "Accuracy in per cent" if _metric(result) == "accuracy" else "Mean squared error"
+    queries = "query" if test.queries == 1 else "queries"
+    notes = [
+        f"{what}. Each seed: {test.tasks:,} test tasks of {test.queries} {queries} a class, "
+        f"{test.steps} inner steps on batches of {test.batch}; ± is 1.96·s/√n over the tasks."
+    ]
+    if len(seeds) > 1:
+        notes.append(
+            f"Mean over training seeds: ± is Student's t interval of {len(seeds)} seeds; the test "
+            "tasks are the same."
+        )
+    changed = [
+        f"`{name}` {_plain(here)} (preset: {_plain(there)})"
+        for name, (here, there) in result.changes.items()
+    ]
+    if changed:
+        word = "Scaled down or changed" if result.scaled_down else "Changed"
+        notes.append(f"{word}: {', '.join(changed)}.")
+    for seed in seeds:
+        own = seed.training
+        part = f" (the part from iteration {own.first_iteration:,} on)" * bool(own.first_iteration)
+        notes.append(
+            f"Training seed {seed.seed}{part}: {own.seconds / 60:.1f} min, "
+            f"{own.tasks_per_second:.0f} tasks/s ({own.engine}, {own.cpus} CPUs), "
+            f"{train.meta_iterations:,} meta-iterations."
+        )
+    if result.preset.paper.source:
+        notes.append(f"Published: {result.preset.paper.source}.")
+    return [f"- {note}" for note in notes]
+
+
+def _metric(result: Reproduction) -> str:
+    """Return the name of the score in metrics.json: a classifier's accuracy, or an error."""
+    _, _, _, (scores, *_) = next(_rows(result))
+    return next(name for name in scores if not name.endswith("interval"))
+
+
+def _joint(metric: str, scores: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Return the score over all seeds; of a single seed, its own."""
+    if len(scores) == 1:
+        return scores[0][metric], scores[0]["interval"]
+    return over_seeds([score[metric] for score in scores])
+
+
+def _shown(metric: str, mean: float, interval: float) -> str:
+    if metric == "accuracy":
+        return f"{100 * mean:.1f} ± {100 * interval:.1f}"
+    return f"{mean:.3f} ± {interval:.3f}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,138 @@
+"""Every initialisation on every dataset: one table, trained on × tested on.
+
+The tasks are those of `measure`; here they are only laid side by side. Trains nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reptile.data.dataset import PreparedData
+from reptile.errors import InputError
+from reptile.evaluate.measure import Measurement, Score, Start, evaluate
+from reptile.learn.checkpoint import Checkpoint
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """All that was measured: a row for each initialisation, a column for each dataset."""
+
+    settings: EvaluateSettings
+    ways: int
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: Mapping[tuple[str, str], tuple[Measurement, ...]]  # by shots; none where it would leak
+
+
+def transfer(
+    settings: EvaluateSettings,
+    checkpoints: Mapping[str, Checkpoint],
+    datasets: Mapping[str, PreparedData],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Transfer:
+    """Evaluate every checkpoint on the test split of every dataset.
+
+    A checkpoint is not tested on its own training data split in another way, or prepared in
+    another way: classes that it was trained on might be among the test classes.
+
+    Args:
+        settings: the protocol.
+        checkpoints: by the name that their row is to have.
+        datasets: by the name that their column is to have; all of one image shape. The tasks have
+            the least number of ways that the checkpoints were trained for.
+        on_progress: told how many of how many adaptations are done.
+
+    Raises:
+        InputError: image shapes differ, or a dataset cannot make the tasks.
+    """
+    for row, checkpoint in checkpoints.items():
+        for column, data in datasets.items():
+            if data.image_shape != checkpoint.info.image_shape:
+                raise InputError(
+                    f"{row} was trained on images of {checkpoint.info.image_shape}, {column} has "
+                    f"{data.image_shape}; prepare it with the same image_size and channels"
+                )
+    ways = min(checkpoint.info.settings.ways for checkpoint in checkpoints.values())
+    pairs = [
+        (row, column)
+        for row, checkpoint in checkpoints.items()
+        for column, data in datasets.items()
+        if not _leaks(checkpoint, data)
+    ]
+    cells: dict[tuple[str, str], tuple[Measurement, ...]] = {}
+    for number, (row, column) in enumerate(pairs):
+
+        def count(done: int, total: int, before: int = number) -> None:
+            if on_progress:
+                on_progress(before * total + done, len(pairs) * total)
+
+        found = evaluate(settings, checkpoints[row], datasets[column], {}, count, ways=ways)
+        cells[row, column] = found.measurements
+    return Transfer(settings, ways, tuple(checkpoints), tuple(datasets), cells)
+
+
+def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
+    """Return one table for each number of shots, in one mode of batch norm."""
+    settings, parts = result.settings, []
+    for number, shots in enumerate(sorted(set(settings.shots))):
+        lines = [
+            f"{result.ways}-way {shots}-shot accuracy, %, batch norm {mode.replace('_', '-')}:",
+            "",
+            f"| trained on | {' | '.join(f'tested on {name}' for name in result.columns)} |",
+            "| --- " * (1 + len(result.columns)) + "|",
+        ]
+        rows: list[tuple[str, str, Start]] = [(row, row, "trained") for row in result.rows]
+        rows.append((f"nothing (random start of {result.rows[0]})", result.rows[0], "random"))
+        for title, row, start in rows:
+            scores = [
+                _shown(found[number].score(start, mode)) if found else "–"
+                for found in (result.cells.get((row, column)) for column in result.columns)
+            ]
+            lines.append(f"| {title} | {' | '.join(scores)} |")
+        parts.append("\n".join(lines))
+    queries = "query" if settings.queries == 1 else "queries"
+    steps = (
+        f"{settings.tasks:,} tasks a cell, {settings.queries} {queries} a class, {settings.steps} "
+        f"inner steps on batches of {settings.batch}; ± 95 % over the tasks."
+    )
+    note = (
+        " A dash: the dataset may hold classes that the row was trained on."
+        if len(result.cells) < len(result.rows) * len(result.columns)
+        else ""
+    )
+    return "\n\n".join([*parts, steps + note]) + "\n"
+
+
+def transfer_json(result: Transfer) -> dict[str, Any]:
+    """Return every score as plain values, in all modes of batch norm."""
+    return {
+        "settings": result.settings.model_dump(mode="json"),
+        "ways": result.ways,
+        "cells": [
+            {
+                "trained_on": row,
+                "tested_on": column,
+                "shots": found.shots,
+                "mode": mode,
+                "start": start,
+                "accuracy": found.score(start, mode).mean,
+                "interval": found.score(start, mode).interval,
+            }
+            for (row, column), measured in result.cells.items()
+            for found in measured
+            for mode in BATCH_NORM_MODES
+            for start in ("trained", "random")
+        ],
+    }
+
+
+def _leaks(checkpoint: Checkpoint, data: PreparedData) -> bool:
+    """Say whether the test classes may be among those that the checkpoint was trained on."""
+    info = checkpoint.info
+    same = (info.data_sha256, info.splits_sha256) == (data.content_sha256, data.splits_sha256)
+    return info.dataset == data.name and not same
+
+
+def _shown(score: Score) -> str:
+    return f"{100 * score.mean:.1f} ± {100 * score.interval:.1f}"

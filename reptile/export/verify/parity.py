@@ -1,0 +1,420 @@
+"""Checks that a bundle computes what eager PyTorch does, on many tasks and in many settings.
+
+Sessions are plain onnxruntime's, so nothing here leans on the runtime that the bundle is for; one
+check loads it with that runtime too. The form of the files is `conformance`'s business.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from reptile.data.dataset import PreparedData
+from reptile.errors import InputError
+from reptile.export import reference
+from reptile.export.reference import Array, SupportSet, Tensors
+from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.write import GOLDEN_FILE, GOLDEN_FOLDER, MANIFEST_FILE
+from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.engines import EagerEngine
+from reptile.learn.validate import adapted_in_chunks
+from reptile.minibatches import mini_batches
+from reptile.models import ABSENT
+from reptile.objectives import CLASSIFICATION, Kind
+from reptile.provenance import versions
+from reptile.runtime import FewShotModel, FewShotRegressor
+from reptile.settings import VerifySettings
+from reptile.tasks import (
+    FewShotProtocol,
+    Purpose,
+    Task,
+    check_classes,
+    held_out_task,
+    random_stream,
+)
+
+GRAPHS = ("predict", "adapt", "predict_adapted", "few_shot")
+STEPS = (0, 1, 5, 50)
+SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some of fewer classes than the head has
+SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
+
+ROUNDING = 10  # times eager float32's own error, as both are measured against float64
+# Beyond rounding: a ReLU that flips on a rounding error in one of the two and not in the other.
+WARM_TOLERANCE = 1e-3
+# From a cold Adam state each weight moves by the sign of its gradient, even if that is only noise.
+COLD_TOLERANCE = 5e-2
+DISAGREE = {WARM_TOLERANCE: 0.01, COLD_TOLERANCE: 0.05}  # share of predicted labels
+
+
+def verify_bundle(
+    settings: VerifySettings, bundle: Path, checkpoint: Checkpoint, data: PreparedData
+) -> dict[str, Any]:
+    """Run every check; return {"passed": bool, "checks": [{"name", "passed", "measured", …}], …}.
+
+    Args:
+        settings: the episodes of the accuracy check.
+        bundle: the folder.
+        checkpoint: what the bundle was exported from.
+        data: what the checkpoint was trained on; tasks come from its test split.
+
+    Raises:
+        InputError: there is no manifest to read, or the test split cannot make tasks.
+    """
+    ways = checkpoint.info.settings.ways
+    needed = settings.shots + checkpoint.info.kind.validation.queries
+    check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
+    try:
+        manifest = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{bundle}: no manifest ({error}); run `reptile export` first") from None
+    subject = _Subject(settings, bundle, manifest, checkpoint, data)
+    checks: list[Check] = []
+    for group in GROUPS:
+        try:
+            checks += group(subject)
+        except Exception as error:  # a bundle that breaks a check has failed it
+            name = group.__name__.strip("_").replace("_", " ")
+            checks.append(Check.none_of(f"{name} can be checked", [repr(error)]))
+    return {
+        "passed": all(check.passed for check in checks),
+        "checks": [check._asdict() for check in checks],
+        "versions": versions("torch", "onnx") | {"onnxruntime": ort.__version__},
+    }
+
+
+class _Session:
+    """An onnxruntime session that runs by names."""
+
+    def __init__(self, path: Path, optimised: bool, threads: int) -> None:
+        options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        )
+        options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, feeds: Tensors) -> Tensors:
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, feeds), strict=True))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The bundle, and what it is held against."""
+
+    settings: VerifySettings
+    folder: Path
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+    data: PreparedData
+    _sessions: dict[tuple[str, bool, int], _Session] = field(default_factory=dict)
+
+    @property
+    def adam(self) -> bool:
+        return self.checkpoint.info.settings.optimizer.name == "adam"
+
+    @property
+    def kind(self) -> Kind:
+        return self.checkpoint.info.kind
+
+    @property
+    def tolerance(self) -> float:
+        cold = self.adam and self.checkpoint.state.inner.step == 0
+        return COLD_TOLERANCE if cold else WARM_TOLERANCE
+
+    def allowed(self, steps: int) -> int:
+        return min(steps, int(self.manifest["limits"]["max_steps"]))
+
+    def path(self, graph: str) -> Path:
+        return self.folder / str(self.manifest["graphs"][graph]["path"])
+
+    def session(self, graph: str, optimised: bool = True, threads: int = 1) -> _Session:
+        key = graph, optimised, threads
+        if key not in self._sessions:
+            self._sessions[key] = _Session(self.path(graph), optimised, threads)
+        return self._sessions[key]
+
+    def task(self, size: int, steps: int, number: int = 0) -> SupportSet:
+        """Draw a support set of `size` images of the test split, its classes in turn."""
+        classes, ways = self.data.split("test"), self.checkpoint.info.settings.ways
+        rng = random_stream(self.settings.seed, Purpose.VERIFY, size, number)
+        labels = np.arange(size) % ways
+        chosen = rng.permutation(len(classes.starts))[:ways][labels]
+        rows = classes.starts[chosen] + rng.integers(classes.counts[chosen])
+        batches = mini_batches(rng, size, int(self.manifest["inner"]["batch"]), steps)
+        targets = labels if self.data.targets is None else np.asarray(self.data.targets[rows])
+        return SupportSet(np.asarray(self.data.images[rows]), targets, batches)
+
+    def queries(self) -> Array:
+        return self.task(7, 0, number=1).images
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """What eager PyTorch makes of a task: in float64, and how far float32 is from that."""
+
+    name: str
+    task: SupportSet
+    wanted: Tensors
+    start: Tensors  # before any step: what displacements are measured from
+    rounding: float
+
+    @classmethod
+    def of(cls, name: str, subject: _Subject, task: SupportSet) -> "_Oracle":
+        checkpoint = subject.checkpoint
+        wanted = reference.adapt(checkpoint, task, torch.float64)
+        start = reference.adapt(checkpoint, task.first(0), torch.float64)
+        single = reference.adapt(checkpoint, task, torch.float32)
+        return cls(name, task, wanted, start, _adapted_error(single, wanted, start))
+
+    def error(self, found: Tensors) -> float:
+        return _adapted_error(found, self.wanted, self.start)
+
+
+def _adapted_error(found: Tensors, wanted: Tensors, start: Tensors) -> float:
+    """Return the error of the losses or of the weights, whichever is larger.
+
+    Of the weights: the distance from those wanted, as a share of how far the task moved them (or
+    of a hundredth of their length, where it hardly did). Of the losses: relative to their length.
+    """
+    names = [name for name in wanted if name != "losses"]
+    got, want, origin = (
+        np.concatenate([tensors[name].ravel() for name in names]).astype(np.float64)
+        for tensors in (found, wanted, start)
+    )
+    silent = origin <= ABSENT / 2  # they would drown all others
+    if not (got[silent] <= ABSENT / 2).all():
+        return math.inf
+    got, want, origin = (values[~silent] for values in (got, want, origin))
+    weights = _norm(got - want) / max(_norm(want - origin), 0.01 * _norm(want))
+    losses = _norm(found["losses"] - wanted["losses"]) / max(1.0, _norm(wanted["losses"]))
+    return float(np.maximum(weights, losses))  # unlike max(), passes NaN on
+
+
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values))
+
+
+def _logit_error(found: Array, wanted: Array) -> float:
+    """Relative to the largest; of outputs that are not silenced."""
+    heard = wanted > ABSENT / 2
+    off = np.abs(found - wanted)[heard].max()
+    return float(off / max(1.0, np.abs(wanted[heard]).max()))
+
+
+def _conformance(subject: _Subject) -> Iterator[Check]:
+    yield from check_files(subject.folder, subject.manifest)
+    for graph in GRAPHS:
+        yield from check_graph(graph, subject.path(graph), subject.manifest, subject.adam)
+
+
+def _adapt(subject: _Subject) -> Iterator[Check]:
+    """Parity over support sizes, steps and degenerate tasks, in every setting of ONNX Runtime."""
+    oracles = []
+    for size in SUPPORT_SIZES:
+        task = subject.task(size, subject.allowed(max(STEPS)))
+        for steps in sorted({subject.allowed(steps) for steps in STEPS}):
+            name = f"{size} images, {steps} steps"
+            oracles.append(_Oracle.of(name, subject, task.first(steps)))
+    some = subject.task(10, 5)
+    # Zero gradients and dead ReLUs: images without any contrast, and equal ones.
+    degenerate = {
+        "black images": np.zeros_like(some.images),
+        "equal images": np.repeat(some.images[:1], len(some.images), axis=0),
+    }
+    if some.images.dtype == np.uint8:
+        degenerate["white images"] = np.full_like(some.images, 255)
+    for name, images in degenerate.items():
+        oracles.append(_Oracle.of(name, subject, some._replace(images=images)))
+    for optimised, threads in SETTINGS:
+        session = subject.session("adapt", optimised, threads)
+        outcomes = []
+        for oracle in oracles:
+            found = session(oracle.task.feeds(subject.checkpoint))
+            error = oracle.error(found) if found["finite"] else math.inf
+            limit = ROUNDING * oracle.rounding + subject.tolerance
+            outcomes.append((error <= limit, -error / limit, error, limit, oracle.name))
+        _, _, error, limit, name = min(outcomes)
+        setting = f"optimisation {'on' if optimised else 'off'}, {threads} threads"
+        detail = f"worst of {len(oracles)}: {name}"
+        yield Check.at_most(f"adapt equals eager PyTorch, {setting}", error, limit, detail)
+
+
+def _adapt_depends(subject: _Subject) -> Iterator[Check]:
+    """What comes out must come from what goes in: nothing was traced into a constant."""
+    session, checkpoint = subject.session("adapt"), subject.checkpoint
+    task = subject.task(5, 5)
+    feeds = task.feeds(checkpoint)
+    base, start = session(feeds), session(task.first(0).feeds(checkpoint))
+    other = subject.task(5, 5, number=2)
+    changes = {
+        "support_images": other.feeds(checkpoint)["support_images"],
+        "support_labels": np.roll(task.labels, 1, axis=0),
+        "batches": np.zeros_like(task.batches),
+        "learning_rate": np.asarray(feeds["learning_rate"] / 2),
+    }
+    same = []
+    for name, value in changes.items():
+        error = _adapted_error(session(feeds | {name: value}), base, start)
+        if not error > 0.01:
+            same.append(f"{name} changes the result by {error:.2g} only")
+    yield Check.none_of("adapt depends on every input", same)
+
+
+def _adapt_guards(subject: _Subject) -> Iterator[Check]:
+    """Bad input must neither read out of bounds nor pass for a success."""
+    session = subject.session("adapt")
+    task, last = subject.task(5, 5), subject.checkpoint.model.outputs - 1
+    feeds = task.feeds(subject.checkpoint)
+    problems = []
+    out_of_range = [
+        ("batches", np.where(task.batches == 4, 99, task.batches)),
+        ("batches", np.where(task.batches == 0, -99, task.batches)),
+    ]
+    if subject.kind is CLASSIFICATION:
+        out_of_range += [
+            ("support_labels", np.where(task.labels == last, last + 9, task.labels)),
+            ("support_labels", np.where(task.labels == 0, -1, task.labels)),
+        ]
+    for name, wild in out_of_range:
+        found, wanted = session(feeds | {name: wild}), session(feeds)
+        if any(not np.array_equal(found[key], wanted[key]) for key in wanted):
+            problems.append(f"{name} out of range are not clamped")
+    nothing = np.full_like(feeds["support_images"], np.nan)
+    for name, value in (
+        ("support_images", nothing),
+        ("learning_rate", np.array(np.inf, dtype=np.float32)),
+    ):
+        if session(feeds | {name: value})["finite"]:
+            problems.append(f"finite is true although {name} is not")
+    yield Check.none_of("adapt guards its inputs", problems)
+
+
+def _prediction(subject: _Subject) -> Iterator[Check]:
+    """Parity of the other graphs, and queries that do not see each other."""
+    checkpoint, images = subject.checkpoint, subject.queries()
+    model, pixels = checkpoint.model, images.astype(np.float32)
+    single, double = torch.float32, torch.float64
+    wanted = reference.predict(checkpoint, images, double)
+    rounding = _logit_error(reference.predict(checkpoint, images, single), wanted)
+    limit = ROUNDING * rounding + 1e-5
+    task = subject.task(5, 5)
+    feeds = task.feeds(checkpoint)
+    for optimised, threads in SETTINGS:
+        setting = f"optimisation {'on' if optimised else 'off'}, {threads} threads"
+        found = subject.session("predict", optimised, threads)({"images": pixels})["logits"]
+        error = _logit_error(found, wanted)
+        yield Check.at_most(f"predict equals eager PyTorch, {setting}", error, limit)
+
+        adapted = subject.session("adapt", optimised, threads)(feeds)
+        weights = {name: adapted[name] for name in subject.manifest["adapted"]}
+        session = subject.session("predict_adapted", optimised, threads)
+        logits = session({"images": pixels} | weights)["logits"]
+        expected = reference.predict_adapted(model, weights, images, double)
+        error = _logit_error(logits, expected)
+        yield Check.at_most(f"predict_adapted equals eager PyTorch, {setting}", error, 1e-4)
+
+        alone = [session({"images": image[None]} | weights)["logits"] for image in pixels]
+        error = _logit_error(np.concatenate(alone), logits)
+        yield Check.at_most(f"queries are independent, {setting}", error, 1e-5)
+
+        session = subject.session("few_shot", optimised, threads)
+        both = session(feeds | {"query_images": pixels})
+        error = np.maximum(
+            _logit_error(both["logits"], logits), _logit_error(both["losses"], adapted["losses"])
+        )
+        name = f"few_shot equals adapt and predict_adapted, {setting}"
+        yield Check.at_most(name, float(error), 1e-4)
+
+
+def _accuracy(subject: _Subject) -> Iterator[Check]:
+    """Few-shot scores on the same episodes, ONNX against PyTorch."""
+    settings, checkpoint, data = subject.settings, subject.checkpoint, subject.data
+    model, state, info = checkpoint
+    kind = info.kind
+    protocol = FewShotProtocol(
+        info.settings.ways,
+        settings.shots,
+        queries=kind.validation.queries,
+        steps=subject.allowed(settings.steps),
+        batch=int(subject.manifest["inner"]["batch"]),
+    )
+    streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.episodes))
+    tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
+    engine = EagerEngine(model, info.settings.optimizer, data.images, reference.CPU)
+    session = subject.session("few_shot")
+
+    def answer(task: Task) -> Array:
+        batches = np.stack(task.batches)
+        support = SupportSet(data.images[task.support], task.support_labels, batches)
+        queries = data.images[task.query].astype(np.float32)
+        feeds = support.feeds(checkpoint) | {"query_images": queries}
+        return np.asarray(session(feeds)["logits"])
+
+    scores, apart = [], []
+    with ThreadPoolExecutor(1) as beside:  # ONNX Runtime on one core, PyTorch on another
+        answers = beside.map(answer, tasks)
+        for chunk, weights in adapted_in_chunks(engine, state, tasks):
+            predicted = engine.predict(weights, chunk, "frozen").numpy()
+            for task, eager, found in zip(chunk, predicted, answers, strict=False):
+                labels = task.query_labels
+                scores.append([kind.scores(outputs, labels) for outputs in (found, eager)])
+                apart.append(kind.disagreement(found, eager))
+    onnx, torch_ = np.mean(scores, axis=0)
+    interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
+    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} episodes"
+    name = f"few-shot {kind.title} within PyTorch's 95 % interval"
+    yield Check.at_most(name, abs(onnx - torch_), interval, detail)
+    limit = DISAGREE[subject.tolerance]
+    name = "share of answers that differ from PyTorch's"
+    if kind is not CLASSIFICATION:
+        name = "difference of values from PyTorch's, as a share of them"
+    yield Check.at_most(name, float(np.mean(apart)), limit)
+
+
+def _golden(subject: _Subject) -> Iterator[Check]:
+    """The golden tensors by plain onnxruntime, as any consumer would."""
+    folder = subject.folder / GOLDEN_FOLDER
+    cases = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))["cases"]
+    missing = [f"no case of {name}" for name in GRAPHS if name not in {c["graph"] for c in cases}]
+    yield Check.none_of("golden tensors cover every graph", missing)
+    worst = 0.0
+    for case in cases:
+        feeds = {name: np.load(folder / file) for name, file in case["inputs"].items()}
+        found = subject.session(case["graph"])(feeds)
+        for name, file in case["outputs"].items():
+            wanted = np.load(folder / file).astype(np.float64)
+            allowed = case["atol"] + case["rtol"] * np.abs(wanted)
+            excess = np.abs(found[name] - wanted) / allowed
+            worst = float(np.maximum(worst, excess.max(initial=0)))
+    detail = "deviation as a share of the stated tolerance"
+    yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
+
+
+def _runtime(subject: _Subject) -> Iterator[Check]:
+    """The runtime accepts the bundle, and its own self-check passes."""
+    runtime = FewShotModel if subject.kind is CLASSIFICATION else FewShotRegressor
+    runtime.load(subject.folder).check()
+    yield Check.none_of("the runtime loads the bundle", [])
+
+
+GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
+    _conformance,
+    _adapt,
+    _adapt_depends,
+    _adapt_guards,
+    _prediction,
+    _accuracy,
+    _golden,
+    _runtime,
+)

@@ -1,0 +1,253 @@
+"""The bundle: graphs, manifest, golden tensors and model card in one folder, written whole.
+
+Not for building graphs (see `graphs`), nor for deciding whether a checkpoint may be exported: that
+is the stage's business.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from reptile import __version__
+from reptile.data.dataset import PreparedData
+from reptile.errors import InputError
+from reptile.export import reference
+from reptile.export.card import model_card
+from reptile.export.graphs import build_graphs
+from reptile.export.reference import SupportSet, Tensors
+from reptile.files import atomic_directory, sha256_file, write_json
+from reptile.learn.checkpoint import Checkpoint
+from reptile.objectives import CLASSIFICATION
+from reptile.provenance import settings_sha256, versions
+from reptile.settings import EvaluateSettings, ExportSettings
+from reptile.tasks import (
+    Purpose,
+    check_classes,
+    held_out_task,
+    random_stream,
+)
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+CARD_FILE = "MODEL_CARD.md"
+GOLDEN_FOLDER = "golden"
+GOLDEN_FILE = "golden.json"
+GOLDEN_STEPS = (0, 5, 50)
+ATOL, RTOL = 1e-4, 1e-4  # well above float32 rounding, well below any fault's effect
+USELESS = 1e-2  # a tolerance this wide says nothing
+
+DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.BOOL: "bool",
+}
+
+
+def export_bundle(
+    settings: ExportSettings,
+    checkpoint: Checkpoint,
+    data: PreparedData,
+    metrics: Mapping[str, Any],
+    folder: Path,
+    *,
+    protocol: EvaluateSettings,
+) -> None:
+    """Write the bundle of a checkpoint; the same inputs give the same bytes.
+
+    Args:
+        settings: the bundle's name and limits.
+        checkpoint: the meta-trained initialisation.
+        data: what it was trained on; its test split gives the golden tensors their images.
+        metrics: of the evaluation, embedded as they are.
+        folder: replaced as a whole.
+        protocol: the evaluation's settings, whose steps and batch become the bundle's defaults.
+
+    Raises:
+        InputError: max_steps below the protocol's steps, or a test split without enough classes.
+    """
+    if settings.max_steps < protocol.steps:
+        raise InputError(
+            f"export.max_steps = {settings.max_steps} is below evaluate.steps = {protocol.steps}, "
+            "the number of steps that the bundle takes by default; raise one or lower the other"
+        )
+    graphs = build_graphs(checkpoint, settings.max_steps)
+    with atomic_directory(folder) as temporary:
+        for name, graph in graphs.items():
+            path = temporary / graph_path(name)
+            path.parent.mkdir(parents=True)
+            path.write_bytes(graph.SerializeToString(deterministic=True))
+        _write_golden(temporary / GOLDEN_FOLDER, checkpoint, data, settings, protocol)
+        manifest = _manifest(settings, checkpoint, metrics, protocol, graphs)
+        card = model_card(manifest, checkpoint.info)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest["files"] = {
+            path.relative_to(temporary).as_posix(): sha256_file(path) for path in files
+        }
+        write_json(temporary / MANIFEST_FILE, manifest)
+
+
+def graph_path(name: str) -> str:
+    """Return where a graph lies in the bundle: the layout of a Triton model repository."""
+    return f"{name}/1/model.onnx"
+
+
+def _manifest(
+    settings: ExportSettings,
+    checkpoint: Checkpoint,
+    metrics: Mapping[str, Any],
+    protocol: EvaluateSettings,
+    graphs: Mapping[str, onnx.ModelProto],
+) -> dict[str, Any]:
+    model, _, info = checkpoint
+    optimizer = info.settings.optimizer
+    adapted = describe(graphs["predict_adapted"].graph.input)[1:]
+    return {
+        "format": FORMAT,
+        "name": settings.name,
+        "created_by": f"reptile {__version__}",
+        "task": _task(checkpoint),
+        "model": model.settings.model_dump(mode="json"),
+        "inner": {
+            "optimizer": optimizer.name,
+            "learning_rate": optimizer.learning_rate,
+            "weight_decay": optimizer.weight_decay,
+            "steps": protocol.steps,
+            "batch": protocol.batch,
+            "replacement": False,
+        },
+        "limits": {"max_steps": settings.max_steps, "max_support": settings.max_support},
+        "graphs": {
+            name: {
+                "path": graph_path(name),
+                "inputs": describe(graph.graph.input),
+                "outputs": describe(graph.graph.output),
+            }
+            for name, graph in graphs.items()
+        },
+        "adapted": {tensor["name"]: tensor["shape"] for tensor in adapted},
+        "metrics": metrics,
+        "provenance": {
+            "dataset": info.dataset,
+            "data_sha256": info.data_sha256,
+            "splits_sha256": info.splits_sha256,
+            "settings_sha256": settings_sha256(info.settings.model_dump(mode="json")),
+            "code_sha256": info.code_sha256,
+            "versions": info.versions | versions("torch", "onnx", "onnxscript"),
+        },
+    }
+
+
+def _task(checkpoint: Checkpoint) -> dict[str, Any]:
+    model, kind = checkpoint.model, checkpoint.info.kind
+    inputs = {"image_shape": list(model.image_shape), "layout": "NCHW"}
+    if kind is CLASSIFICATION:
+        head = {"kind": kind.name, "ways": model.outputs}
+        return head | inputs | {"pixel_range": [0, 255], "dtype": "float32"}
+    return {"kind": kind.name, "outputs": model.outputs} | inputs | {"dtype": "float32"}
+
+
+def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
+    """Return inputs or outputs of a graph as the manifest lists them."""
+    return [
+        {
+            "name": value.name,
+            "dtype": DTYPES[value.type.tensor_type.elem_type],
+            "shape": [
+                size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim
+            ],
+        }
+        for value in values
+    ]
+
+
+def _write_golden(
+    folder: Path,
+    checkpoint: Checkpoint,
+    data: PreparedData,
+    settings: ExportSettings,
+    protocol: EvaluateSettings,
+) -> None:
+    """Write inputs and outputs of every graph for one small task of the test split.
+
+    The outputs are eager PyTorch's in float64. Each case's tolerance is ten times what eager
+    float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
+    this says nothing (a cold Adam takes the sign of gradients that are only noise) is left out.
+    """
+    info, classes = checkpoint.info, data.split("test")
+    steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
+    small = info.kind.validation._replace(
+        ways=info.settings.ways, steps=steps[-1], batch=protocol.batch
+    )
+    check_classes(classes, small.ways, small.shots + small.queries, f"test split of {data.name}")
+    task = held_out_task(random_stream(0, Purpose.EXPORT), classes, small)
+    support = SupportSet(
+        np.asarray(data.images[task.support]), task.support_labels, np.stack(task.batches)
+    )
+    images = np.asarray(data.images[task.query])
+    queries = {"images": images.astype(np.float32)}
+    single, double = torch.float32, torch.float64
+
+    golden = _Golden(folder)
+    logits = [
+        {"logits": reference.predict(checkpoint, images, dtype)} for dtype in (single, double)
+    ]
+    golden.add("predict", "predict", queries, *logits)
+    for number in steps:
+        first = support.first(number)
+        adapted = [reference.adapt(checkpoint, first, dtype) for dtype in (single, double)]
+        predicted = [
+            {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
+            for tensors, dtype in zip(adapted, (single, double), strict=True)
+        ]
+        feeds = first.feeds(checkpoint)
+        task_folder = f"adapt-{number}"
+        golden.add("adapt", task_folder, feeds, *adapted)
+        weights = {name: value for name, value in adapted[1].items() if name != "losses"}
+        golden.add("predict_adapted", task_folder, queries | weights, *predicted)
+        feeds["query_images"] = queries["images"]
+        losses = [{"losses": tensors["losses"]} for tensors in adapted]
+        golden.add(
+            "few_shot", task_folder, feeds, predicted[0] | losses[0], predicted[1] | losses[1]
+        )
+    golden.close()
+
+
+class _Golden:
+    """Collects golden cases; a tensor used twice is stored once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._cases: list[dict[str, Any]] = []
+
+    def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
+        deviation = max(float(np.abs(single[key] - double[key]).max(initial=0)) for key in double)
+        tolerance = max(ATOL, 10.0 ** math.ceil(math.log10(10 * deviation + 1e-30)))
+        if tolerance > USELESS:
+            return
+        outputs = double | ({"finite": np.array(True)} if "losses" in double else {})
+        self._cases.append(
+            {
+                "graph": graph,
+                "inputs": self._store(name, feeds),
+                "outputs": self._store(name, outputs),
+                "atol": tolerance,
+                "rtol": RTOL,
+            }
+        )
+
+    def close(self) -> None:
+        write_json(self._folder / GOLDEN_FILE, {"cases": self._cases})
+
+    def _store(self, name: str, tensors: Tensors) -> dict[str, str]:
+        files = {key: f"{name}/{key}.npy" for key in tensors}
+        for key, value in tensors.items():
+            path = self._folder / files[key]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, value.astype(np.float32) if value.dtype == np.float64 else value)
+        return files

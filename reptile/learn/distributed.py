@@ -1,0 +1,137 @@
+"""One training in several processes, as torchrun starts them: who is who, and sharing tasks.
+
+Every process holds the same state and does the same arithmetic; only the tasks of a call are
+shared out, and their results gathered in order. So the result is that of one process.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reptile.errors import InputError
+from reptile.learn.engines.base import Adapted, Engine, one_by_one
+from reptile.learn.optimizer import InnerState
+from reptile.minibatches import IntArray
+from reptile.settings import BatchNormMode
+from reptile.tasks import Task
+
+PATIENCE = timedelta(minutes=5)  # how long a silent process is waited for
+
+
+class Processes(NamedTuple):
+    """This process's place among those of one run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run's files and talks to people."""
+        return self.rank == 0
+
+    def share(self, engine: Engine) -> Engine:
+        """Return an engine that shares the tasks of each call among all processes."""
+        return engine if self.size == 1 else SharedEngine(engine, self)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Return the tensor of one process; all hold one of the same shape.
+
+        Raises:
+            InputError: another process has gone.
+        """
+        if self.size > 1:
+            try:
+                dist.broadcast(tensor, source)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0][:200]
+                raise InputError(
+                    f"another process of this run has gone ({reason}); the latest checkpoint is "
+                    "whole: start again with --resume"
+                ) from None
+        return tensor
+
+    def tell(self, text: str, device: torch.device) -> str:
+        """Return the first process's text."""
+        data = text.encode()
+        size = self.broadcast(torch.tensor(len(data), device=device))
+        buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
+        if self.first:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return self.broadcast(buffer).cpu().numpy().tobytes().decode()
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[Processes]:
+    """Meet the other processes that torchrun started; alone, where it started none."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes()
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"WORLD_SIZE = {size}, but the processes do not meet ({reason}); "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from None
+    try:
+        yield Processes(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+class SharedEngine:
+    """Runs each process's share of the tasks, and gives every process all the results."""
+
+    def __init__(self, engine: Engine, processes: Processes) -> None:
+        self.model = engine.model
+        self.name = f"{engine.name}, {processes.size} processes"
+        self._engine, self._processes = engine, processes
+
+    def images(self, rows: IntArray) -> Tensor:
+        """See `Engine.images`."""
+        return self._engine.images(rows)
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt`."""
+        size, steps = weights.shape[-1], len(tasks[0].batches)
+        shape = (len(tasks), size)
+        starts, moments = weights.expand(shape), state.second_moment.expand(shape)
+        found = weights.new_empty(len(tasks), 2 * size + steps)
+        own = self._part(len(tasks), self._processes.rank)
+        if tasks[own]:
+            part = self._engine.adapt(starts[own], InnerState(moments[own], state.step), tasks[own])
+            found[own] = torch.cat([part.weights, part.state.second_moment, part.losses], dim=1)
+        adapted, moved, losses = torch.split(self._gather(found), [size, size, steps], dim=1)
+        return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
+
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """See `Engine.predict`."""
+        found = weights.new_empty(len(tasks), len(tasks[0].query), self.model.outputs)
+        own = self._part(len(tasks), self._processes.rank)
+        if tasks[own]:
+            found[own] = self._engine.predict(weights[own], tasks[own], mode)
+        return self._gather(found)
+
+    def _part(self, tasks: int, rank: int) -> slice:
+        """Return the tasks of one process: neighbours, as evenly as they can be shared."""
+        size = self._processes.size
+        return slice(tasks * rank // size, tasks * (rank + 1) // size)
+
+    def _gather(self, found: Tensor) -> Tensor:
+        for rank in range(self._processes.size):
+            part = found[self._part(len(found), rank)]
+            if len(part):
+                self._processes.broadcast(part, rank)
+        return found

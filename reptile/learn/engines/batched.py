@@ -1,0 +1,158 @@
+"""All tasks of a call as one batch of operations: the engine for CUDA.
+
+On small networks a GPU waits for launches: so tasks are batched by vmap, each convolution is one
+batched matrix product over all tasks, and a whole inner loop is captured as one CUDA graph. Model
+and optimiser are those of the eager engine. On the CPU it runs without a graph, to be tested there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reptile.data.dataset import Inputs
+from reptile.learn.engines.base import Adapted, gather, one_by_one
+from reptile.learn.optimizer import InnerState, decay, update
+from reptile.learn.predict import query_logits
+from reptile.minibatches import IntArray
+from reptile.models import Conv4, Model, unflatten
+from reptile.settings import BatchNormMode, OptimizerSettings
+from reptile.tasks import Targets, Task
+
+Loop = Callable[..., tuple[Tensor, Tensor, Tensor]]
+GRAPHS = 8  # captured inner loops kept, one for each shape of a call; each holds its own memory
+
+
+class BatchedEngine:
+    """Runs the inner loops of all tasks of a call side by side; not verified on CUDA hardware."""
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: OptimizerSettings,
+        inputs: Inputs,
+        device: torch.device,
+    ) -> None:
+        if device.type == "cuda":  # TF32 keeps 10 bits of a product: too few for Adam's signs
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.name = f"batched on {device}"
+        self._network = replace(model, convolve=patches) if isinstance(model, Conv4) else model
+        self._inputs = inputs
+        self._loops: dict[tuple[torch.Size, ...], Loop] = {}
+
+    def images(self, rows: IntArray) -> Tensor:
+        """See `Engine.images`."""
+        return gather(self._inputs, rows, self.device)
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt`."""
+        steps = len(tasks[0].batches)
+        shape = (len(tasks), weights.shape[-1])
+        arguments = [
+            weights.expand(shape).contiguous(),
+            state.second_moment.expand(shape).contiguous(),
+            torch.tensor(state.step, dtype=torch.float64, device=self.device),
+            self.images(np.stack([task.support for task in tasks])).to(weights.dtype),
+            self._send(np.stack([task.support_labels for task in tasks])),
+        ]
+        arguments += [
+            self._send(np.stack([task.batches[k] for task in tasks])) for k in range(steps)
+        ]
+        adapted, moment, losses = self._loop(arguments)(*arguments)
+        return Adapted(adapted, InnerState(moment, state.step + steps), losses)
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
+
+    @torch.no_grad()
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """See `Engine.predict`."""
+
+        def one(weights: Tensor, support: Tensor, queries: Tensor) -> Tensor:
+            params = unflatten(self.model, weights)
+            return query_logits(self._network, params, support, queries, mode)
+
+        support = self.images(np.stack([task.support for task in tasks])).to(weights.dtype)
+        queries = self.images(np.stack([task.query for task in tasks])).to(weights.dtype)
+        return torch.vmap(one)(weights, support, queries)
+
+    def _loop(self, arguments: list[Tensor]) -> Loop:
+        """Return the inner loop for arguments of these shapes, captured on CUDA."""
+        if self.device.type != "cuda":
+            return self._run
+        shapes = tuple(argument.shape for argument in arguments)
+        if shapes not in self._loops:
+            if len(self._loops) == GRAPHS:
+                self._loops.pop(next(iter(self._loops)))
+            samples = tuple(argument.clone() for argument in arguments)  # become the graph's inputs
+            graph = cast(Loop, torch.cuda.make_graphed_callables(self._run, samples))
+
+            def replay(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                adapted, moment, losses = graph(
+                    *arguments
+                )  # the graph's own, overwritten next time
+                return adapted.clone(), moment.clone(), losses.clone()
+
+            self._loops[shapes] = replay
+        return self._loops[shapes]
+
+    def _run(
+        self,
+        weights: Tensor,
+        moment: Tensor,
+        step: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        *batches: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one step for each [T, B] of `batches`.
+
+        Returns:
+            weights [T, P], second moment [T, P], losses [T, K].
+        """
+
+        def loss(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+            logits = self._network.logits(unflatten(self.model, weights), images)
+            return self.model.loss(logits, labels)
+
+        gradients = torch.vmap(torch.func.grad_and_value(loss))
+        tasks = torch.arange(len(weights), device=self.device)[:, None]
+        state = InnerState(moment, cast(int, step))  # counting works on a tensor too
+        losses = [weights.new_empty(len(weights), 0)]
+        for batch in batches:
+            weights = decay(weights, self.optimizer)
+            gradient, value = gradients(weights, images[tasks, batch], labels[tasks, batch])
+            weights, state = update(weights, gradient, state, self.optimizer)
+            losses.append(value[:, None])
+        return weights, state.second_moment, torch.cat(losses, dim=1)
+
+    def _send(self, values: Targets) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+def patches(
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """`F.conv2d` for one group as a matrix product over image patches [B, C·kh·kw, h·w].
+
+    With a weight for each task, vmap makes it one batched product instead of a grouped convolution.
+    """
+    kernel = weight.shape[-2:]
+    columns = F.unfold(images, kernel, padding=padding, stride=stride)
+    height, width = (
+        (size + 2 * padding - own) // stride + 1
+        for size, own in zip(images.shape[-2:], kernel, strict=True)
+    )
+    found = weight.flatten(1) @ columns
+    if bias is not None:
+        found = found + bias[:, None]
+    return found.reshape(*found.shape[:-1], height, width)

@@ -1,0 +1,89 @@
+"""The plain eager engine: the readable form, and the oracle of every other one.
+
+It runs on any device torch has.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from reptile.data.dataset import Inputs
+from reptile.learn.engines.base import Adapted, gather, one_by_one
+from reptile.learn.optimizer import InnerState, decay, update
+from reptile.learn.predict import query_logits
+from reptile.minibatches import IntArray
+from reptile.models import Model, unflatten
+from reptile.settings import BatchNormMode, OptimizerSettings
+from reptile.tasks import Task
+
+
+class EagerEngine:
+    """One task after another, one torch operation after another."""
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: OptimizerSettings,
+        inputs: Inputs,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.name = f"eager on {device}"
+        self._inputs = inputs
+
+    def images(self, rows: IntArray) -> Tensor:
+        """See `Engine.images`."""
+        return gather(self._inputs, rows, self.device)
+
+    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt`."""
+        shape = (len(tasks), weights.shape[-1])
+        starts, moments = weights.expand(shape), state.second_moment.expand(shape)
+        results = [
+            self._adapt_one(start, InnerState(moment, state.step), task)
+            for start, moment, task in zip(starts, moments, tasks, strict=True)
+        ]
+        return Adapted(
+            torch.stack([weights for weights, _, _ in results]),
+            InnerState(
+                torch.stack([state.second_moment for _, state, _ in results]),
+                results[0][1].step,
+            ),
+            torch.stack([losses for _, _, losses in results]),
+        )
+
+    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        """See `Engine.adapt_in_turn`."""
+        return one_by_one(self.adapt, weights, state, tasks)
+
+    @torch.no_grad()
+    def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
+        """See `Engine.predict`."""
+        found = []
+        for own, task in zip(weights, tasks, strict=True):
+            support = self.images(task.support).to(own.dtype)
+            queries = self.images(task.query).to(own.dtype)
+            found.append(
+                query_logits(self.model, unflatten(self.model, own), support, queries, mode)
+            )
+        return torch.stack(found)
+
+    def _adapt_one(
+        self, weights: Tensor, state: InnerState, task: Task
+    ) -> tuple[Tensor, InnerState, Tensor]:
+        images = self.images(task.support).to(weights.dtype)
+        labels = torch.from_numpy(task.support_labels).to(self.device)
+        losses = [weights.new_empty(0)]
+        for positions in task.batches:
+            batch = torch.from_numpy(positions).to(self.device)
+            weights = decay(weights, self.optimizer).detach().requires_grad_()
+            logits = self.model.logits(unflatten(self.model, weights), images[batch])
+            loss = self.model.loss(logits, labels[batch])
+            (gradient,) = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                weights, state = update(weights, gradient, state, self.optimizer)
+            losses.append(loss.detach()[None])
+        return weights.detach(), state, torch.cat(losses)

@@ -1,0 +1,64 @@
+"""The inner loop's optimiser: what it carries from step to step, and one update.
+
+Adam with beta1 = 0 keeps two things, the second moment and the number of steps taken; both are part
+of what meta-training learns. Written once, for a single task [P] and a batch of tasks [T, P].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reptile.settings import OptimizerSettings
+
+BETA2 = 0.999
+EPSILON = 1e-8
+
+
+class InnerState(NamedTuple):
+    """State of the inner optimiser; plain SGD has no second moment and leaves it as it is."""
+
+    second_moment: Tensor  # [P], or [T, P] for a batch of tasks
+    step: int  # updates taken so far; a float64 tensor inside a captured loop
+
+
+def fresh_state(weights: Tensor) -> InnerState:
+    """Return the state before any step, shaped as `weights`."""
+    return InnerState(torch.zeros_like(weights), 0)
+
+
+def decay(weights: Tensor, optimizer: OptimizerSettings) -> Tensor:
+    """Shrink the weights, as the reference does before each gradient is taken."""
+    return weights if optimizer.weight_decay == 1 else weights * optimizer.weight_decay
+
+
+def update(
+    weights: Tensor, gradient: Tensor, state: InnerState, optimizer: OptimizerSettings
+) -> tuple[Tensor, InnerState]:
+    """Take one step of SGD or of Adam with beta1 = 0 (Kingma and Ba, algorithm 1)."""
+    step = state.step + 1
+    if optimizer.name == "sgd":
+        return weights - optimizer.learning_rate * gradient, state._replace(step=step)
+    second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
+    corrected = second_moment.sqrt() / (1 - BETA2**step) ** 0.5
+    moved = weights - optimizer.learning_rate * gradient / (corrected + EPSILON)
+    return moved, InnerState(second_moment, step)
+
+
+def merge(before: InnerState, after: InnerState, tasks: int) -> InnerState:
+    """Join the states of tasks that ran side by side from one state into one that ran in turn.
+
+    After n tasks of k steps each, v = β^{nk}·v₀ + Σᵢ β^{(n-i)k}·(vᵢ - β^k·v₀), i = 1..n, and n·k
+    more steps: what running the tasks one after another would give for the same gradients.
+
+    Args:
+        before: the common start, second moment [P].
+        after: the states reached, second moment [T, P].
+        tasks: T.
+    """
+    steps = after.step - before.step
+    kept = BETA2**steps  # what one task leaves of an earlier second moment
+    own = after.second_moment - kept * before.second_moment
+    ages = torch.arange(tasks - 1, -1, -1, dtype=own.dtype, device=own.device)
+    second_moment = kept**tasks * before.second_moment + (kept**ages)[:, None].mul(own).sum(0)
+    return InnerState(second_moment, before.step + tasks * steps)

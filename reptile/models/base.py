@@ -1,0 +1,152 @@
+"""The networks, as pure functions of (weights, images), and their losses.
+
+All weights of a network travel as one flat vector [P], so that a meta-step, an optimiser and a
+merge of states are each one line of arithmetic; `unflatten` gives them their names and shapes.
+Nothing here knows about tasks or learning.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reptile.settings import ModelSettings
+
+Params = Mapping[str, Tensor]
+Objective = Literal["cross_entropy", "squared_error"]
+
+ABSENT = -1e9  # a bias that leaves an output exactly no probability, in float32 and float64
+
+
+class LayerStatistics(NamedTuple):
+    """Mean [F] and biased variance [F] of one batch norm's input."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+Statistics = tuple[LayerStatistics, ...]
+
+
+class Model(Protocol):
+    """What every network offers; both models below do."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs: the ways of a classifier, the values that a regressor predicts."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the loss is, which makes the network a classifier or a regressor."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an input."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The settings the network was built from."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of the weights, in the order they have in the flat vector."""
+
+    def logits(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """Map images [B, C, H, W] in 0..1 to logits, or a regressor's values, [B, outputs].
+
+        Batch norm uses the batch's own statistics, or `statistics` where given. Params with batch
+        norm folded into the convolutions (`export.fold`) hold biases instead, and skip it.
+        """
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """Return what each batch norm measures on this batch; empty where there is none."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss [] of logits [B, outputs].
+
+        Args:
+            logits: what the network gives.
+            targets: a classifier's labels, integers [B]; a regressor's values, floating point
+                [B, outputs], or [B] of a single output.
+        """
+
+
+@dataclass(frozen=True)
+class Network:
+    """What all networks have in common."""
+
+    outputs: int
+    image_shape: tuple[int, int, int]
+    settings: ModelSettings
+    objective: Objective = "cross_entropy"
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `Model.loss`."""
+        if self.objective == "cross_entropy":
+            return F.cross_entropy(logits, targets)
+        return F.mse_loss(logits, targets.to(logits.dtype).reshape(logits.shape))
+
+
+def size(model: Model) -> int:
+    """Return P, the number of weights."""
+    return sum(shape.numel() for shape in model.shapes.values())
+
+
+def unflatten(model: Model, weights: Tensor) -> dict[str, Tensor]:
+    """Name the parts of a flat vector [..., P] as views [..., *shape]."""
+    parts = torch.split(weights, [shape.numel() for shape in model.shapes.values()], dim=-1)
+    lead = weights.shape[:-1]
+    return {
+        name: part.view(lead + shape)
+        for (name, shape), part in zip(model.shapes.items(), parts, strict=True)
+    }
+
+
+def flatten(model: Model, params: Params) -> Tensor:
+    """Join named weights into one flat vector [P], the inverse of `unflatten`."""
+    return torch.cat([params[name].reshape(-1) for name in model.shapes])
+
+
+def silence(model: Model, weights: Tensor, present: Tensor) -> Tensor:
+    """Return weights [..., P] under which a classifier has only the outputs in `present`.
+
+    A bias of `ABSENT` takes an output out of the softmax: its probability and all of its gradients
+    are exactly 0, so it stays out however long one adapts. Where all are present nothing changes.
+
+    Args:
+        model: the network.
+        weights: where adaptation starts.
+        present: bool [outputs], the labels that the support set has.
+    """
+    absent = ABSENT * (~present).to(weights.dtype)
+    return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
+
+
+def initialise(model: Model, seed: int) -> Tensor:
+    """Draw a random initialisation, float32 [P]: the reference's (TensorFlow's) defaults.
+
+    Glorot uniform weights, zero biases, unit scale in batch norm.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, shape in model.shapes.items():
+        if name.startswith("norm") and name.endswith("weight"):
+            params[name] = torch.ones(shape)
+        elif name.endswith("bias"):
+            params[name] = torch.zeros(shape)
+        else:
+            window = math.prod(shape[2:])
+            bound = math.sqrt(6 / ((shape[0] + shape[1]) * window))
+            params[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return flatten(model, params)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Scale pixels 0..255 to float32 in 0..1, the networks' input."""
+    return pixels.to(torch.float32) / 255

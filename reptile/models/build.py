@@ -1,0 +1,28 @@
+"""From settings to a network."""
+
+from reptile.errors import InputError
+from reptile.models.base import Model, Objective
+from reptile.models.conv4 import Conv4
+from reptile.models.mlp import MLP
+from reptile.settings import ModelSettings
+
+
+def build_model(
+    settings: ModelSettings,
+    outputs: int,
+    image_shape: tuple[int, int, int],
+    objective: Objective = "cross_entropy",
+) -> Model:
+    """Build the network that `settings` names.
+
+    Args:
+        settings: its kind and sizes.
+        outputs: a classifier's ways, or the number of values that a regressor predicts.
+        image_shape: (C, H, W) of an input; a point of n coordinates is (n, 1, 1).
+        objective: the loss.
+    """
+    if settings.name == "mlp":
+        return MLP(outputs, image_shape, settings, objective)
+    if min(image_shape[1:]) < 2:
+        raise InputError(f"conv4 needs images of at least 2x2 pixels, not {image_shape[1:]}")
+    return Conv4(outputs, image_shape, settings, objective)

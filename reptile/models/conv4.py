@@ -1,0 +1,91 @@
+"""The paper's convolutional networks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reptile.models.base import LayerStatistics, Network, Params, Statistics
+
+BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, with which the paper's numbers were made
+CONV_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Conv4(Network):
+    """Four 3x3 convolutions with batch norm and ReLU, and a linear head.
+
+    `stride`: convolutions of stride 2 (the paper's Omniglot network). `pool`: max-pooling between
+    batch norm and ReLU (its mini-ImageNet network). Padding is TensorFlow's SAME, as in the
+    reference. The convolutions have no bias: batch norm would cancel it, and Adam with beta1 = 0
+    would turn the rounding noise of its zero gradient into full steps.
+    """
+
+    convolve: Callable[..., Tensor] = field(default=F.conv2d, repr=False, compare=False)
+    """How a convolution is computed: `F.conv2d`, or another form of it."""
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """conv1.weight [F, C, 3, 3], norm1.weight [F], norm1.bias [F], …, head.bias [outputs]."""
+        filters = self.settings.filters
+        channels, height, width = self.image_shape
+        shapes: dict[str, torch.Size] = {}
+        for layer in range(1, CONV_LAYERS + 1):
+            shapes[f"conv{layer}.weight"] = torch.Size((filters, channels, 3, 3))
+            shapes[f"norm{layer}.weight"] = torch.Size((filters,))
+            shapes[f"norm{layer}.bias"] = torch.Size((filters,))
+            channels, height, width = filters, math.ceil(height / 2), math.ceil(width / 2)
+        shapes["head.weight"] = torch.Size((self.outputs, filters * height * width))
+        shapes["head.bias"] = torch.Size((self.outputs,))
+        return shapes
+
+    def logits(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.logits`."""
+        x = images
+        for layer in range(1, CONV_LAYERS + 1):
+            x = self._convolve(params, x, layer)
+            if f"norm{layer}.weight" in params:
+                mean, variance = statistics[layer - 1] if statistics else (None, None)
+                x = self._normalise(params, x, layer, mean, variance)
+            x = self._activate(x)
+        return F.linear(x.flatten(1), params["head.weight"], params["head.bias"])
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """See `Model.statistics`: one entry a layer."""
+        x, found = images, []
+        for layer in range(1, CONV_LAYERS + 1):
+            x = self._convolve(params, x, layer)
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            found.append(LayerStatistics(mean, variance))
+            x = self._activate(self._normalise(params, x, layer, mean, variance))
+        return tuple(found)
+
+    def _convolve(self, params: Params, x: Tensor, layer: int) -> Tensor:
+        weight, bias = params[f"conv{layer}.weight"], params.get(f"conv{layer}.bias")
+        if self.settings.downsampling == "pool":
+            return self.convolve(x, weight, bias, padding=1)
+        # SAME padding at stride 2 puts an odd total on the far side: (0, 1) for even sizes.
+        left, top = x.shape[-1] % 2, x.shape[-2] % 2
+        return self.convolve(F.pad(x, (left, 1, top, 1)), weight, bias, stride=2)
+
+    def _normalise(
+        self, params: Params, x: Tensor, layer: int, mean: Tensor | None, variance: Tensor | None
+    ) -> Tensor:
+        # Not F.batch_norm: that refuses a single value a channel (one tiny image), where the
+        # reference's batch norm gives the bias.
+        scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+        training = mean is None
+        return torch.batch_norm(
+            x, scale, shift, mean, variance, training, 0.0, BATCH_NORM_EPSILON, False
+        )
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.settings.downsampling == "pool":
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+        return F.relu(x)

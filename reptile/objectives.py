@@ -1,0 +1,139 @@
+"""The two kinds of task, classification and regression, and all that tells them apart.
+
+What a network's outputs are for, how they are scored and what a validation task looks like; the
+rooms ask here instead of asking which kind it is. The losses are the networks' own, see `models`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from reptile.errors import InputError
+from reptile.models import Objective, to_unit
+from reptile.tasks import FewShotProtocol
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of task."""
+
+    name: Literal["classification", "regression"]
+    objective: Objective
+    metric: Literal["accuracy", "mean_squared_error"]
+    """The score's name in metrics.json, curves and gates."""
+    title: str
+    """The score's name for people."""
+    unit: str
+    """What people read it in: `%` of answers, or the square of the values' own unit."""
+    better: Literal[1, -1]
+    """1 where a larger score is better, -1 where a smaller one is."""
+    network_input: Callable[[Tensor], Tensor]
+    """From what callers give (pixels 0..255, or values) to what the network sees."""
+    scores: Callable[[Array, Array], FloatArray]
+    """From outputs [..., Q, outputs] and targets [..., Q] or [..., Q, outputs] to scores [...]."""
+    validation: FewShotProtocol
+    """The tasks of the learning curve; those of classification take the training's ways."""
+
+    def gain(self, score: Any, other: Any) -> Any:
+        """Return by how much a score is better than another, of numbers or arrays."""
+        return self.better * (score - other)
+
+    def disagreement(self, answers: Array, others: Array) -> float:
+        """Return how far two sets of outputs [..., Q, outputs] are from answering alike.
+
+        The share of labels that differ; or the root mean square of the values' difference as a
+        share of their own.
+        """
+        if self.name == "classification":
+            return float((answers.argmax(-1) != others.argmax(-1)).mean())
+        return float(np.linalg.norm(answers - others) / np.linalg.norm(others))
+
+    def show(self, mean: float, interval: float) -> str:
+        """Write a score with its 95 % interval for people, without its unit."""
+        text = (
+            f"{100 * mean:.1f} ± {100 * interval:.1f}"
+            if self.unit == "%"
+            else f"{mean:.3f} ± {interval:.3f}"
+        )
+        return text.replace("-", "\N{MINUS SIGN}")
+
+    def check_ways(self, ways: int, dataset: str) -> None:
+        """Refuse a number of classes a task that makes no sense for this kind.
+
+        Raises:
+            InputError: one class to classify, or several to predict values of.
+        """
+        if self.name == "regression" and ways != 1:
+            raise InputError(
+                f"train.ways = {ways}: {dataset} has values to predict, so a task is of one class "
+                "alone; set train.ways to 1"
+            )
+        if self.name == "classification" and ways < 2:
+            raise InputError(
+                f"train.ways = {ways}: telling classes of {dataset} apart takes at least 2"
+            )
+
+
+def _share_right(logits: Array, labels: Array) -> FloatArray:
+    return np.asarray((logits.argmax(-1) == labels).mean(-1))
+
+
+def _mean_squared_error(values: Array, targets: Array) -> FloatArray:
+    return np.asarray(np.square(values - targets.reshape(values.shape)).mean((-2, -1)))
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
+CLASSIFICATION = Kind(
+    name="classification",
+    objective="cross_entropy",
+    metric="accuracy",
+    title="accuracy",
+    unit="%",
+    better=1,
+    network_input=to_unit,
+    scores=_share_right,
+    validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
+)
+REGRESSION = Kind(
+    name="regression",
+    objective="squared_error",
+    metric="mean_squared_error",
+    title="mean squared error",
+    unit="",
+    better=-1,
+    network_input=_as_it_is,
+    scores=_mean_squared_error,
+    validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
+)
+
+
+def kind_scored(scores: Mapping[str, Any]) -> Kind:
+    """Return the kind whose metric is among these scores of metrics.json.
+
+    Raises:
+        KeyError: they hold no such metric.
+    """
+    for kind in (CLASSIFICATION, REGRESSION):
+        if kind.metric in scores:
+            return kind
+    raise KeyError(CLASSIFICATION.metric)
+
+
+def kind_with(objective: Objective) -> Kind:
+    """Return the kind of task of a network with this loss."""
+    return next(kind for kind in (CLASSIFICATION, REGRESSION) if kind.objective == objective)
+
+
+def kind_of(values: int) -> Kind:
+    """Return the kind of task of data with so many values to predict for each input; 0 for none."""
+    return REGRESSION if values else CLASSIFICATION

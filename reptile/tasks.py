@@ -1,0 +1,163 @@
+"""Few-shot tasks as index arrays into a prepared dataset: sampled, seeded, resumable.
+
+Every meta-batch and every test task has its own random stream, keyed by (seed, purpose, number), so
+any can be drawn again without drawing those before it. No image is touched here.
+"""
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from reptile.data.dataset import ClassRange
+from reptile.errors import InputError
+from reptile.minibatches import IntArray, mini_batches
+from reptile.settings import EvaluateSettings, TrainSettings
+
+Targets = npt.NDArray[Any]
+"""Labels, int64 [S]; a regressor's values, float32 or float64 [S] or [S, outputs]."""
+
+
+class Task(NamedTuple):
+    """One task. Rows point into the prepared images; labels run over 0..ways-1, or are values."""
+
+    support: IntArray  # [S] rows
+    support_labels: Targets
+    query: IntArray  # [Q] rows, none of them in the support set
+    query_labels: Targets  # [Q]
+    batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step
+
+
+class Purpose(IntEnum):
+    """What a random stream is for; streams of different purposes never meet."""
+
+    TRAIN = 0
+    VALIDATE = 1
+    EVALUATE = 2
+    VERIFY = 3
+    EXPORT = 4
+    JOINT = 5
+
+
+def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
+    """Return a generator; the same arguments give the same stream anywhere."""
+    return np.random.default_rng((seed, purpose, *numbers))
+
+
+def sample_rows(
+    rng: np.random.Generator, classes: ClassRange, tasks: int, ways: int, images: int
+) -> IntArray:
+    """Draw for each task `ways` classes in random order and `images` different images of each.
+
+    Returns:
+        rows [tasks, ways, images]: row w of a task holds images of the class that gets label w, so
+        each call is also a fresh random map from classes to labels.
+    """
+    chosen = _distinct(rng, np.full(tasks, len(classes.starts)), ways)
+    picks = _distinct(rng, classes.counts[chosen].ravel(), images)
+    return np.asarray(classes.starts[chosen][..., None] + picks.reshape(tasks, ways, images))
+
+
+def _distinct(rng: np.random.Generator, ends: IntArray, size: int) -> IntArray:
+    """Draw `size` different numbers below each of the `ends` [N]; the time depends on `size` alone.
+
+    Nothing here depends on what a number is, so all outcomes [N, size] are equally likely.
+    """
+    drawn = np.empty((len(ends), size), dtype=np.int64)
+    few = ends <= 8 * size
+    if few.any():  # order all of them at random
+        keys = rng.random((np.count_nonzero(few), ends[few].max()))
+        keys[np.arange(keys.shape[1]) >= ends[few, None]] = 1
+        drawn[few] = np.argsort(keys, axis=1)[:, :size]
+    if not few.all():  # draw again what is there already
+        many = np.repeat(ends[~few, None], size, axis=1)
+        found = rng.integers(many)
+        while (again := _repeated(found)).any():
+            found[again] = rng.integers(many[again])
+        drawn[~few] = found
+    return drawn
+
+
+def _repeated(values: IntArray) -> npt.NDArray[np.bool_]:
+    """Mark what is in its row [N, size] a second time."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    marks = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(marks, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return marks
+
+
+def targets(classes: ClassRange, rows: IntArray) -> Targets:
+    """Return what is to be answered for rows [ways, images] of a task, flattened.
+
+    Labels 0..ways-1, int64 [ways·images]; where the data has values to predict, these, float32
+    [ways·images, outputs].
+    """
+    if classes.targets is None:
+        return np.repeat(np.arange(len(rows)), rows.shape[1])
+    return np.asarray(classes.targets[rows.ravel()])
+
+
+def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> None:
+    """Refuse a split that cannot give a task of `ways` classes with `images` images each."""
+    if len(classes.starts) < ways:
+        raise InputError(
+            f"{what}: {len(classes.starts)} classes cannot make a {ways}-way task; "
+            "lower the ways or hold out more classes"
+        )
+    if classes.counts.min() < images:
+        raise InputError(
+            f"{what}: a class has {classes.counts.min()} images and a task needs {images} of each; "
+            "lower the shots or queries"
+        )
+
+
+def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
+    """Draw the tasks of a meta-iteration: train_shots images a class, and their mini-batches.
+
+    With a FOMAML tail, the last mini-batch is `tail_shots` images of every class, kept out of the
+    mini-batches before it.
+    """
+    rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
+    ways, shots, tail = settings.ways, settings.train_shots, settings.tail_shots
+    rows = sample_rows(rng, classes, settings.meta_batch, ways, shots)
+    positions = np.arange(ways * shots).reshape(ways, shots)
+    head, last = positions[:, tail:].ravel(), (positions[:, :tail].ravel(),) if tail else ()
+    steps = settings.inner_steps - len(last)
+    nothing = np.empty(0, dtype=np.int64)
+    tasks = []
+    for own in rows:
+        drawn = mini_batches(rng, head.size, settings.inner_batch, steps, settings.replacement)
+        support = own.ravel(), targets(classes, own)
+        tasks.append(Task(*support, nothing, nothing, (*head[drawn], *last)))
+    return tasks
+
+
+class FewShotProtocol(NamedTuple):
+    """How a test task is made and adapted to."""
+
+    ways: int
+    shots: int
+    queries: int
+    steps: int
+    batch: int
+
+    @classmethod
+    def of(cls, settings: EvaluateSettings, ways: int, shots: int) -> "FewShotProtocol":
+        """The evaluation's protocol at one number of shots."""
+        return cls(ways, shots, settings.queries, settings.steps, settings.batch)
+
+
+def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol) -> Task:
+    """Draw a test task: `shots` support and `queries` query images of each class, all different."""
+    ways, shots, queries, steps, batch = protocol
+    (rows,) = sample_rows(rng, classes, 1, ways, shots + queries)
+    support, query = rows[:, :shots], rows[:, shots:]
+    return Task(
+        support.ravel(),
+        targets(classes, support),
+        query.ravel(),
+        targets(classes, query),
+        tuple(mini_batches(rng, support.size, batch, steps)),
+    )

@@ -1,0 +1,96 @@
+"""The C++ consumer, built from clients/cpp against the installed library of ONNX Runtime.
+
+Needs a compiler, CMake and ONNX Runtime's headers, which its Python package lacks: in a standard
+place, or below a folder of the environment variable CMAKE_PREFIX_PATH (see onnxruntime-headers).
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+Deviations = Callable[[str], list[float]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def call(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the examples and tests/clients/few_shot.cpp were built in."""
+    if not (shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++"))):
+        pytest.skip("no CMake or no C++ compiler")
+    folder = tmp_path_factory.mktemp("cpp")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1.*"), None)
+    if library is None:
+        pytest.skip("the installed onnxruntime has no libonnxruntime.so")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):  # what linker and loader look for
+        (folder / name).symlink_to(library)
+    sources, build = Path(__file__).parent, folder / "build"
+    found = f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"
+    done = call("cmake", "-S", sources, "-B", build, found, "-DCMAKE_BUILD_TYPE=Debug")
+    if done.returncode and "ONNXRUNTIME_INCLUDE_DIR" in done.stderr:
+        pytest.skip("no C++ headers of ONNX Runtime; tests/clients/onnxruntime-headers has a way")
+    assert done.returncode == 0, done.stderr
+    done = call("cmake", "--build", build)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout + done.stderr
+    return build
+
+
+@pytest.fixture
+def golden(built: Path) -> Run:
+    return lambda bundle: call(built / "cpp/golden", bundle)
+
+
+def test_it_gives_pytorchs_golden_logits(
+    golden: Run, exported: Path, deviations: Deviations
+) -> None:
+    done = golden(exported)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(found := deviations(done.stdout)) >= 2
+    assert max(found) < 1e-4
+
+
+def test_it_gives_the_runtimes_logits(golden: Run, taught: Path, deviations: Deviations) -> None:
+    done = golden(taught)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(found := deviations(done.stdout)) == 1
+    assert max(found) < 1e-4
+    named = re.search(r"relearnt: (\d+) of 12", done.stdout)
+    assert named is not None
+    assert int(named[1]) >= 7, "by chance four"
+
+
+def test_a_deviation_fails_it(golden: Run, spoilt: Path) -> None:
+    done = golden(spoilt)
+    assert done.returncode == 1
+    assert "BEYOND THE TOLERANCE" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["cut", "type", "missing", "no graph"])
+def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, taught: Path) -> None:
+    queries, labels = (taught / f"golden/own/{n}.npy" for n in ("query_images", "support_labels"))
+    if damage == "cut":
+        queries.write_bytes(queries.read_bytes()[:-1])
+    elif damage == "type":
+        shutil.copy(labels, queries)
+    elif damage == "missing":
+        queries.unlink()
+    else:
+        (taught / "adapt/1/model.onnx").unlink()
+    done = golden(taught)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_header_keeps_its_word(built: Path, exported: Path) -> None:
+    done = call(built / "few_shot", exported)
+    assert done.returncode == 0, done.stderr

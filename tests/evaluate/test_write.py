@@ -1,0 +1,239 @@
+"""The files: readable by DVC and by people, self-contained, and the same bytes each time."""
+
+import csv
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from reptile.data.dataset import PreparedData
+from reptile.evaluate import Evaluation, evaluate, summary_table, write_evaluation
+from reptile.evaluate.report.charts import LABEL_HEIGHT, Line, _spread, axis, line_chart
+from reptile.evaluate.write import metrics
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint
+from reptile.learn.optimizer import fresh_state
+from reptile.learn.reptile import MetaState
+from reptile.models import build_model, initialise
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
+
+SETTINGS = EvaluateSettings(tasks=5, shots=(1, 2), queries=2, steps=3, batch=3)
+VOID = {"meta", "img", "hr", "br", "link", "input"}
+
+
+def run(
+    data: PreparedData, name: str = "conv4", settings: EvaluateSettings = SETTINGS
+) -> Evaluation:
+    model_settings = ModelSettings(name=name, filters=4, hidden=(8,))
+    training = TrainSettings(model=model_settings, ways=3, engine="eager", device="cpu")
+    model = build_model(model_settings, 3, data.image_shape)
+    weights = initialise(model, 5)
+    curve = [CurvePoint(iteration=i, loss=1 / i, score=0.5) for i in (200, 400)]
+    info = CheckpointInfo(
+        iteration=400,
+        settings=training,
+        image_shape=data.image_shape,
+        dataset=data.name,
+        data_sha256=data.content_sha256,
+        splits_sha256=data.splits_sha256,
+        code_sha256="c" * 64,
+        versions={"torch": "0"},
+        curve=tuple(curve),
+    )
+    checkpoint = Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
+    other = PreparedData(data.images, data.index.model_copy(update={"name": "other"}))
+    return evaluate(settings, checkpoint, data, {"other": other})
+
+
+@pytest.fixture(scope="module")
+def evaluation(data: PreparedData) -> Evaluation:
+    return run(data)
+
+
+@pytest.fixture(scope="module")
+def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluation")
+    write_evaluation(evaluation, path)
+    return path
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that closes what is not open; keeps text and addresses."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href"}]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_metrics_hold_every_method_in_plain_rounded_numbers(
+    evaluation: Evaluation, folder: Path
+) -> None:
+    nested = json.loads((folder / "metrics.json").read_text())
+    assert list(nested) == ["patterns", "other"]
+    for measured in evaluation.measurements:
+        methods = nested[measured.dataset][f"{measured.shots}-shot"]
+        assert list(methods) == [*BATCH_NORM_MODES, "nearest_mean"]
+        for mode in BATCH_NORM_MODES:
+            mean, interval = measured.score("trained", mode)
+            assert methods[mode]["accuracy"] == round(mean, 5)
+            assert methods[mode]["interval"] == round(interval, 5)
+            assert methods[mode]["random_accuracy"] == round(measured.score("random", mode)[0], 5)
+        assert methods["nearest_mean"]["accuracy"] == round(measured.baseline_score()[0], 5)
+
+
+def test_accuracy_by_step_starts_unadapted_and_ends_adapted(
+    evaluation: Evaluation, folder: Path
+) -> None:
+    with (folder / "accuracy_by_step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    expected = evaluation.held_out[0].score("trained", "frozen").mean
+    assert float(rows[-1]["trained_frozen"]) == pytest.approx(expected, abs=1e-4)
+    assert set(rows[0]) == {
+        "step",
+        "trained_transductive",
+        "trained_frozen",
+        "random_transductive",
+        "random_frozen",
+    }
+
+
+def test_confusion_has_a_row_for_each_query(data: PreparedData, folder: Path) -> None:
+    with (folder / "confusion.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {entry.name for entry in data.classes if entry.split == "test"}
+    assert len(rows) == 5 * 3 * 2  # tasks x ways x queries
+    assert {row["actual"] for row in rows} | {row["predicted"] for row in rows} <= names
+
+
+def test_report_is_well_formed_and_asks_nothing_of_the_network(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Balance(text)
+    assert page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"data:[^\"]*", "", text))
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+
+
+def test_report_shows_the_scores(evaluation: Evaluation, folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    for measured in evaluation.measurements:
+        for mode in BATCH_NORM_MODES:
+            mean, interval = measured.score("trained", mode)
+            assert f"{100 * mean:.1f} ± {100 * interval:.1f}" in text
+
+
+def test_the_same_inputs_give_the_same_bytes(
+    data: PreparedData, folder: Path, tmp_path: Path
+) -> None:
+    write_evaluation(run(data), tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "accuracy_by_step.csv",
+        "confusion.csv",
+        "metrics.json",
+        "report.html",
+        "settings.json",
+    ]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_fewer_ways_get_a_table_and_a_file(data: PreparedData, tmp_path: Path) -> None:
+    evaluation = run(data, settings=SETTINGS.model_copy(update={"ways": (2,)}))
+    write_evaluation(evaluation, tmp_path)
+    (few,) = evaluation.fewer_ways
+    with (tmp_path / "accuracy_by_ways.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["shots"], row["ways"]) == ("1", "2")
+    assert float(row["silenced"]) == pytest.approx(few.silenced.mean, abs=1e-5)
+    assert float(row["left_out_interval"]) == pytest.approx(few.left_out.interval, abs=1e-5)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "Fewer classes than the head has" in text
+    assert f"{100 * few.silenced.mean:.1f} ± {100 * few.silenced.interval:.1f}" in text
+
+
+def test_names_from_folders_cannot_write_html(data: PreparedData, tmp_path: Path) -> None:
+    evil = "<b onclick=x>&\"'"
+    classes = tuple(c.model_copy(update={"name": c.name + evil}) for c in data.classes)
+    index = data.index.model_copy(update={"classes": classes, "name": evil})
+    write_evaluation(run(PreparedData(data.images, index)), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "<b onclick" not in text
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"tasks": 2}, {"queries": 7}, {"shots": (3,)}])
+def test_unusual_protocols_can_be_reported(
+    data: PreparedData, change: dict[str, object], tmp_path: Path
+) -> None:
+    write_evaluation(run(data, settings=SETTINGS.model_copy(update=change)), tmp_path)
+    Balance((tmp_path / "report.html").read_text())
+
+
+def test_a_network_without_batch_norm_gets_one_row_and_an_explanation(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    write_evaluation(run(data, "mlp"), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "no batch norm" in text
+    assert "<dt>transductive" not in text
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["other"]["1-shot"]) == [
+        *BATCH_NORM_MODES,
+        "nearest_mean",
+    ]
+
+
+def test_colour_images_can_be_shown(tmp_path: Path, data: PreparedData) -> None:
+    index = data.index.model_copy(update={"image_shape": (3, 12, 12)})
+    write_evaluation(run(PreparedData(data.images.repeat(3, axis=1), index)), tmp_path)
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+def test_summary_table_has_a_row_for_each_mode(evaluation: Evaluation) -> None:
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(summary_table(metrics(evaluation)))
+    text = captured.get()
+    for word in ("patterns", "other", *BATCH_NORM_MODES, "trained", "±"):
+        assert word in text
+
+
+def test_labels_of_a_chart_do_not_overlap() -> None:
+    placed = sorted(_spread([100.0, 102.0, 103.0, 40.0]))
+    assert all(b - a >= LABEL_HEIGHT - 1e-9 for a, b in itertools.pairwise(placed))
+    assert _spread([40.0, 90.0]) == [40.0, 90.0]
+
+
+@pytest.mark.parametrize("high", [0.3, 1, 7, 600, 2000, 100000])
+def test_an_axis_has_a_few_round_ticks_within_its_range(high: float) -> None:
+    ticks = axis("x", high).ticks
+    assert 3 <= len(ticks) <= 6
+    assert ticks[-1] <= high + 1e-9
+
+
+def test_a_line_of_one_point_is_a_dot() -> None:
+    chart = line_chart("dot", [Line("a", "trained", [1], [0.5])], axis("x", 2), axis("y", 1))
+    assert "<circle" in chart
