@@ -18,10 +18,11 @@ from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import EagerEngine
 from reptile.learn.engines.native import NativeEngine
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
 from reptile.minibatches import mini_batches
-from reptile.models import build_model, initialise, to_unit
+from reptile.models import build_model, initialise
+from reptile.objectives import to_unit
 from reptile.runtime.provider import open_session
 from reptile.settings import ModelSettings, TrainSettings
 from reptile.tasks import Task
@@ -138,7 +139,7 @@ def _ways(shots: int, threads: int, steps: int) -> tuple[Ways, Ways]:
 
     @torch.no_grad()
     def predict_eagerly() -> None:
-        model.logits(params, to_unit(torch.from_numpy(queries)))
+        model.forward(params, to_unit(torch.from_numpy(queries)))
 
     return (
         {
@@ -163,7 +164,7 @@ def _graphs() -> dict[str, bytes]:
 def _checkpoint() -> Checkpoint:
     model = build_model(MODEL, WAYS, IMAGE_SHAPE)
     weights = initialise(model, 0)
-    state = MetaState(weights, InnerState(torch.full_like(weights, 1e-4), 1000))
+    state = MetaState(weights, OptimizerState(torch.full_like(weights, 1e-4), 1000))
     info = CheckpointInfo(
         iteration=0,
         settings=TrainSettings(model=MODEL, ways=WAYS),

@@ -11,7 +11,7 @@ import torch
 
 from reptile.data.dataset import ClassRange
 from reptile.learn.engines import Engine, make_engine
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState, meta_step
 from reptile.models import build_model, initialise
 from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -82,7 +82,7 @@ class Work:
         self.settings = settings
         self.classes = class_range(CLASSES, IMAGES)
         self.state = MetaState(
-            weights, InnerState(torch.full_like(weights, WARM_MOMENT), WARM_STEP)
+            weights, OptimizerState(torch.full_like(weights, WARM_MOMENT), WARM_STEP)
         )
         self.engines: dict[str, Engine] = {
             kind: make_engine(kind, model, settings.optimizer, pixels, CPU)

@@ -20,8 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-ROOM = 1 << 16
-LONGER = 30.0  # seconds to wait for a first answer, and for the last ones
+RECV_BYTES = 1 << 16
+DRAIN_SECONDS = 30.0  # seconds to wait for a first answer, and for the last ones
 TICK = 0.01  # seconds between looks at the clock while nothing comes
 _CODE = len("HTTP/1.1 ")  # where an answer's status begins
 
@@ -97,11 +97,11 @@ def run(order: Order) -> Load:
     start = time.perf_counter() + order.warm_up
     end, counts, over = start + order.seconds, False, False
     cpu = seconds = 0.0
-    while not over or (under_way and time.perf_counter() < end + LONGER):
+    while not over or (under_way and time.perf_counter() < end + DRAIN_SECONDS):
         now = time.perf_counter()
         if not counts and not over and now >= start:
             counts, start, cpu, broken = True, now, time.process_time(), 0
-        if not over and now >= end and (milliseconds or now >= end + LONGER):
+        if not over and now >= end and (milliseconds or now >= end + DRAIN_SECONDS):
             counts, over = False, True
             seconds, cpu = now - start, time.process_time() - cpu
         while later and not over and later[0][0] <= now:
@@ -109,7 +109,7 @@ def run(order: Order) -> Load:
         for key, _ in selector.select(TICK):
             client = key.data
             try:
-                received = client.socket.recv(ROOM)
+                received = client.socket.recv(RECV_BYTES)
             except OSError:
                 received = b""
             if not received:

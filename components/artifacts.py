@@ -18,11 +18,16 @@ from typing import Any, NamedTuple, Protocol
 from components.fetch import fetch
 from components.push import publish as publish_bundle
 from reptile import stages
+from reptile.data.dataset import load_prepared
 from reptile.errors import InputError
+from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.evaluate.gate import gate as judge
+from reptile.evaluate.metrics import read_metrics
+from reptile.evaluate.write import metrics
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.train import Progress
-from reptile.objectives import kind_scored
+from reptile.objectives import objective_scored
 from reptile.provenance import settings_sha256
 from reptile.settings import (
     BATCH_NORM_MODES,
@@ -115,8 +120,8 @@ def train(
     own = {
         "train_settings_sha256": _hash(chosen),
         "code_sha256": result.info.code_sha256,
-        f"validation_{result.info.kind.metric}": result.info.curve[-1].score,
-        result.info.kind.metric: result.info.curve[-1].score,
+        f"validation_{result.info.objective.metric}": result.info.curve[-1].score,
+        result.info.objective.metric: result.info.curve[-1].score,
     }
     checkpoint.metadata |= _inherit(prepared) | finite(own)
     curves.metadata |= checkpoint.metadata
@@ -134,7 +139,7 @@ def evaluate(
     chosen = parse_settings(EvaluateSettings, settings)
     folder = Path(evaluation.path)
     stages.evaluate(chosen, Path(prepared.path), Path(checkpoint.path), folder)
-    scores = flatten(stages.read_metrics(folder))
+    scores = flatten(read_metrics(folder))
     # The first is of the held-out data, at the fewest shots, transductive: as the curve's points.
     name, score = next(iter(scores.items()))
     own = {"evaluate_settings_sha256": _hash(chosen), name.rpartition("/")[2]: score}
@@ -169,17 +174,20 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
     ways, shots, mode = int(found[1]), int(found[2]), found[3]
     chosen = parse_settings(EvaluateSettings, settings).model_copy(update={"shots": (shots,)})
     try:
-        scores = stages.measure(chosen, Path(prepared.path), Path(checkpoint.path), ways)
+        trained_on = load_prepared(Path(prepared.path))
+        trained = load_checkpoint(Path(checkpoint.path))
+        stages.check_same_data(trained, trained_on)
+        scores = metrics(evaluate_checkpoint(chosen, trained, trained_on, {}, ways=ways))
     except InputError as error:
         return f"| {point} | {error} | |"
     (by_shots,) = scores.values()
     score = by_shots[f"{shots}-shot"][mode]
-    kind = kind_scored(score)
-    trained, random = (
-        kind.show(score[f"{start}{kind.metric}"], score[f"{start}interval"])
+    objective = objective_scored(score)
+    initialised, random = (
+        objective.show(score[f"{start}{objective.metric}"], score[f"{start}interval"])
         for start in ("", "random_")
     )
-    return f"| {point} | {trained} | {random} |"
+    return f"| {point} | {initialised} | {random} |"
 
 
 def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifact) -> Verdict:
@@ -192,7 +200,7 @@ def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifac
         evaluation: its evaluation.
     """
     chosen = parse_settings(ExportSettings, settings)
-    reason = stages.gate(chosen.gate, Path(checkpoint.path), Path(evaluation.path), champion)
+    reason = judge(chosen.gate, Path(checkpoint.path), Path(evaluation.path), champion)
     print(f"refused: {reason}" if reason else "passed")
     return Verdict(not reason, reason or "")
 
@@ -205,8 +213,8 @@ def export(
     folder = Path(bundle.path)
     stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
     info = load_checkpoint(Path(checkpoint.path)).info
-    metric, point = info.kind.metric, chosen.gate
-    scores = stages.read_metrics(Path(evaluation.path))[info.dataset]
+    metric, point = info.objective.metric, chosen.gate
+    scores = read_metrics(Path(evaluation.path))[info.dataset]
     gated = scores[f"{point.shots}-shot"][point.mode]
     own = {
         "export_settings_sha256": _hash(chosen),
@@ -288,7 +296,7 @@ class _Log:
         for point in progress.curve[self._shown :]:
             print(
                 f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                f"validation {progress.kind.title} {point.score:.3f}",
+                f"validation {progress.objective.title} {point.score:.3f}",
                 flush=True,
             )
         self._shown = len(progress.curve)

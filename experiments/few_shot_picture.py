@@ -20,7 +20,7 @@ protocol = FewShotProtocol.of(EvaluateSettings(queries=QUERIES), model.ways, 1)
 # The first task of the stream, not one that was picked.
 task = held_out_task(random_stream(0, Purpose.EVALUATE, 0), data.split("test"), protocol)
 support = data.images[task.support]
-adapted = model.adapt(support, [NAMES[label] for label in task.support_labels])
+adapted = model.adapt(support, [NAMES[label] for label in task.support_targets])
 queries = data.images[task.query]
 prediction = adapted.predict(queries)
 

@@ -142,7 +142,7 @@ def measure(settings: EvaluateSettings, checkpoint: Checkpoint, data: PreparedDa
     accuracies: list[float] = []
     for chunk, weights in adapted_in_chunks(engine, state, tasks):
         predicted = engine.predict(weights, chunk, "transductive").argmax(-1).cpu().numpy()
-        labels = np.stack([task.query_labels for task in chunk])
+        labels = np.stack([task.query_targets for task in chunk])
         accuracies += (predicted == labels).mean(-1).tolist()
     return Score.of(np.array(accuracies))
 

@@ -22,10 +22,10 @@ from pipeline.document import for_this_machine
 from pipeline.revisions import data_md5
 from reptile.data.dataset import load_prepared
 from reptile.errors import InputError
+from reptile.evaluate.metrics import read_metrics
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.runtime.bundle import open_bundle
-from reptile.stages import read_metrics
 
 
 class Outcome(IntEnum):
@@ -135,9 +135,8 @@ def _prepared(folder: Path) -> str:
 
 def _trained(folder: Path) -> str:
     info = load_checkpoint(folder / "train/checkpoint").info
-    return (
-        f"{info.iteration} meta-iterations, validation {info.kind.title} {info.curve[-1].score:.3f}"
-    )
+    score = f"validation {info.objective.title} {info.curve[-1].score:.3f}"
+    return f"{info.iteration} meta-iterations, {score}"
 
 
 def _evaluated(folder: Path) -> str:

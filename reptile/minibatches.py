@@ -1,6 +1,6 @@
 """The paper's mini-batch protocol as arrays of positions, shared by training and the runtime.
 
-Not for choosing a task's images (see `episodes`); numpy only, so that the runtime can import it.
+Not for choosing a task's images (see `tasks`); numpy only, so that the runtime can import it.
 """
 
 import numpy as np

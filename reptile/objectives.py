@@ -1,7 +1,7 @@
-"""The two kinds of task, classification and regression, and all that tells them apart.
+"""The two objectives, classification and regression, and all that tells them apart.
 
-What a network's outputs are for, how they are scored and what a validation task looks like; the
-rooms ask here instead of asking which kind it is. The losses are the networks' own, see `models`.
+What a network's outputs are for, their loss, how they are scored and what a validation task looks
+like. The rooms ask here instead of asking which objective it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.errors import InputError
-from reptile.models import Objective, to_unit
 from reptile.tasks import FewShotProtocol
 
 Array = npt.NDArray[Any]
@@ -21,11 +22,13 @@ FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of task."""
+class Objective:
+    """What the outputs of a network are for."""
 
     name: Literal["classification", "regression"]
-    objective: Objective
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """From outputs [B, outputs] and targets (labels, integers [B]; values [B, outputs], or [B] of a
+    single output) to the mean loss []."""
     metric: Literal["accuracy", "mean_squared_error"]
     """The score's name in metrics.json, curves and gates."""
     title: str
@@ -65,7 +68,7 @@ class Kind:
         return text.replace("-", "\N{MINUS SIGN}")
 
     def check_ways(self, ways: int, dataset: str) -> None:
-        """Refuse a number of classes a task that makes no sense for this kind.
+        """Refuse a number of classes a task that makes no sense for this objective.
 
         Raises:
             InputError: one class to classify, or several to predict values of.
@@ -89,13 +92,22 @@ def _mean_squared_error(values: Array, targets: Array) -> FloatArray:
     return np.asarray(np.square(values - targets.reshape(values.shape)).mean((-2, -1)))
 
 
+def to_unit(pixels: Tensor) -> Tensor:
+    """Scale pixels 0..255 to float32 in 0..1, the networks' input."""
+    return pixels.to(torch.float32) / 255
+
+
 def _as_it_is(values: Tensor) -> Tensor:
     return values
 
 
-CLASSIFICATION = Kind(
+def _squared_error(values: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(values, targets.to(values.dtype).reshape(values.shape))
+
+
+CLASSIFICATION = Objective(
     name="classification",
-    objective="cross_entropy",
+    loss=F.cross_entropy,
     metric="accuracy",
     title="accuracy",
     unit="%",
@@ -104,9 +116,9 @@ CLASSIFICATION = Kind(
     scores=_share_right,
     validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
 )
-REGRESSION = Kind(
+REGRESSION = Objective(
     name="regression",
-    objective="squared_error",
+    loss=_squared_error,
     metric="mean_squared_error",
     title="mean squared error",
     unit="",
@@ -117,23 +129,18 @@ REGRESSION = Kind(
 )
 
 
-def kind_scored(scores: Mapping[str, Any]) -> Kind:
-    """Return the kind whose metric is among these scores of metrics.json.
+def objective_scored(scores: Mapping[str, Any]) -> Objective:
+    """Return the objective whose metric is among these scores of metrics.json.
 
     Raises:
         KeyError: they hold no such metric.
     """
-    for kind in (CLASSIFICATION, REGRESSION):
-        if kind.metric in scores:
-            return kind
+    for objective in (CLASSIFICATION, REGRESSION):
+        if objective.metric in scores:
+            return objective
     raise KeyError(CLASSIFICATION.metric)
 
 
-def kind_with(objective: Objective) -> Kind:
-    """Return the kind of task of a network with this loss."""
-    return next(kind for kind in (CLASSIFICATION, REGRESSION) if kind.objective == objective)
-
-
-def kind_of(values: int) -> Kind:
-    """Return the kind of task of data with so many values to predict for each input; 0 for none."""
+def objective_of(values: int) -> Objective:
+    """Return the objective of data with so many values to predict for each input; 0 for none."""
     return REGRESSION if values else CLASSIFICATION

@@ -4,6 +4,7 @@ One model a stage, named as the stage is. A bad value is an InputError that name
 value and the limit. Nothing here touches data or models.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,6 +21,8 @@ from pydantic import (
 
 from reptile.errors import InputError
 
+log = logging.getLogger(__name__)
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
@@ -29,6 +32,8 @@ Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
+RENAMED = {"verify": {"episodes": "tasks"}}
+"""Old names of settings by stage; they still work."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -36,6 +41,18 @@ class Section(BaseModel):
     """Base of all settings: immutable, and unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_new_names(cls, values: Any) -> Any:
+        stage = cls.__name__.removesuffix("Settings").lower()
+        for old, new in RENAMED.get(stage, {}).items():
+            if isinstance(values, dict) and old in values:
+                if new in values:
+                    raise ValueError(f"{old} is the old name of {new}: give one of them")
+                values = {new if key == old else key: value for key, value in values.items()}
+                log.warning("%s.%s is called %s.%s now", stage, old, stage, new)
+        return values
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -200,7 +217,7 @@ class VerifySettings(Section):
     """Parity and conformance of a bundle against eager PyTorch."""
 
     seed: Seed = 2
-    episodes: Annotated[int, Field(ge=2)] = 600
+    tasks: Annotated[int, Field(ge=2)] = 600
     shots: Positive = 1
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
 

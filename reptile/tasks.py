@@ -23,9 +23,9 @@ class Task(NamedTuple):
     """One task. Rows point into the prepared images; labels run over 0..ways-1, or are values."""
 
     support: IntArray  # [S] rows
-    support_labels: Targets
+    support_targets: Targets
     query: IntArray  # [Q] rows, none of them in the support set
-    query_labels: Targets  # [Q]
+    query_targets: Targets  # [Q]
     batches: tuple[IntArray, ...]  # positions in `support`, one array an inner step
 
 

@@ -14,7 +14,7 @@ SMALLER = {
     "train": {"model": {"filters": 8}, "meta_iterations": 40, "checkpoint_every": 20},
     "evaluate": {"tasks": 20, "steps": 10},
     "export": {"gate": {"accuracy": 0.0, "above_random": -1.0}},
-    "verify": {"episodes": 60, "steps": 5},
+    "verify": {"tasks": 60, "steps": 5},
 }
 
 

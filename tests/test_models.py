@@ -14,11 +14,11 @@ from reptile.models import (
     build_model,
     flatten,
     initialise,
-    silence,
+    mask_absent_outputs,
     size,
-    to_unit,
     unflatten,
 )
+from reptile.objectives import REGRESSION, to_unit
 from reptile.settings import ModelSettings
 
 
@@ -60,7 +60,7 @@ def test_conv4_equals_its_definition_in_numpy(
     params = unflatten(model, weights)
     images = torch.rand(6, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     plain = plain_conv4({k: v.numpy() for k, v in params.items()}, images.numpy(), downsampling)
-    torch.testing.assert_close(model.logits(params, images), torch.from_numpy(plain))
+    torch.testing.assert_close(model.forward(params, images), torch.from_numpy(plain))
 
 
 @pytest.mark.parametrize("downsampling", ["stride", "pool"])
@@ -68,8 +68,8 @@ def test_own_statistics_given_back_change_nothing(downsampling: str) -> None:
     model = build_model(ModelSettings(filters=4, downsampling=downsampling), 3, (1, 14, 14))
     params = unflatten(model, initialise(model, 0).double())
     images = torch.rand(6, 1, 14, 14, dtype=torch.float64)
-    frozen = model.logits(params, images, model.statistics(params, images))
-    torch.testing.assert_close(frozen, model.logits(params, images))
+    frozen = model.forward(params, images, model.statistics(params, images))
+    torch.testing.assert_close(frozen, model.forward(params, images))
 
 
 @pytest.mark.parametrize("hidden", [(7,), (7, 3), (2, 9, 4)])
@@ -89,7 +89,7 @@ def test_mlp_equals_its_definition_in_numpy(hidden: tuple[int, ...], activation:
         x = np.tanh(x) if activation == "tanh" else np.maximum(x, 0)
     plain = x @ p["head.weight"].T + p["head.bias"]
     torch.testing.assert_close(
-        model.logits(unflatten(model, weights), images), torch.from_numpy(plain)
+        model.forward(unflatten(model, weights), images), torch.from_numpy(plain)
     )
     widths = (36, *hidden, 4)
     assert size(model) == sum(a * b + b for a, b in itertools.pairwise(widths))
@@ -101,15 +101,17 @@ def test_losses_equal_their_definitions() -> None:
     labels, values = rng.integers(0, 3, 6), rng.normal(size=(6, 3))
     probabilities = np.exp(found) / np.exp(found).sum(1, keepdims=True)
     logits, sizes = torch.from_numpy(found), (ModelSettings(name="mlp"), 3, (1, 2, 2))
-    classifier, regressor = build_model(*sizes), build_model(*sizes, "squared_error")
+    classifier, regressor = build_model(*sizes), build_model(*sizes, REGRESSION)
     entropy = -np.log(probabilities[np.arange(6), labels]).mean()
-    assert float(classifier.loss(logits, torch.from_numpy(labels))) == pytest.approx(entropy)
+    assert float(classifier.objective.loss(logits, torch.from_numpy(labels))) == pytest.approx(
+        entropy
+    )
     error = ((found - values) ** 2).mean()
-    assert float(regressor.loss(logits, torch.from_numpy(values))) == pytest.approx(error)
+    assert float(regressor.objective.loss(logits, torch.from_numpy(values))) == pytest.approx(error)
     # Values of a single output may come as a plain row, and must not be broadcast.
     error = ((found[:, 0] - values[:, 0]) ** 2).mean()
     row = torch.from_numpy(values[:, 0])
-    assert float(regressor.loss(logits[:, :1], row)) == pytest.approx(error)
+    assert float(regressor.objective.loss(logits[:, :1], row)) == pytest.approx(error)
 
 
 def test_published_sizes_of_the_networks() -> None:
@@ -123,7 +125,7 @@ def test_published_sizes_of_the_networks() -> None:
 def test_one_tiny_image_gives_the_bias_and_no_error() -> None:
     model = build_model(ModelSettings(filters=4), 2, (1, 8, 8))  # 1x1 in the last layer
     params = unflatten(model, initialise(model, 0))
-    logits = model.logits(params, torch.rand(1, 1, 8, 8))
+    logits = model.forward(params, torch.rand(1, 1, 8, 8))
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[0], params["head.bias"])
 
@@ -164,11 +166,13 @@ def test_silenced_outputs_get_no_probability_and_no_gradient() -> None:
         images = torch.rand(6, 1, 4, 4, dtype=dtype)
         labels = torch.tensor([0, 2, 0, 2, 2, 0])
         present = torch.isin(torch.arange(5), labels)
-        weights = silence(model, initialise(model, 0).to(dtype), present).requires_grad_()
-        logits = model.logits(unflatten(model, weights), images)
+        weights = mask_absent_outputs(
+            model, initialise(model, 0).to(dtype), present
+        ).requires_grad_()
+        logits = model.forward(unflatten(model, weights), images)
         assert (logits.softmax(1)[:, ~present] == 0).all()
         heard = torch.nn.functional.cross_entropy(logits[:, [0, 2]], labels // 2)
-        loss = model.loss(logits, labels)
+        loss = model.objective.loss(logits, labels)
         torch.testing.assert_close(loss, heard)
         loss.backward()
         gradient = unflatten(model, weights.grad)
@@ -181,6 +185,6 @@ def test_where_all_labels_are_present_silencing_changes_nothing() -> None:
     model = build_model(ModelSettings(filters=4), 3, (1, 8, 8))
     weights = initialise(model, 1)
     present = torch.ones(3, dtype=torch.bool)
-    assert torch.equal(silence(model, weights, present), weights)
-    both = silence(model, weights.expand(2, -1), present)
+    assert torch.equal(mask_absent_outputs(model, weights, present), weights)
+    both = mask_absent_outputs(model, weights.expand(2, -1), present)
     assert torch.equal(both, weights.expand(2, -1))

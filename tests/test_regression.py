@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from reptile import stages
-from reptile.data.dataset import PreparedData
+from reptile.data.dataset import PreparedData, load_prepared
 from reptile.data.readers import sinusoid
-from reptile.errors import InputError
-from reptile.evaluate import Evaluation
+from reptile.errors import DivergedError, InputError
+from reptile.evaluate import Evaluation, evaluate
+from reptile.evaluate.gate import refusal
+from reptile.evaluate.metrics import read_metrics
 from reptile.export import reference
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.minibatches import mini_batches
@@ -36,7 +38,7 @@ CHANGES = (
     "evaluate.tasks=80",
     "export.gate.mean_squared_error=2.5",
     "export.gate.above_random=0.5",
-    "verify.episodes=40",
+    "verify.tasks=40",
     "verify.steps=8",
 )
 ZERO = (5**3 - 0.1**3) / (3 * 4.9) / 2  # E[a²] / 2: the error of always answering 0
@@ -53,7 +55,7 @@ class Run(NamedTuple):
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = stages.read_metrics(self.folder / "evaluation")["sinusoid"]
+        found: Mapping[str, Any] = read_metrics(self.folder / "evaluation")["sinusoid"]
         return found
 
 
@@ -182,9 +184,9 @@ def test_the_gate_wants_the_error_to_be_small(run: Run) -> None:
     metrics = {"sinusoid": run.metrics}
     gate = run.settings.export.gate
     error = run.metrics["10-shot"]["frozen"]["mean_squared_error"]
-    assert stages.refusal(gate, "sinusoid", metrics) is None
+    assert refusal(gate, "sinusoid", metrics) is None
     strict = gate.model_copy(update={"mean_squared_error": error / 2})
-    reason = stages.refusal(strict, "sinusoid", metrics)
+    reason = refusal(strict, "sinusoid", metrics)
     assert reason is not None and "mean squared error" in reason and "above the gate" in reason
     better = {
         "sinusoid": {
@@ -197,9 +199,9 @@ def test_the_gate_wants_the_error_to_be_small(run: Run) -> None:
             }
         }
     }
-    reason = stages.refusal(gate, "sinusoid", metrics, better)
+    reason = refusal(gate, "sinusoid", metrics, better)
     assert reason is not None and "wholly above the champion's" in reason
-    assert stages.refusal(gate, "sinusoid", better, metrics) is None
+    assert refusal(gate, "sinusoid", better, metrics) is None
 
 
 def test_the_bundle_is_verified(run: Run) -> None:
@@ -298,7 +300,7 @@ def test_points_that_cannot_be_used_are_refused(
 
 
 def test_points_far_off_that_make_it_diverge_are_reported(model: FewShotRegressor) -> None:
-    with pytest.raises(InputError, match="diverged"):
+    with pytest.raises(DivergedError, match="diverged"):
         model.adapt([1.0, 2.0], [1e30, -1e30])
 
 
@@ -308,9 +310,12 @@ def test_each_runtime_says_which_bundles_are_the_others(run: Run) -> None:
 
 
 def test_ways_have_no_meaning_for_a_regressor(run: Run) -> None:
-    folders = run.folder / "prepared", run.folder / "checkpoint"
+    checkpoint, data = (
+        load_checkpoint(run.folder / "checkpoint"),
+        load_prepared(run.folder / "prepared"),
+    )
     with pytest.raises(InputError, match="2-way tasks: the checkpoint is for 1 to 1 ways"):
-        stages.measure(EvaluateSettings(tasks=2, shots=(5,)), *folders, ways=2)
+        evaluate(EvaluateSettings(tasks=2, shots=(5,)), checkpoint, data, {}, ways=2)
 
 
 def test_steps_beyond_the_bundles_limit_are_refused_at_export(run: Run, tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ def test_task_holds_different_images_of_the_right_classes(data: PreparedData) ->
     protocol = FewShotProtocol(ways=5, shots=3, queries=2, steps=4, batch=5)
     task = held_out_task(random_stream(0, Purpose.EVALUATE, 0), classes, protocol)
     rows = np.concatenate([task.support, task.query])
-    labels = np.concatenate([task.support_labels, task.query_labels])
+    labels = np.concatenate([task.support_targets, task.query_targets])
     assert len(set(rows)) == 5 * (3 + 2)
     owners = class_of(rows, data)
     assert {data.classes[owner].split for owner in owners} == {"test"}
     pairs = set(zip(owners, labels, strict=True))
     assert len(pairs) == 5  # each class has one label and each label one class
-    assert np.bincount(task.support_labels).tolist() == [3] * 5
-    assert np.bincount(task.query_labels).tolist() == [2] * 5
+    assert np.bincount(task.support_targets).tolist() == [3] * 5
+    assert np.bincount(task.query_targets).tolist() == [2] * 5
 
 
 def test_labels_are_dealt_afresh_for_each_task(data: PreparedData) -> None:
@@ -66,7 +66,7 @@ def test_fomaml_tail_is_apart_from_the_other_mini_batches(data: PreparedData) ->
     task = training_tasks(data.split("train"), settings, 0)[0]
     assert len(task.batches) == 5
     tail, before = task.batches[-1], np.concatenate(task.batches[:-1])
-    assert np.bincount(task.support_labels[tail]).tolist() == [2, 2, 2]
+    assert np.bincount(task.support_targets[tail]).tolist() == [2, 2, 2]
     assert not set(tail) & set(before)
     assert set(tail) | set(before) == set(range(18))
 

@@ -33,7 +33,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from reptile.errors import InputError
+from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.settings import BatchNormMode, Settings, load_settings
 
@@ -135,7 +135,7 @@ def train(
             on_progress=observe,
         )
     last = result.info.curve[-1]
-    score = f"validation {result.info.kind.title} {last.score:.3f}"
+    score = f"validation {result.info.objective.title} {last.score:.3f}"
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
 
 
@@ -153,6 +153,7 @@ def evaluate(
     settings = read_settings(params, preset, changes)
     from reptile import stages
     from reptile.evaluate import summary_table
+    from reptile.evaluate.metrics import read_metrics
 
     folder = artifacts / "evaluation"
     start = perf_counter()
@@ -161,7 +162,7 @@ def evaluate(
             settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
         )
     seconds = perf_counter() - start
-    console.print(summary_table(stages.read_metrics(folder)))
+    console.print(summary_table(read_metrics(folder)))
     console.print(
         f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
         f"{result.adaptations / seconds:.0f} tasks/s"
@@ -206,9 +207,9 @@ def verify(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
-    """Check the bundle against eager PyTorch; exit code 2 if any check fails.
+    """Check the bundle against eager PyTorch; exit code 5 if any check fails.
 
-    Example: reptile verify -S verify.episodes=1000
+    Example: reptile verify -S verify.tasks=1000
     """
     settings = read_settings(params, preset, changes)
     from reptile import stages
@@ -229,7 +230,7 @@ def verify(
 def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
     """Show what the stages have made: the accuracies, and where bundle and report lie."""
     from reptile.evaluate import summary_table
-    from reptile.stages import read_metrics
+    from reptile.evaluate.metrics import read_metrics
 
     evaluation, verification = artifacts / "evaluation", artifacts / "verification.json"
     console.print(summary_table(read_metrics(evaluation)))
@@ -403,10 +404,10 @@ def transfer_command(
     Example: reptile transfer letters digits --on letters/prepared/cross_domain/emnist-balanced
     """
     settings = read_settings(params, preset, changes).evaluate
-    from reptile import stages
+    from reptile.experiments.transfer import transfer_runs
 
     with _counting("evaluating") as count:
-        text = stages.transfer(settings, runs, on or (), output, mode, count)
+        text = transfer_runs(settings, runs, on or (), output, mode, count)
     typer.echo(text)
     console.print(f"written to {output / 'transfer.md'} and transfer.json")
 
@@ -478,22 +479,24 @@ def download(
 
 
 def run() -> None:
-    """Run the command line and turn foreseeable errors into one line and exit code 2."""
+    """Run the command line; a foreseeable error is one line and the exit code of its kind."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
     try:
         app()
-    except InputError as error:
-        _fail(str(error))
+    except ReptileError as error:
+        _fail(str(error), error.exit_code)
     except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+        message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        named = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError)
+        _fail(message, (InputError if named else PlatformError).exit_code)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int) -> None:
     for line in message.splitlines():
         typer.echo(f"error: {line}", err=True)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 def _prediction_table(
@@ -554,7 +557,7 @@ def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None
             for point in progress.curve[shown:]:
                 bar.console.print(
                     f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                    f"validation {progress.kind.title} {point.score:.3f}, {rate} "
+                    f"validation {progress.objective.title} {point.score:.3f}, {rate} "
                     f"({progress.engine})",
                     soft_wrap=True,
                 )

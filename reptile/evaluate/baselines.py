@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reptile.data.dataset import PreparedData
 from reptile.learn.engines import Engine
-from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.settings import TrainSettings
 from reptile.tasks import Purpose, Task, random_stream
@@ -47,6 +47,6 @@ def train_jointly(
         task = Task(support, classes.targets[support], nothing, nothing, tuple(batches))
         adapted = engine.adapt(weights, state, [task])
         weights = adapted.weights[0]
-        state = InnerState(adapted.state.second_moment[0], adapted.state.step)
+        state = OptimizerState(adapted.state.second_moment[0], adapted.state.step)
         left -= steps
     return MetaState(weights, fresh_state(weights))

@@ -39,8 +39,8 @@ def confusions(data: PreparedData, measurements: Sequence[Measurement]) -> Confu
         predictions = measurement.logits["trained", "frozen"].argmax(-1)
         for task, predicted in zip(measurement.tasks, predictions, strict=True):
             actual = np.searchsorted(starts, task.query, side="right") - 1
-            class_of = np.empty(task.query_labels.max() + 1, dtype=np.int64)
-            class_of[task.query_labels] = actual
+            class_of = np.empty(task.query_targets.max() + 1, dtype=np.int64)
+            class_of[task.query_targets] = actual
             np.add.at(counts, (actual, class_of[predicted]), 1)
     return Confusions(classes, counts)
 

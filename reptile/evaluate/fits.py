@@ -55,10 +55,10 @@ def fit_curves(
         for steps, weights in along.items():
             own = weights[number]
             grid = torch.from_numpy(x).to(own).view(-1, 1, 1, 1)
-            values = model.logits(unflatten(model, own), grid)[:, 0]
+            values = model.forward(unflatten(model, own), grid)[:, 0]
             curves[steps] = values.double().cpu().numpy()
-        shown = _points(data, task.support, task.support_labels)
-        fits.append(Fit(shown, _points(data, task.query, task.query_labels), x, curves))
+        shown = _points(data, task.support, task.support_targets)
+        fits.append(Fit(shown, _points(data, task.query, task.query_targets), x, curves))
     return tuple(fits)
 
 

@@ -26,8 +26,8 @@ from reptile.learn.reptile import MetaState
 from reptile.learn.train import choose_device
 from reptile.learn.validate import TASKS_AT_ONCE, adapted_in_chunks
 from reptile.minibatches import IntArray
-from reptile.models import initialise, silence
-from reptile.objectives import CLASSIFICATION, REGRESSION, Kind
+from reptile.models import initialise, mask_absent_outputs
+from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
 from reptile.tasks import (
     FewShotProtocol,
@@ -44,7 +44,7 @@ Starts = dict["Start", MetaState]
 
 FloatArray = npt.NDArray[np.float64]
 Start = Literal["trained", "random", "joint"]
-STARTS: Mapping[Kind, tuple[Start, ...]] = {
+STARTS: Mapping[Objective, tuple[Start, ...]] = {
     CLASSIFICATION: ("trained", "random"),
     REGRESSION: ("trained", "random", "joint"),
 }
@@ -72,7 +72,7 @@ class Measurement:
     """Every prediction on one dataset at one number of shots: T tasks of Q queries."""
 
     dataset: str
-    kind: Kind
+    objective: Objective
     shots: int
     tasks: tuple[Task, ...]
     logits: Mapping[tuple[Start, BatchNormMode], FloatArray]  # [T, Q, outputs], after all steps
@@ -83,8 +83,8 @@ class Measurement:
 
     def scores(self, start: Start, mode: BatchNormMode) -> FloatArray:
         """Return each task's share of right answers, or its mean squared error, [T]."""
-        targets = np.stack([task.query_labels for task in self.tasks])
-        return self.kind.scores(self.logits[start, mode], targets)
+        targets = np.stack([task.query_targets for task in self.tasks])
+        return self.objective.scores(self.logits[start, mode], targets)
 
     def score(self, start: Start, mode: BatchNormMode) -> Score:
         """Return the mean score of one initialisation in one mode of batch norm."""
@@ -93,7 +93,7 @@ class Measurement:
     def gain(self, mode: BatchNormMode) -> Score:
         """Return trained against random, task by task: the same tasks narrow the interval."""
         own, random = (self.scores(start, mode) for start in ("trained", "random"))
-        return Score.of(self.kind.gain(own, random))
+        return Score.of(self.objective.gain(own, random))
 
     def baseline_score(self) -> Score:
         """Return the mean score of the method without a network."""
@@ -130,14 +130,14 @@ class Evaluation:
         return starts + 2 * self.settings.tasks * len(self.fewer_ways)
 
     @property
-    def kind(self) -> Kind:
+    def objective(self) -> Objective:
         """Of the tasks."""
-        return self.checkpoint.kind
+        return self.checkpoint.objective
 
     @property
     def starts(self) -> tuple[Start, ...]:
         """What adaptation started from."""
-        return STARTS[self.kind]
+        return STARTS[self.objective]
 
     @property
     def held_out(self) -> tuple[Measurement, ...]:
@@ -188,10 +188,10 @@ def evaluate(
         InputError: more ways than the checkpoint has, the held-out classes cannot make the tasks,
             or a cross-domain dataset has another image shape or the name of the training data.
     """
-    head, kind = checkpoint.info.settings.ways, checkpoint.info.kind
+    head, objective = checkpoint.info.settings.ways, checkpoint.info.objective
     ways, shots = ways or head, sorted(set(settings.shots))
     few = sorted(set(settings.ways))
-    least = 2 if kind is CLASSIFICATION else 1
+    least = 2 if objective is CLASSIFICATION else 1
     for wanted in (ways, *few):
         if not least <= wanted <= head:
             raise InputError(
@@ -216,7 +216,7 @@ def evaluate(
         else:
             sources[name] = source
 
-    total = (len(sources) * len(shots) * len(STARTS[kind]) + 2 * len(few)) * settings.tasks
+    total = (len(sources) * len(shots) * len(STARTS[objective]) + 2 * len(few)) * settings.tasks
     done = 0
 
     def count(tasks: int) -> None:
@@ -255,7 +255,7 @@ def _starts(checkpoint: Checkpoint, data: PreparedData) -> Starts:
         ),
         "random": MetaState(random, fresh_state(random)),
     }
-    if "joint" in STARTS[info.kind]:
+    if "joint" in STARTS[info.objective]:
         starts["joint"] = train_jointly(info.settings, _engine(checkpoint, data), random, data)
     return starts
 
@@ -278,16 +278,16 @@ class _Runner:
         count: Callable[[int], None],
         starts: Starts,
     ) -> None:
-        self._kind = checkpoint.info.kind
+        self._objective = checkpoint.info.objective
         self._engine = _engine(checkpoint, data)
         self._settings, self._data, self._ways, self._count = settings, data, ways, count
         self._starts = starts
 
     def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
         """Run all tasks at one number of shots; take the score along `path` on the first."""
-        settings, ways, kind = self._settings, self._ways, self._kind
+        settings, ways, objective = self._settings, self._ways, self._objective
         tasks = self._tasks(shots, ways)
-        targets = np.stack([task.query_labels for task in tasks[:PATH_TASKS]])
+        targets = np.stack([task.query_targets for task in tasks[:PATH_TASKS]])
         logits: dict[tuple[Start, BatchNormMode], FloatArray] = {}
         by_step: dict[tuple[Start, BatchNormMode], FloatArray] = {}
         for start, whole in self._starts.items():
@@ -300,22 +300,24 @@ class _Runner:
                 along = [
                     np.concatenate([chunk[i][mode] for chunk in first]) for i in range(len(path))
                 ]
-                by_step[start, mode] = np.stack([kind.scores(found, targets) for found in along])
-        baseline = BASELINES[kind].score
+                by_step[start, mode] = np.stack(
+                    [objective.scores(found, targets) for found in along]
+                )
+        baseline = BASELINES[objective].score
         without = np.array([baseline(self._data.images, task, ways) for task in tasks])
-        return Measurement(name, kind, shots, tuple(tasks), logits, without, path, by_step)
+        return Measurement(name, objective, shots, tuple(tasks), logits, without, path, by_step)
 
     def fewer_ways(self, shots: int, ways: int) -> FewerWays:
         """Compare the two ways to use part of the head, on the same tasks."""
         tasks, state = self._tasks(shots, ways), self._starts["trained"]
-        targets = np.stack([task.query_labels for task in tasks])
+        targets = np.stack([task.query_targets for task in tasks])
 
         def scores(state: MetaState) -> FloatArray:
             logits = []
             for chunk, weights in adapted_in_chunks(self._engine, state, tasks):
                 logits.append(self._predict(weights, chunk, "frozen", ways))
                 self._count(len(chunk))
-            return self._kind.scores(np.concatenate(logits), targets)
+            return self._objective.scores(np.concatenate(logits), targets)
 
         silenced, left_out = scores(self._silenced(state, ways)), scores(state)
         gain = Score.of(silenced - left_out)
@@ -323,7 +325,7 @@ class _Runner:
 
     def fits(self, tasks: Sequence[Task]) -> tuple[Fit, ...]:
         """Return the functions that the first tasks make of the meta-trained network."""
-        if self._kind is CLASSIFICATION or math.prod(self._data.image_shape) > 1:
+        if self._objective is CLASSIFICATION or math.prod(self._data.image_shape) > 1:
             return ()
         path = sorted({0, min(1, self._settings.steps), self._settings.steps})
         along = adapt_along(self._engine, self._starts["trained"], tasks[:FITS], path)
@@ -340,10 +342,10 @@ class _Runner:
     def _silenced(self, state: MetaState, ways: int) -> MetaState:
         """Silence the outputs that tasks of so many classes have no use for."""
         model = self._engine.model
-        if self._kind is not CLASSIFICATION or ways == model.outputs:
+        if self._objective is not CLASSIFICATION or ways == model.outputs:
             return state
         present = torch.arange(model.outputs, device=state.weights.device) < ways
-        return state._replace(weights=silence(model, state.weights, present))
+        return state._replace(weights=mask_absent_outputs(model, state.weights, present))
 
     def _adapt(
         self, state: MetaState, tasks: Sequence[Task], path: tuple[int, ...], ways: int
@@ -365,7 +367,7 @@ class _Runner:
     ) -> FloatArray:
         """Return the logits [T, Q, ways] or values of all queries, given weights [T, P]."""
         logits = self._engine.predict(weights, tasks, mode)
-        if self._kind is CLASSIFICATION:
+        if self._objective is CLASSIFICATION:
             logits = logits[..., :ways]
         return logits.double().cpu().numpy()
 
@@ -402,23 +404,23 @@ class Baseline(NamedTuple):
 
 def nearest_mean_accuracy(images: Inputs, task: Task, ways: int) -> float:
     """Return the share of queries that `nearest_mean` labels right."""
-    return float((nearest_mean(images, task, ways) == task.query_labels).mean())
+    return float((nearest_mean(images, task, ways) == task.query_targets).mean())
 
 
 def zero_error(images: Inputs, task: Task, ways: int) -> float:
     """Return the mean squared error of always answering 0."""
-    return float(np.square(task.query_labels, dtype=np.float64).mean())
+    return float(np.square(task.query_targets, dtype=np.float64).mean())
 
 
 def nearest_mean(images: Inputs, task: Task, ways: int) -> IntArray:
     """Label each query by the class whose mean support image is nearest in pixels, [Q]."""
     support = images[task.support].reshape(len(task.support), -1) / 255
     query = images[task.query].reshape(len(task.query), -1) / 255
-    means = np.stack([support[task.support_labels == label].mean(0) for label in range(ways)])
+    means = np.stack([support[task.support_targets == label].mean(0) for label in range(ways)])
     return np.asarray(np.square(query[:, None] - means).sum(-1).argmin(-1))
 
 
-BASELINES: Mapping[Kind, Baseline] = {
+BASELINES: Mapping[Objective, Baseline] = {
     CLASSIFICATION: Baseline("nearest_mean", "nearest mean", nearest_mean_accuracy),
     REGRESSION: Baseline("zero", "always zero", zero_error),
 }

@@ -26,8 +26,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """
     write_json(folder / "settings.json", evaluation.settings.model_dump(mode="json"))
     write_json(folder / "metrics.json", metrics(evaluation))
-    _write_csv(folder / f"{evaluation.kind.metric}_by_step.csv", *_score_by_step(evaluation))
-    if evaluation.kind is CLASSIFICATION:
+    _write_csv(folder / f"{evaluation.objective.metric}_by_step.csv", *_score_by_step(evaluation))
+    if evaluation.objective is CLASSIFICATION:
         _write_csv(folder / "confusion.csv", ("actual", "predicted"), _confusion(evaluation))
     if evaluation.fewer_ways:
         _write_csv(folder / "accuracy_by_ways.csv", *_accuracy_by_ways(evaluation))
@@ -39,13 +39,13 @@ def metrics(evaluation: Evaluation) -> dict[str, Any]:
     nested: dict[str, Any] = {name: {} for name in evaluation.data}
     for measurement in evaluation.measurements:
         methods: dict[str, Any] = {}
-        metric = measurement.kind.metric
+        metric = measurement.objective.metric
         for mode in BATCH_NORM_MODES:
             methods[mode] = {}
             for start in evaluation.starts:
                 prefix = "" if start == "trained" else f"{start}_"
                 methods[mode] |= _rounded(prefix, metric, measurement.score(start, mode))
-        baseline = BASELINES[measurement.kind].name
+        baseline = BASELINES[measurement.objective].name
         methods[baseline] = _rounded("", metric, measurement.baseline_score())
         nested[measurement.dataset][f"{measurement.shots}-shot"] = methods
     return nested

@@ -19,6 +19,7 @@ from reptile import stages
 from reptile.cpus import available_cpus
 from reptile.data.dataset import INDEX_FILE, PreparedData, load_prepared
 from reptile.errors import InputError
+from reptile.evaluate.metrics import read_metrics
 from reptile.experiments.presets import Preset, changes
 from reptile.files import atomic_file, write_json
 from reptile.learn.checkpoint import CurvePoint, load_checkpoint
@@ -35,7 +36,7 @@ from reptile.settings import (
 Reported = Callable[[str, int, int], None]
 """Told what is being done, and how many of how many are done."""
 
-NO_MATTER = ("train.seed", "train.device", "train.engine", "train.checkpoint_every")
+RUN_ONLY_SETTINGS = ("train.seed", "train.device", "train.engine", "train.checkpoint_every")
 """Settings that may differ from the preset's without making another experiment."""
 
 
@@ -79,7 +80,7 @@ class Reproduction:
         return {
             name: values
             for name, values in found.items()
-            if name not in NO_MATTER and not name.startswith(("export.", "verify."))
+            if name not in RUN_ONLY_SETTINGS and not name.startswith(("export.", "verify."))
         }
 
     @property
@@ -261,7 +262,7 @@ def _seed(
             lambda done, total: on_progress(f"{label}: evaluating", done, total),
         )
     curve = load_checkpoint(checkpoint).info.curve
-    return Seed(settings.train.seed, training, curve, stages.read_metrics(evaluation))
+    return Seed(settings.train.seed, training, curve, read_metrics(evaluation))
 
 
 def _trained(

@@ -3,14 +3,16 @@
 The tasks are those of `measure`; here they are only laid side by side. Trains nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from reptile.data.dataset import PreparedData
+from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
 from reptile.evaluate.measure import Measurement, Score, Start, evaluate
-from reptile.learn.checkpoint import Checkpoint
+from reptile.files import atomic_directory, write_json
+from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
 
 
@@ -136,3 +138,43 @@ def _leaks(checkpoint: Checkpoint, data: PreparedData) -> bool:
 
 def _shown(score: Score) -> str:
     return f"{100 * score.mean:.1f} ± {100 * score.interval:.1f}"
+
+
+def transfer_runs(
+    settings: EvaluateSettings,
+    runs: Sequence[Path],
+    datasets: Sequence[Path],
+    output: Path,
+    mode: BatchNormMode = "transductive",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Test the checkpoint of every run on the data of every run; return the table as Markdown.
+
+    Args:
+        settings: the protocol.
+        runs: artifacts folders, each with `checkpoint` and `prepared`.
+        datasets: further prepared folders, to test on only.
+        output: folder for transfer.json, with everything, and transfer.md.
+        mode: batch norm in the Markdown.
+        on_progress: told how many of how many adaptations are done.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    columns: dict[str, PreparedData] = {}
+    for run in runs:
+        checkpoint = load_checkpoint(run / "checkpoint")
+        checkpoints[_name(checkpoint.info.dataset, run, checkpoints)] = checkpoint
+    for folder in (*(run / "prepared" for run in runs), *datasets):
+        data = load_prepared(folder)
+        if not any(data.index == other.index for other in columns.values()):
+            columns[_name(data.name, folder, columns)] = data
+    found = transfer(settings, checkpoints, columns, on_progress)
+    text = transfer_markdown(found, mode)
+    with atomic_directory(output) as temporary:
+        write_json(temporary / "transfer.json", transfer_json(found))
+        (temporary / "transfer.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _name(name: str, folder: Path, taken: Collection[str]) -> str:
+    """Return a name for people that no other has."""
+    return f"{name} ({folder})" if name in taken else name

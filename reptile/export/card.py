@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from reptile.learn.checkpoint import CheckpointInfo
-from reptile.objectives import CLASSIFICATION, REGRESSION, Kind
+from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
@@ -98,7 +98,7 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo) -> str:
     task, inner, limits = manifest["task"], manifest["inner"], manifest["limits"]
     channels, height, width = task["image_shape"]
     training = info.settings
-    texts = TEXTS[info.kind]
+    texts = TEXTS[info.objective]
     sizes = {"channels": channels, "height": height, "width": width} | task | inner | limits
     head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **sizes)
     architecture = ARCHITECTURES[training.model.name].format(
@@ -149,7 +149,7 @@ split took no part.
 
 {texts.measured}
 
-{_table(manifest["metrics"], info.kind)}
+{_table(manifest["metrics"], info.objective)}
 
 ## Provenance
 
@@ -161,24 +161,24 @@ split took no part.
 """
 
 
-def _table(metrics: Mapping[str, Any], kind: Kind) -> str:
-    rows = list(_rows(metrics, kind))
+def _table(metrics: Mapping[str, Any], objective: Objective) -> str:
+    rows = list(_rows(metrics, objective))
     if not rows:
         return "No evaluation was given."
-    head = f"| data | shots | batch norm | {kind.title} | random |\n|---|---|---|---|---|"
+    head = f"| data | shots | batch norm | {objective.title} | random |\n|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
-def _rows(metrics: Mapping[str, Any], kind: Kind) -> Iterator[str]:
+def _rows(metrics: Mapping[str, Any], objective: Objective) -> Iterator[str]:
     """Read dataset, then shots, then method; see the evaluation's metrics.json."""
     for dataset, by_shots in metrics.items():
         for shots, methods in by_shots.items():
             for method, scores in methods.items():
-                trained, random = (_shown(scores, kind, prefix) for prefix in ("", "random_"))
+                trained, random = (_shown(scores, objective, prefix) for prefix in ("", "random_"))
                 label = method.replace("_", " ")
                 yield f"| {dataset} | {shots} | {label} | {trained} | {random} |"
 
 
-def _shown(scores: Mapping[str, float], kind: Kind, prefix: str) -> str:
-    name = f"{prefix}{kind.metric}"
-    return kind.show(scores[name], scores[f"{prefix}interval"]) if name in scores else "-"
+def _shown(scores: Mapping[str, float], objective: Objective, prefix: str) -> str:
+    name = f"{prefix}{objective.metric}"
+    return objective.show(scores[name], scores[f"{prefix}interval"]) if name in scores else "-"

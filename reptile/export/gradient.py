@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from reptile.export.rows import Layout, indices, logits
 from reptile.models import Model, size
+from reptile.objectives import CLASSIFICATION
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def trace_gradient(model: Model, layout: Layout) -> GraphModule:
     ) -> tuple[Tensor, Tensor]:
         def loss(weights: Tensor) -> Tensor:
             found = logits(model, layout.named(weights), images, share, index)
-            if model.objective == "cross_entropy":
+            if model.objective is CLASSIFICATION:
                 return (found.logsumexp(1) - (found * targets).sum(1)).sum() * share
             off = found - targets
             return (off * off).sum() * (share / model.outputs)

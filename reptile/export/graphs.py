@@ -21,8 +21,8 @@ from reptile.export.gradient import trace_gradient
 from reptile.export.rows import Layout, indices
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.optimizer import BETA2, EPSILON, decay
-from reptile.models import Model, silence, unflatten
-from reptile.objectives import CLASSIFICATION, kind_with
+from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.objectives import CLASSIFICATION
 
 OPSET = 18
 IR_VERSION = 8  # read everywhere; newer ones add nothing that these graphs use
@@ -76,7 +76,7 @@ class Predict(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        self.model, self.kind = checkpoint.model, checkpoint.info.kind
+        self.model, self.objective = checkpoint.model, checkpoint.info.objective
         for name, value in unflatten(self.model, checkpoint.state.weights).items():
             layer, kind = name.split(".")
             if not hasattr(self, layer):
@@ -85,7 +85,7 @@ class Predict(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
-        return self.model.logits(dict(self.named_buffers()), self.kind.network_input(images))
+        return self.model.forward(dict(self.named_buffers()), self.objective.network_input(images))
 
 
 class Adapt(nn.Module):
@@ -99,7 +99,7 @@ class Adapt(nn.Module):
     def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
         super().__init__()
         self.model, (weights, state), info = checkpoint
-        self.kind = info.kind
+        self.objective = info.objective
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
         self.layout = Layout(self.model)
@@ -123,11 +123,13 @@ class Adapt(nn.Module):
         self, support_images: Tensor, support_labels: Tensor, batches: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, ...]:
         """Return losses [steps], finite [] and the folded weights, in `folded_specs`' order."""
-        images = self.kind.network_input(support_images)
+        images = self.objective.network_input(support_images)
         weights, targets = self.initial_weights, support_labels
-        if self.kind is CLASSIFICATION:
+        if self.objective is CLASSIFICATION:
             targets = torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)]
-            weights = silence(self.model, weights, targets.sum(0) > 0)  # a head's bias comes last
+            weights = mask_absent_outputs(
+                self.model, weights, targets.sum(0) > 0
+            )  # a head's bias comes last
         losses, packed = self._loop(
             weights, images, targets, batches.clamp(0, images.shape[0] - 1), learning_rate
         )
@@ -198,8 +200,8 @@ class PredictAdapted(nn.Module):
     def forward(self, images: Tensor, *weights: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
         params = dict(zip(folded_specs(self.model), weights, strict=True))
-        kind = kind_with(self.model.objective)
-        return self.model.logits(params, kind.network_input(images))
+        objective = self.model.objective
+        return self.model.forward(params, objective.network_input(images))
 
 
 def folded_specs(model: Model) -> dict[str, Spec]:
@@ -210,7 +212,7 @@ def folded_specs(model: Model) -> dict[str, Spec]:
 
 
 def _targets(model: Model) -> Spec:
-    if kind_with(model.objective) is CLASSIFICATION:
+    if model.objective is CLASSIFICATION:
         return Spec(torch.int64, ("support",))
     return Spec(torch.float32, ("support", model.outputs))
 

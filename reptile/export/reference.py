@@ -13,10 +13,10 @@ import torch
 from reptile.export.fold import fold
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import EagerEngine
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import Model, silence, unflatten
-from reptile.objectives import CLASSIFICATION, kind_with
+from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.objectives import CLASSIFICATION
 from reptile.tasks import Task
 
 Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
@@ -51,10 +51,10 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
     model, (weights, state), info = checkpoint
     engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
     rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
-    inner = InnerState(state.second_moment.to(dtype), state.step)
-    if info.kind is CLASSIFICATION:
+    inner = OptimizerState(state.second_moment.to(dtype), state.step)
+    if info.objective is CLASSIFICATION:
         present = torch.isin(torch.arange(model.outputs), torch.from_numpy(task.labels))
-        weights = silence(model, weights, present)
+        weights = mask_absent_outputs(model, weights, present)
     adapted = engine.adapt(
         weights.to(dtype), inner, [Task(rows, task.labels, none, none, tuple(task.batches))]
     )
@@ -69,7 +69,7 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
 def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
-    logits = checkpoint.model.logits(params, _network_input(checkpoint.model, images).to(dtype))
+    logits = checkpoint.model.forward(params, _network_input(checkpoint.model, images).to(dtype))
     return np.asarray(logits.numpy())
 
 
@@ -77,9 +77,9 @@ def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
 def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
     params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
-    logits = model.logits(params, _network_input(model, images).to(dtype))
+    logits = model.forward(params, _network_input(model, images).to(dtype))
     return np.asarray(logits.numpy())
 
 
 def _network_input(model: Model, images: Array) -> torch.Tensor:
-    return kind_with(model.objective).network_input(torch.from_numpy(images))
+    return model.objective.network_input(torch.from_numpy(images))

@@ -100,7 +100,7 @@ def logits(
         index: what `indices` returned.
     """
     if model.settings.name == "mlp":  # its weights are such matrices already
-        return model.logits(params, images)
+        return model.forward(params, images)
     x = _conv4(model, params, images, share, iter(index))
     return x @ params["head.weight"].t() + params["head.bias"]
 

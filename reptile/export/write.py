@@ -39,7 +39,7 @@ GOLDEN_FOLDER = "golden"
 GOLDEN_FILE = "golden.json"
 GOLDEN_STEPS = (0, 5, 50)
 ATOL, RTOL = 1e-4, 1e-4  # well above float32 rounding, well below any fault's effect
-USELESS = 1e-2  # a tolerance this wide says nothing
+MAX_TOLERANCE = 1e-2  # a tolerance this wide says nothing
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -144,12 +144,12 @@ def _manifest(
 
 
 def _task(checkpoint: Checkpoint) -> dict[str, Any]:
-    model, kind = checkpoint.model, checkpoint.info.kind
+    model, objective = checkpoint.model, checkpoint.info.objective
     inputs = {"image_shape": list(model.image_shape), "layout": "NCHW"}
-    if kind is CLASSIFICATION:
-        head = {"kind": kind.name, "ways": model.outputs}
+    if objective is CLASSIFICATION:
+        head = {"kind": objective.name, "ways": model.outputs}
         return head | inputs | {"pixel_range": [0, 255], "dtype": "float32"}
-    return {"kind": kind.name, "outputs": model.outputs} | inputs | {"dtype": "float32"}
+    return {"kind": objective.name, "outputs": model.outputs} | inputs | {"dtype": "float32"}
 
 
 def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
@@ -181,13 +181,13 @@ def _write_golden(
     """
     info, classes = checkpoint.info, data.split("test")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
-    small = info.kind.validation._replace(
+    small = info.objective.validation._replace(
         ways=info.settings.ways, steps=steps[-1], batch=protocol.batch
     )
     check_classes(classes, small.ways, small.shots + small.queries, f"test split of {data.name}")
     task = held_out_task(random_stream(0, Purpose.EXPORT), classes, small)
     support = SupportSet(
-        np.asarray(data.images[task.support]), task.support_labels, np.stack(task.batches)
+        np.asarray(data.images[task.support]), task.support_targets, np.stack(task.batches)
     )
     images = np.asarray(data.images[task.query])
     queries = {"images": images.astype(np.float32)}
@@ -228,7 +228,7 @@ class _Golden:
     def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
         deviation = max(float(np.abs(single[key] - double[key]).max(initial=0)) for key in double)
         tolerance = max(ATOL, 10.0 ** math.ceil(math.log10(10 * deviation + 1e-30)))
-        if tolerance > USELESS:
+        if tolerance > MAX_TOLERANCE:
             return
         outputs = double | ({"finite": np.array(True)} if "losses" in double else {})
         self._cases.append(

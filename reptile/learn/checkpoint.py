@@ -16,10 +16,10 @@ from torch import Tensor
 
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
 from reptile.models import Model, build_model, flatten, unflatten
-from reptile.objectives import Kind, kind_of
+from reptile.objectives import Objective, objective_of
 from reptile.settings import TrainSettings, describe
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -57,14 +57,14 @@ class CheckpointInfo(BaseModel):
     curve: tuple[CurvePoint, ...] = ()
 
     @property
-    def kind(self) -> Kind:
+    def objective(self) -> Objective:
         """The kind of task that it was trained for."""
-        return kind_of(self.values)
+        return objective_of(self.values)
 
     def model(self) -> Model:
         """Build the network."""
         outputs = self.values or self.settings.ways
-        return build_model(self.settings.model, outputs, self.image_shape, self.kind.objective)
+        return build_model(self.settings.model, outputs, self.image_shape, self.objective)
 
 
 class Checkpoint(NamedTuple):
@@ -113,7 +113,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         for name, shape in model.shapes.items()
     ):
         raise InputError(f"{folder / WEIGHTS_FILE}: not the weights of the model in {INFO_FILE}")
-    inner = InnerState(_flat(model, tensors, "second_moment"), int(tensors["step"]))
+    inner = OptimizerState(_flat(model, tensors, "second_moment"), int(tensors["step"]))
     return Checkpoint(model, MetaState(_flat(model, tensors, "weights"), inner), info)
 
 

@@ -8,14 +8,14 @@ from types import TracebackType
 from dvclive.live import Live
 
 from reptile.learn.checkpoint import CurvePoint
-from reptile.objectives import Kind
+from reptile.objectives import Objective
 
 
 class CurveWriter:
     """Writes each point of a curve once; a resumed run's earlier points come with its curve."""
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
-        self._name = f"validation_{kind.metric}"
+    def __init__(self, folder: Path, objective: Objective) -> None:
+        self._name = f"validation_{objective.metric}"
         shutil.rmtree(folder, ignore_errors=True)
         self._live = Live(
             dir=str(folder), report=None, save_dvc_exp=False, dvcyaml=None, monitor_system=False

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reptile.errors import InputError
-from reptile.learn.engines.base import Adapted, Engine, one_by_one
-from reptile.learn.optimizer import InnerState
+from reptile.errors import PlatformError
+from reptile.learn.engines.base import Adapted, Engine, adapt_each
+from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
-PATIENCE = timedelta(minutes=5)  # how long a silent process is waited for
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # how long a silent process is waited for
 
 
 class Processes(NamedTuple):
@@ -43,14 +43,14 @@ class Processes(NamedTuple):
         """Return the tensor of one process; all hold one of the same shape.
 
         Raises:
-            InputError: another process has gone.
+            PlatformError: another process has gone.
         """
         if self.size > 1:
             try:
                 dist.broadcast(tensor, source)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0][:200]
-                raise InputError(
+                raise PlatformError(
                     f"another process of this run has gone ({reason}); the latest checkpoint is "
                     "whole: start again with --resume"
                 ) from None
@@ -74,10 +74,12 @@ def join(device: torch.device) -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
+        raise PlatformError(
             f"WORLD_SIZE = {size}, but the processes do not meet ({reason}); "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from None
@@ -99,7 +101,7 @@ class SharedEngine:
         """See `Engine.images`."""
         return self._engine.images(rows)
 
-    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
         size, steps = weights.shape[-1], len(tasks[0].batches)
         shape = (len(tasks), size)
@@ -107,14 +109,18 @@ class SharedEngine:
         found = weights.new_empty(len(tasks), 2 * size + steps)
         own = self._part(len(tasks), self._processes.rank)
         if tasks[own]:
-            part = self._engine.adapt(starts[own], InnerState(moments[own], state.step), tasks[own])
+            part = self._engine.adapt(
+                starts[own], OptimizerState(moments[own], state.step), tasks[own]
+            )
             found[own] = torch.cat([part.weights, part.state.second_moment, part.losses], dim=1)
         adapted, moved, losses = torch.split(self._gather(found), [size, size, steps], dim=1)
-        return Adapted(adapted, InnerState(moved, state.step + steps), losses)
+        return Adapted(adapted, OptimizerState(moved, state.step + steps), losses)
 
-    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt_in_turn`."""
-        return one_by_one(self.adapt, weights, state, tasks)
+    def adapt_sequential(
+        self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
+    ) -> Adapted:
+        """See `Engine.adapt_sequential`."""
+        return adapt_each(self.adapt, weights, state, tasks)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""

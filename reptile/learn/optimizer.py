@@ -15,16 +15,16 @@ BETA2 = 0.999
 EPSILON = 1e-8
 
 
-class InnerState(NamedTuple):
+class OptimizerState(NamedTuple):
     """State of the inner optimiser; plain SGD has no second moment and leaves it as it is."""
 
     second_moment: Tensor  # [P], or [T, P] for a batch of tasks
     step: int  # updates taken so far; a float64 tensor inside a captured loop
 
 
-def fresh_state(weights: Tensor) -> InnerState:
+def fresh_state(weights: Tensor) -> OptimizerState:
     """Return the state before any step, shaped as `weights`."""
-    return InnerState(torch.zeros_like(weights), 0)
+    return OptimizerState(torch.zeros_like(weights), 0)
 
 
 def decay(weights: Tensor, optimizer: OptimizerSettings) -> Tensor:
@@ -33,8 +33,8 @@ def decay(weights: Tensor, optimizer: OptimizerSettings) -> Tensor:
 
 
 def update(
-    weights: Tensor, gradient: Tensor, state: InnerState, optimizer: OptimizerSettings
-) -> tuple[Tensor, InnerState]:
+    weights: Tensor, gradient: Tensor, state: OptimizerState, optimizer: OptimizerSettings
+) -> tuple[Tensor, OptimizerState]:
     """Take one step of SGD or of Adam with beta1 = 0 (Kingma and Ba, algorithm 1)."""
     step = state.step + 1
     if optimizer.name == "sgd":
@@ -42,10 +42,12 @@ def update(
     second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
     corrected = second_moment.sqrt() / (1 - BETA2**step) ** 0.5
     moved = weights - optimizer.learning_rate * gradient / (corrected + EPSILON)
-    return moved, InnerState(second_moment, step)
+    return moved, OptimizerState(second_moment, step)
 
 
-def merge(before: InnerState, after: InnerState, tasks: int) -> InnerState:
+def merge_parallel_states(
+    before: OptimizerState, after: OptimizerState, tasks: int
+) -> OptimizerState:
     """Join the states of tasks that ran side by side from one state into one that ran in turn.
 
     After n tasks of k steps each, v = β^{nk}·v₀ + Σᵢ β^{(n-i)k}·(vᵢ - β^k·v₀), i = 1..n, and n·k
@@ -61,4 +63,4 @@ def merge(before: InnerState, after: InnerState, tasks: int) -> InnerState:
     own = after.second_moment - kept * before.second_moment
     ages = torch.arange(tasks - 1, -1, -1, dtype=own.dtype, device=own.device)
     second_moment = kept**tasks * before.second_moment + (kept**ages)[:, None].mul(own).sum(0)
-    return InnerState(second_moment, before.step + tasks * steps)
+    return OptimizerState(second_moment, before.step + tasks * steps)

@@ -17,8 +17,8 @@ def query_logits(
 ) -> Tensor:
     """Return logits [Q, ways] of query images [Q, C, H, W], given the support images [S, …]."""
     if mode == "transductive":
-        return model.logits(params, queries)
+        return model.forward(params, queries)
     if mode == "frozen":
-        return model.logits(params, queries, model.statistics(params, support))
-    alone = [model.logits(params, torch.cat([support, query[None]]))[-1] for query in queries]
+        return model.forward(params, queries, model.statistics(params, support))
+    alone = [model.forward(params, torch.cat([support, query[None]]))[-1] for query in queries]
     return torch.stack(alone)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reptile.learn.engines.base import Adapted, Engine, one_by_one
-from reptile.learn.optimizer import InnerState, fresh_state, merge
+from reptile.learn.engines.base import Adapted, Engine, adapt_each
+from reptile.learn.optimizer import OptimizerState, fresh_state, merge_parallel_states
 from reptile.settings import TrainSettings
 from reptile.tasks import Task
 
@@ -21,7 +21,7 @@ class MetaState(NamedTuple):
     """What meta-training learns."""
 
     weights: Tensor  # [P], the initialisation θ
-    inner: InnerState  # the optimiser's state that adaptation starts from
+    inner: OptimizerState  # the optimiser's state that adaptation starts from
 
 
 class MetaStep(NamedTuple):
@@ -54,10 +54,10 @@ def meta_step(
     mode = settings.optimizer.state
     start = fresh_state(theta) if mode == "reset" else inner
     adapt: Callable[..., Adapted] = engine.adapt
-    in_turn: Callable[..., Adapted] = engine.adapt_in_turn
+    in_turn: Callable[..., Adapted] = engine.adapt_sequential
     if settings.algorithm == "fomaml":
         adapt = partial(_last_steps, engine)
-        in_turn = partial(one_by_one, adapt)
+        in_turn = partial(adapt_each, adapt)
     adapted, after, losses = (in_turn if mode == "sequential" else adapt)(theta, start, tasks)
     pull = adapted.mean(0)
     if settings.algorithm == "reptile":
@@ -65,7 +65,7 @@ def meta_step(
     if mode == "sequential":
         inner = after
     elif mode == "parallel":
-        inner = merge(inner, after, len(tasks))
+        inner = merge_parallel_states(inner, after, len(tasks))
     return MetaStep(MetaState(theta + step_size * pull, inner), losses)
 
 
@@ -75,7 +75,9 @@ def step_size(settings: TrainSettings, iteration: int) -> float:
     return settings.meta_step * (1 - done) + settings.meta_step_final * done
 
 
-def _last_steps(engine: Engine, theta: Tensor, start: InnerState, tasks: Sequence[Task]) -> Adapted:
+def _last_steps(
+    engine: Engine, theta: Tensor, start: OptimizerState, tasks: Sequence[Task]
+) -> Adapted:
     """Adapt to the tasks side by side; the weights returned are how far the last step went."""
     before = engine.adapt(theta, start, [_steps(task, slice(None, -1)) for task in tasks])
     last = engine.adapt(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from reptile.data.dataset import PreparedData, Split
-from reptile.errors import InputError
+from reptile.errors import DivergedError, InputError, PlatformError
 from reptile.learn.checkpoint import (
     Checkpoint,
     CheckpointInfo,
@@ -25,11 +25,11 @@ from reptile.learn.checkpoint import (
 )
 from reptile.learn.distributed import Processes
 from reptile.learn.engines import make_engine
-from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.validate import mean_score
 from reptile.models import initialise
-from reptile.objectives import Kind, kind_of
+from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, settings_sha256, versions
 from reptile.settings import TrainSettings
 from reptile.tasks import (
@@ -52,7 +52,7 @@ class Progress(NamedTuple):
     iteration: int  # meta-iterations done
     of: int
     engine: str
-    kind: Kind
+    objective: Objective
     curve: tuple[CurvePoint, ...]
 
 
@@ -80,10 +80,11 @@ def train(
         on_progress: called after each meta-iteration.
 
     Raises:
-        InputError: the data cannot make the tasks, the loss is no longer finite, or another
-            process has gone or runs something else.
+        InputError: the data cannot make the tasks, or another process runs something else.
+        DivergedError: the loss is no longer finite.
+        PlatformError: another process has gone, or the device is not there.
     """
-    kind_of(data.values).check_ways(settings.ways, data.name)
+    objective_of(data.values).check_ways(settings.ways, data.name)
     classes = data.split("train")
     check_classes(classes, settings.ways, settings.train_shots, "training split")
     validation = _validation_tasks(settings, data)
@@ -109,7 +110,7 @@ def train(
         epsilon = step_size(settings, iteration)
         state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
-            raise InputError(_diverged(settings, iteration, run))
+            raise DivergedError(_diverged(settings, iteration, run))
         losses.append(float(task_losses[:, -1].mean()))
 
         if (iteration + 1) % settings.checkpoint_every == 0 or (
@@ -118,7 +119,7 @@ def train(
             point = CurvePoint(
                 iteration=iteration + 1,
                 loss=sum(losses) / len(losses),
-                score=mean_score(engine, state, validation, info.kind),
+                score=mean_score(engine, state, validation, info.objective),
             )
             losses = []
             curve = (*info.curve, point)
@@ -126,14 +127,14 @@ def train(
             if processes.first:
                 _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
         of = settings.meta_iterations
-        on_progress(Progress(iteration + 1, of, engine.name, info.kind, info.curve))
+        on_progress(Progress(iteration + 1, of, engine.name, info.objective, info.curve))
     return Checkpoint(model, _to(state, torch.device("cpu")), info)
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device that the settings name; `auto` is CUDA where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
+        raise PlatformError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's, one a device
@@ -174,14 +175,14 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
         )
     weights, inner = _to(state, device)
     step = int(processes.broadcast(torch.tensor(inner.step, device=device)))
-    inner = InnerState(processes.broadcast(inner.second_moment), step)
+    inner = OptimizerState(processes.broadcast(inner.second_moment), step)
     return Checkpoint(model, MetaState(processes.broadcast(weights), inner), info)
 
 
 def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     name: Split = "validation" if data.split("validation").starts.size else "train"
     classes = data.split(name)
-    protocol = kind_of(data.values).validation._replace(ways=settings.ways)
+    protocol = objective_of(data.values).validation._replace(ways=settings.ways)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)
@@ -207,7 +208,7 @@ def _kept(run: Path) -> list[Path]:
 
 def _to(state: MetaState, device: torch.device) -> MetaState:
     weights, inner = state
-    moved = InnerState(inner.second_moment.to(device), inner.step)
+    moved = OptimizerState(inner.second_moment.to(device), inner.step)
     return MetaState(weights.to(device), moved)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reptile.learn.engines import Engine
 from reptile.learn.reptile import MetaState
-from reptile.objectives import Kind
+from reptile.objectives import Objective
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
@@ -30,14 +30,14 @@ def mean_score(
     engine: Engine,
     state: MetaState,
     tasks: Sequence[Task],
-    kind: Kind,
+    objective: Objective,
     mode: BatchNormMode = "transductive",
 ) -> float:
     """Adapt to each task and return the mean accuracy, or squared error, over all queries."""
     scores = []
     for chunk, weights in adapted_in_chunks(engine, state, tasks):
-        targets = np.stack([task.query_labels for task in chunk])
+        targets = np.stack([task.query_targets for task in chunk])
         scores.append(
-            kind.scores(engine.predict(weights, chunk, mode).double().cpu().numpy(), targets)
+            objective.scores(engine.predict(weights, chunk, mode).double().cpu().numpy(), targets)
         )
     return float(np.concatenate(scores).mean())

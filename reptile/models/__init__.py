@@ -1,17 +1,15 @@
 """The networks, as pure functions of (weights, inputs), and their losses. Nothing about tasks."""
 
 from reptile.models.base import (
-    ABSENT,
+    MASK_BIAS,
     LayerStatistics,
     Model,
-    Objective,
     Params,
     Statistics,
     flatten,
     initialise,
-    silence,
+    mask_absent_outputs,
     size,
-    to_unit,
     unflatten,
 )
 from reptile.models.build import build_model
@@ -19,21 +17,19 @@ from reptile.models.conv4 import BATCH_NORM_EPSILON, CONV_LAYERS, Conv4
 from reptile.models.mlp import MLP
 
 __all__ = [
-    "ABSENT",
     "BATCH_NORM_EPSILON",
     "CONV_LAYERS",
+    "MASK_BIAS",
     "MLP",
     "Conv4",
     "LayerStatistics",
     "Model",
-    "Objective",
     "Params",
     "Statistics",
     "build_model",
     "flatten",
     "initialise",
-    "silence",
+    "mask_absent_outputs",
     "size",
-    "to_unit",
     "unflatten",
 ]

@@ -8,18 +8,18 @@ Nothing here knows about tasks or learning.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reptile.objectives import CLASSIFICATION, Objective
 from reptile.settings import ModelSettings
 
 Params = Mapping[str, Tensor]
-Objective = Literal["cross_entropy", "squared_error"]
 
-ABSENT = -1e9  # a bias that leaves an output exactly no probability, in float32 and float64
+MASK_BIAS = -1e9  # a bias that leaves an output exactly no probability, in float32 and float64
 
 
 class LayerStatistics(NamedTuple):
@@ -41,7 +41,7 @@ class Model(Protocol):
 
     @property
     def objective(self) -> Objective:
-        """What the loss is, which makes the network a classifier or a regressor."""
+        """What the outputs are for, with their loss."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -55,7 +55,7 @@ class Model(Protocol):
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of the weights, in the order they have in the flat vector."""
 
-    def logits(
+    def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
         """Map images [B, C, H, W] in 0..1 to logits, or a regressor's values, [B, outputs].
@@ -67,15 +67,6 @@ class Model(Protocol):
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """Return what each batch norm measures on this batch; empty where there is none."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss [] of logits [B, outputs].
-
-        Args:
-            logits: what the network gives.
-            targets: a classifier's labels, integers [B]; a regressor's values, floating point
-                [B, outputs], or [B] of a single output.
-        """
-
 
 @dataclass(frozen=True)
 class Network:
@@ -84,13 +75,7 @@ class Network:
     outputs: int
     image_shape: tuple[int, int, int]
     settings: ModelSettings
-    objective: Objective = "cross_entropy"
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See `Model.loss`."""
-        if self.objective == "cross_entropy":
-            return F.cross_entropy(logits, targets)
-        return F.mse_loss(logits, targets.to(logits.dtype).reshape(logits.shape))
+    objective: Objective = CLASSIFICATION
 
 
 def size(model: Model) -> int:
@@ -113,18 +98,18 @@ def flatten(model: Model, params: Params) -> Tensor:
     return torch.cat([params[name].reshape(-1) for name in model.shapes])
 
 
-def silence(model: Model, weights: Tensor, present: Tensor) -> Tensor:
+def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tensor:
     """Return weights [..., P] under which a classifier has only the outputs in `present`.
 
-    A bias of `ABSENT` takes an output out of the softmax: its probability and all of its gradients
-    are exactly 0, so it stays out however long one adapts. Where all are present nothing changes.
+    A bias of `MASK_BIAS` takes an output out of the softmax: its probability and its gradients are
+    exactly 0, so it stays out however long one adapts. Where all are present nothing changes.
 
     Args:
         model: the network.
         weights: where adaptation starts.
         present: bool [outputs], the labels that the support set has.
     """
-    absent = ABSENT * (~present).to(weights.dtype)
+    absent = MASK_BIAS * (~present).to(weights.dtype)
     return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
 
 
@@ -145,8 +130,3 @@ def initialise(model: Model, seed: int) -> Tensor:
             bound = math.sqrt(6 / ((shape[0] + shape[1]) * window))
             params[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
     return flatten(model, params)
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """Scale pixels 0..255 to float32 in 0..1, the networks' input."""
-    return pixels.to(torch.float32) / 255

@@ -1,9 +1,10 @@
 """From settings to a network."""
 
 from reptile.errors import InputError
-from reptile.models.base import Model, Objective
+from reptile.models.base import Model
 from reptile.models.conv4 import Conv4
 from reptile.models.mlp import MLP
+from reptile.objectives import CLASSIFICATION, Objective
 from reptile.settings import ModelSettings
 
 
@@ -11,15 +12,15 @@ def build_model(
     settings: ModelSettings,
     outputs: int,
     image_shape: tuple[int, int, int],
-    objective: Objective = "cross_entropy",
+    objective: Objective = CLASSIFICATION,
 ) -> Model:
     """Build the network that `settings` names.
 
     Args:
-        settings: its kind and sizes.
+        settings: its name and sizes.
         outputs: a classifier's ways, or the number of values that a regressor predicts.
         image_shape: (C, H, W) of an input; a point of n coordinates is (n, 1, 1).
-        objective: the loss.
+        objective: what the outputs are for.
     """
     if settings.name == "mlp":
         return MLP(outputs, image_shape, settings, objective)

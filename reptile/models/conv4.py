@@ -43,10 +43,10 @@ class Conv4(Network):
         shapes["head.bias"] = torch.Size((self.outputs,))
         return shapes
 
-    def logits(
+    def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.logits`."""
+        """See `Model.forward`."""
         x = images
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)

@@ -31,10 +31,10 @@ class MLP(Network):
         shapes["head.bias"] = torch.Size((self.outputs,))
         return shapes
 
-    def logits(
+    def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.logits`; there is no batch norm."""
+        """See `Model.forward`; there is no batch norm."""
         activate = torch.tanh if self.settings.activation == "tanh" else F.relu
         x = images.flatten(1)
         for layer in range(1, len(self.settings.hidden) + 1):

@@ -26,7 +26,7 @@ train:
   checkpoint_every: 3
   validation_tasks: 2
 evaluate: {{tasks: 6, shots: [1, 2], steps: 5}}
-verify: {{episodes: 40, steps: 5}}
+verify: {{tasks: 40, steps: 5}}
 """
 
 Run = Callable[..., tuple[int, str, str]]

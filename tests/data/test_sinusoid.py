@@ -62,14 +62,14 @@ def test_tasks_are_rows_of_one_sinusoid_with_its_values(sinusoids: PreparedData)
     learning = training_tasks(sinusoids.split("train"), settings, 3)[1]
     protocol = FewShotProtocol(ways=1, shots=5, queries=7, steps=2, batch=5)
     tested = held_out_task(np.random.default_rng(0), sinusoids.split("test"), protocol)
-    assert learning.support_labels.shape == (12, 1)
-    assert (tested.support_labels.shape, tested.query_labels.shape) == ((5, 1), (7, 1))
+    assert learning.support_targets.shape == (12, 1)
+    assert (tested.support_targets.shape, tested.query_targets.shape) == ((5, 1), (7, 1))
     assert len(np.unique(np.concatenate([tested.support, tested.query]))) == 12
     for rows, values in (
-        (learning.support, learning.support_labels),
+        (learning.support, learning.support_targets),
         (
             np.concatenate([tested.support, tested.query]),
-            np.concatenate([tested.support_labels, tested.query_labels]),
+            np.concatenate([tested.support_targets, tested.query_targets]),
         ),
     ):
         assert curve(sinusoids.images[rows].ravel(), values.ravel())[2] < 1e-5

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from reptile.errors import InputError
+from reptile.errors import GateError, InputError
+from reptile.evaluate.gate import check_gate, read_champion, refusal
 from reptile.settings import GateSettings
-from reptile.stages import check_gate, read_champion, refusal
 
 FLOOR = GateSettings(shots=1, mode="frozen", accuracy=0.6, above_random=0.2)
 
@@ -40,7 +40,7 @@ def test_below_a_floor_or_not_a_number_is_refused(
     reason = refusal(FLOOR, "letters", scores(accuracy, random=random))
     assert reason
     assert words in reason
-    with pytest.raises(InputError, match=r"export\.gate"):
+    with pytest.raises(GateError, match=r"export\.gate"):
         check_gate(FLOOR, "letters", scores(accuracy, random=random))
 
 

@@ -16,7 +16,7 @@ from reptile.evaluate.confusions import confusions, hardest
 from reptile.evaluate.measure import adapt_along, nearest_mean
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import Adapted, EagerEngine
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.learn.predict import query_logits
 from reptile.learn.reptile import MetaState
 from reptile.models import build_model, flatten, initialise, unflatten
@@ -43,7 +43,7 @@ def make_checkpoint(data: PreparedData, name: str = "conv4", ways: int = 3) -> C
         code_sha256="c" * 64,
         versions={"torch": "0"},
     )
-    state = MetaState(weights, InnerState(torch.full_like(weights, 1e-3), 500))
+    state = MetaState(weights, OptimizerState(torch.full_like(weights, 1e-3), 500))
     return Checkpoint(model, state, info)
 
 
@@ -85,12 +85,12 @@ def test_accuracy_and_interval_equal_those_of_plain_torch(data: PreparedData, st
 
         for batch in task.batches:
             optimiser.zero_grad()
-            labels = torch.from_numpy(task.support_labels[batch])
+            labels = torch.from_numpy(task.support_targets[batch])
             torch.nn.functional.cross_entropy(
                 network(pixels[task.support[batch]]), labels
             ).backward()
             optimiser.step()
-        right = network(pixels[task.query]).argmax(1).numpy() == task.query_labels
+        right = network(pixels[task.query]).argmax(1).numpy() == task.query_targets
         shares.append(float(right.mean()))
     score = measured.score(start, "transductive")
     assert score.mean == pytest.approx(statistics.mean(shares))
@@ -117,7 +117,7 @@ def test_nearest_mean_agrees_with_scikit_learn() -> None:
     for number in range(20):
         protocol = FewShotProtocol(ways=3, shots=5, queries=4, steps=0, batch=1)
         task = held_out_task(np.random.default_rng(number), classes, protocol)
-        oracle = NearestCentroid().fit(flat[task.support], task.support_labels)
+        oracle = NearestCentroid().fit(flat[task.support], task.support_targets)
         np.testing.assert_array_equal(
             nearest_mean(pixels, task, 3), oracle.predict(flat[task.query])
         )
@@ -157,7 +157,9 @@ def test_both_starts_meet_the_same_tasks(
     met: list[Task] = []
 
     class Recording(EagerEngine):
-        def adapt(self, weights: torch.Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+        def adapt(
+            self, weights: torch.Tensor, state: OptimizerState, tasks: Sequence[Task]
+        ) -> Adapted:
             met.extend(tasks)
             return super().adapt(weights, state, tasks)
 
@@ -243,7 +245,7 @@ def test_confusions_count_classes_and_not_labels(
     counts = np.zeros_like(found.counts)
     for measured in evaluation.measurements:
         for task, logits in zip(measured.tasks, measured.logits["trained", "frozen"], strict=True):
-            present = [name_of[task.support[task.support_labels == k][0]] for k in range(3)]
+            present = [name_of[task.support[task.support_targets == k][0]] for k in range(3)]
             for row, answer in zip(task.query, logits.argmax(-1), strict=True):
                 actual = names.index(name_of[row])
                 counts[actual, names.index(present[answer])] += 1
@@ -301,7 +303,7 @@ def with_fewer_outputs(checkpoint: Checkpoint, ways: int) -> Checkpoint:
         return flatten(small, params | {k: params[k][:ways] for k in ("head.weight", "head.bias")})
 
     weights, inner = checkpoint.state
-    state = MetaState(cut(weights), InnerState(cut(inner.second_moment), inner.step))
+    state = MetaState(cut(weights), OptimizerState(cut(inner.second_moment), inner.step))
     return Checkpoint(small, state, info.model_copy(update={"settings": settings}))
 
 
@@ -311,7 +313,7 @@ def test_with_fewer_ways_the_rest_of_the_head_might_as_well_not_be_there(
     few = evaluate(SETTINGS, checkpoint, data, {}, ways=2).held_out
     small = evaluate(SETTINGS, with_fewer_outputs(checkpoint, 2), data, {}).held_out
     for one, other in zip(few, small, strict=True):
-        assert set(one.tasks[0].query_labels) == {0, 1}
+        assert set(one.tasks[0].query_targets) == {0, 1}
         for mode in BATCH_NORM_MODES:
             # An occasional ReLU flips on rounding: the sums of the head have another length.
             np.testing.assert_allclose(
@@ -336,7 +338,7 @@ def test_fewer_ways_are_measured_silenced_and_merely_left_out(
         assert few.silenced == measured.score("trained", "frozen")
         weights = engine.adapt(*checkpoint.state, measured.tasks).weights
         whole = engine.predict(weights, measured.tasks, "frozen")[..., :2].argmax(-1).numpy()
-        labels = np.stack([task.query_labels for task in measured.tasks])
+        labels = np.stack([task.query_targets for task in measured.tasks])
         assert few.left_out.mean == pytest.approx((whole == labels).mean())
         assert few.gain.mean == pytest.approx(few.silenced.mean - few.left_out.mean)
 

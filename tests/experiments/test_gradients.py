@@ -43,8 +43,8 @@ def inner_gradients(weights: torch.Tensor, data: PreparedData) -> list[torch.Ten
     for batch in task.batches:
         start = weights.detach().requires_grad_()
         images = torch.from_numpy(data.images[task.support[batch]]).double() / 255
-        logits = model.logits(unflatten(model, start), images)
-        loss = F.cross_entropy(logits, torch.from_numpy(task.support_labels[batch]))
+        logits = model.forward(unflatten(model, start), images)
+        loss = F.cross_entropy(logits, torch.from_numpy(task.support_targets[batch]))
         found.append(torch.autograd.grad(loss, start)[0])
         weights = weights - 0.01 * found[-1]
     return found

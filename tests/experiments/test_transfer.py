@@ -9,6 +9,8 @@ from patterns import draw_letters
 
 from reptile import cli, stages
 from reptile.errors import InputError
+from reptile.evaluate.metrics import read_metrics
+from reptile.experiments.transfer import transfer_runs
 from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 TEST = EvaluateSettings(tasks=6, shots=(1,), steps=3)
@@ -64,11 +66,11 @@ def test_each_cell_is_what_an_evaluation_of_its_own_gives(
 ) -> None:
     letters, _ = runs
     extra = letters / "prepared/cross_domain/digits"
-    text = stages.transfer(TEST, runs, [extra], tmp_path / "table", "frozen")
+    text = transfer_runs(TEST, runs, [extra], tmp_path / "table", "frozen")
     found = cells(tmp_path / "table")
     assert len(found) == 2 * 3 * 3 * 2
     stages.evaluate(TEST, letters / "prepared", letters / "checkpoint", tmp_path / "evaluation")
-    metrics = stages.read_metrics(tmp_path / "evaluation")
+    metrics = read_metrics(tmp_path / "evaluation")
     for dataset in ("letters", "digits"):
         for mode in ("transductive", "non_transductive", "frozen"):
             scores = metrics[dataset]["1-shot"][mode]
@@ -90,7 +92,7 @@ def test_another_split_of_the_training_data_is_not_tested_on(
 ) -> None:
     letters, signs = runs
     other = make_run(letters.parent / "letters", tmp_path / "other", split_seed=3)
-    text = stages.transfer(TEST, [letters, signs], [other / "prepared"], tmp_path / "table")
+    text = transfer_runs(TEST, [letters, signs], [other / "prepared"], tmp_path / "table")
     column = f"letters ({other / 'prepared'})"
     assert {row for row, tested_on, *_ in cells(tmp_path / "table") if tested_on == column} == {
         "signs"
@@ -103,7 +105,7 @@ def test_images_of_another_shape_are_refused(runs: tuple[Path, Path], tmp_path: 
     letters, _ = runs
     larger = make_run(letters.parent / "signs", tmp_path / "larger", size=20)
     with pytest.raises(InputError, match="image_size"):
-        stages.transfer(TEST, [letters], [larger / "prepared"], tmp_path / "table")
+        transfer_runs(TEST, [letters], [larger / "prepared"], tmp_path / "table")
 
 
 def test_the_command_prints_the_table(

@@ -10,7 +10,8 @@ from torch import Tensor
 from reptile.export.gradient import trace_gradient
 from reptile.export.reference import SupportSet
 from reptile.export.rows import Layout, indices
-from reptile.models import Model, build_model, initialise, to_unit, unflatten
+from reptile.models import Model, build_model, initialise, unflatten
+from reptile.objectives import to_unit
 from reptile.settings import ModelSettings
 
 
@@ -61,7 +62,7 @@ def test_traced_gradient_equals_autograd(name: str, make_task: Callable[..., Sup
         # decides.
         noise = torch.rand(len(initialise(model, 0)), generator=torch.Generator().manual_seed(size))
         weights = (initialise(model, size) + 0.1 * (noise - 0.5)).double().requires_grad_()
-        loss = F.cross_entropy(model.logits(unflatten(model, weights), images), labels)
+        loss = F.cross_entropy(model.forward(unflatten(model, weights), images), labels)
         (wanted,) = torch.autograd.grad(loss, weights)
         gradient, value = traced(weights.detach(), images, labels)
         torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
@@ -75,7 +76,7 @@ def test_ties_and_dead_units_have_the_gradients_of_autograd(downsampling: str) -
     weights = initialise(model, 0).double().requires_grad_()
     for images in (torch.zeros(6, 1, 9, 9), torch.ones(6, 1, 9, 9)):
         labels, images = torch.arange(6) % 3, images.double()
-        loss = F.cross_entropy(model.logits(unflatten(model, weights), images), labels)
+        loss = F.cross_entropy(model.forward(unflatten(model, weights), images), labels)
         (wanted,) = torch.autograd.grad(loss, weights)
         gradient, _ = traced(weights.detach(), images, labels)
         torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)

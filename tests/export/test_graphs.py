@@ -15,7 +15,8 @@ from reptile.export.graphs import Adapt, build_graphs
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.reptile import MetaState
-from reptile.models import build_model, flatten, to_unit, unflatten
+from reptile.models import build_model, flatten, unflatten
+from reptile.objectives import to_unit
 from reptile.settings import ModelSettings, OptimizerSettings
 
 MAX_STEPS = 12
@@ -129,8 +130,8 @@ def test_folding_equals_batch_norm_with_the_support_sets_statistics(
         for seed in (1, 2)
     )
     params = unflatten(model, state.weights.double())
-    frozen = model.logits(params, queries, model.statistics(params, support))
-    torch.testing.assert_close(model.logits(fold(model, params, support), queries), frozen)
+    frozen = model.forward(params, queries, model.statistics(params, support))
+    torch.testing.assert_close(model.forward(fold(model, params, support), queries), frozen)
 
 
 def cut(checkpoint: Checkpoint, labels: list[int]) -> Checkpoint:

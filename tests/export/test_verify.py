@@ -20,7 +20,7 @@ from reptile.files import sha256_file
 from reptile.learn.checkpoint import Checkpoint
 from reptile.settings import VerifySettings
 
-SETTINGS = VerifySettings(episodes=30, steps=5)
+SETTINGS = VerifySettings(tasks=30, steps=5)
 Edit = Callable[[onnx.GraphProto], None]
 
 

@@ -8,8 +8,9 @@ from patterns import make_data
 
 from reptile.learn.engines import EagerEngine
 from reptile.learn.engines.batched import BatchedEngine, patches
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.models import Model, build_model, initialise
+from reptile.objectives import REGRESSION
 from reptile.settings import BATCH_NORM_MODES, ModelSettings, OptimizerSettings
 from reptile.tasks import FewShotProtocol, Purpose, Task, held_out_task, random_stream
 
@@ -43,7 +44,7 @@ def test_adapting_side_by_side_equals_one_after_another(
 ) -> None:
     model, pixels, tasks = case
     weights = initialise(model, 0).double()
-    state = InnerState(torch.rand_like(weights) * 1e-2, 40)
+    state = OptimizerState(torch.rand_like(weights) * 1e-2, 40)
     eager = EagerEngine(model, optimizer, pixels, CPU).adapt(weights, state, tasks)
     found = BatchedEngine(model, optimizer, pixels, CPU).adapt(weights, state, tasks)
     torch.testing.assert_close(found.weights, eager.weights, rtol=1e-9, atol=1e-12)
@@ -55,7 +56,7 @@ def test_adapting_side_by_side_equals_one_after_another(
 
 
 def test_regressors_adapt_side_by_side_too() -> None:
-    model = build_model(MODELS["deep"][0], 2, (1, 1, 1), "squared_error")
+    model = build_model(MODELS["deep"][0], 2, (1, 1, 1), REGRESSION)
     rng, weights = np.random.default_rng(0), initialise(model, 0).double()
     points = rng.uniform(-5, 5, (30, 1, 1, 1)).astype(np.float32)
     nothing, batches = np.empty(0, dtype=np.int64), (np.arange(4), np.arange(4, 8))
@@ -63,7 +64,7 @@ def test_regressors_adapt_side_by_side_too() -> None:
         Task(rng.permutation(30)[:8], rng.normal(size=(8, 2)), nothing, nothing, batches)
         for _ in range(3)
     ]
-    state = InnerState(torch.zeros_like(weights), 0)
+    state = OptimizerState(torch.zeros_like(weights), 0)
     eager, found = (
         kind(model, OPTIMIZERS["sgd"], points, CPU).adapt(weights, state, tasks)
         for kind in (EagerEngine, BatchedEngine)
@@ -102,8 +103,8 @@ def test_a_captured_inner_loop_equals_the_eager_one_every_time(
     engine = BatchedEngine(model, OPTIMIZERS["sgd"], pixels, cuda)
     for seed in (0, 1):  # the second call replays the graph on other weights
         weights = initialise(model, seed)
-        state = InnerState(torch.zeros_like(weights), seed)
+        state = OptimizerState(torch.zeros_like(weights), seed)
         eager = EagerEngine(model, OPTIMIZERS["sgd"], pixels, CPU).adapt(weights, state, tasks)
-        there = InnerState(state.second_moment.to(cuda), seed)
+        there = OptimizerState(state.second_moment.to(cuda), seed)
         found = engine.adapt(weights.to(cuda), there, tasks)
         torch.testing.assert_close(found.weights.cpu(), eager.weights, rtol=1e-4, atol=1e-5)

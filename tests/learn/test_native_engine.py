@@ -9,11 +9,12 @@ from torch import Tensor
 
 from reptile.errors import InputError
 from reptile.learn.engines import Adapted, EagerEngine
-from reptile.learn.engines.base import one_by_one
+from reptile.learn.engines.base import adapt_each
 from reptile.learn.engines.native import NativeEngine
-from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState, meta_step
-from reptile.models import Model, Objective, build_model, initialise, size
+from reptile.models import Model, build_model, initialise, size
+from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
 from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
 from reptile.tasks import Task
 
@@ -25,7 +26,7 @@ MLP = ModelSettings(name="mlp", hidden=(20,))
 DEEP = ModelSettings(name="mlp", hidden=(20, 7, 33), activation="tanh")
 NAMED = {"stride": STRIDE, "pool": POOL, "mlp": MLP, "deep": DEEP}
 ALL = pytest.mark.parametrize("settings", NAMED.values(), ids=NAMED)
-OBJECTIVES = pytest.mark.parametrize("objective", ["cross_entropy", "squared_error"])
+OBJECTIVES = pytest.mark.parametrize("objective", [CLASSIFICATION, REGRESSION])
 CPU = torch.device("cpu")
 IMAGES = 60
 
@@ -54,7 +55,7 @@ def task(seed: int, ways: int, batches: Sequence[int]) -> Task:
 def with_values(task: Task, outputs: int) -> Task:
     """The same task for a regressor."""
     values = np.random.default_rng(7).normal(size=(len(task.support), outputs))
-    return task._replace(support_labels=values.astype(np.float32))
+    return task._replace(support_targets=values.astype(np.float32))
 
 
 def start(model: Model, seed: int = 0) -> Tensor:
@@ -63,16 +64,16 @@ def start(model: Model, seed: int = 0) -> Tensor:
     return initialise(model, seed) + 0.03 * torch.randn(size(model), generator=noise)
 
 
-def warm(weights: Tensor) -> InnerState:
+def warm(weights: Tensor) -> OptimizerState:
     """A state in which Adam's step is smooth: a cold one is the sign of the gradient's noise."""
-    return InnerState(torch.full_like(weights, 1e-2), 1000)
+    return OptimizerState(torch.full_like(weights, 1e-2), 1000)
 
 
 def oracle(
-    model: Model, optimizer: OptimizerSettings, weights: Tensor, state: InnerState, *tasks: Task
+    model: Model, optimizer: OptimizerSettings, weights: Tensor, state: OptimizerState, *tasks: Task
 ) -> Adapted:
     engine = EagerEngine(model, optimizer, images(model.image_shape), CPU)
-    precise = InnerState(state.second_moment.double(), state.step)
+    precise = OptimizerState(state.second_moment.double(), state.step)
     return engine.adapt(weights.double(), precise, tasks)
 
 
@@ -80,7 +81,7 @@ def native(
     model: Model,
     optimizer: OptimizerSettings,
     weights: Tensor,
-    state: InnerState,
+    state: OptimizerState,
     *tasks: Task,
     threads: int = 2,
 ) -> Adapted:
@@ -95,7 +96,7 @@ def distance(found: Tensor, expected: Tensor, origin: Tensor) -> float:
 
 
 def assert_same_path(
-    model: Model, optimizer: OptimizerSettings, weights: Tensor, state: InnerState, *tasks: Task
+    model: Model, optimizer: OptimizerSettings, weights: Tensor, state: OptimizerState, *tasks: Task
 ) -> None:
     expected = oracle(model, optimizer, weights, state, *tasks)
     found = native(model, optimizer, weights, state, *tasks)
@@ -165,7 +166,7 @@ def check_gradient(model: Model, batch: int) -> None:
     """With SGD at rate 1 a step is the gradient."""
     optimizer, weights = OptimizerSettings(name="sgd", learning_rate=1), start(model)
     state, work = fresh_state(weights), task(0, model.outputs, [batch])
-    if model.objective == "squared_error":
+    if model.objective is REGRESSION:
         work = with_values(work, model.outputs)
     expected = oracle(model, optimizer, weights, state, work)
     found = native(model, optimizer, weights, state, work)
@@ -196,7 +197,7 @@ def test_two_meta_iterations_of_sgd_end_where_float64_does(
         state = MetaState(theta, fresh_state(theta))
         for iteration in range(2):
             tasks = [task(3 * iteration + number, 5, [10] * 4) for number in range(3)]
-            if objective == "squared_error":
+            if objective is REGRESSION:
                 tasks = [with_values(own, 5) for own in tasks]
             state = meta_step(engine, state, tasks, training, step_size=0.5).state
         ends.append(state.weights)
@@ -204,9 +205,9 @@ def test_two_meta_iterations_of_sgd_end_where_float64_does(
 
 
 def test_targets_of_a_single_output_need_no_second_dimension() -> None:
-    model = build_model(DEEP, 1, (1, 4, 4), "squared_error")
+    model = build_model(DEEP, 1, (1, 4, 4), REGRESSION)
     weights, work = start(model), with_values(task(0, 5, [10]), 1)
-    flat = work._replace(support_labels=work.support_labels[:, 0])
+    flat = work._replace(support_targets=work.support_targets[:, 0])
     expected = oracle(model, SGD, weights, fresh_state(weights), flat)
     assert_same_path(model, SGD, weights, fresh_state(weights), flat)
     assert torch.equal(
@@ -266,14 +267,14 @@ def test_each_task_may_have_its_own_start(settings: ModelSettings) -> None:
     starts = torch.stack([start(model, seed) for seed in range(3)])
     moments = torch.stack([torch.full_like(starts[0], 1e-2 * (i + 1)) for i in range(3)])
     tasks = [task(seed, 5, [10, 6]) for seed in range(3)]
-    together = native(model, ADAM, starts, InnerState(moments, 50), *tasks)
+    together = native(model, ADAM, starts, OptimizerState(moments, 50), *tasks)
     for i in range(3):
-        alone = native(model, ADAM, starts[i], InnerState(moments[i], 50), tasks[i])
+        alone = native(model, ADAM, starts[i], OptimizerState(moments[i], 50), tasks[i])
         assert torch.equal(together.weights[i], alone.weights[0])
         assert torch.equal(together.state.second_moment[i], alone.state.second_moment[0])
         assert torch.equal(together.losses[i], alone.losses[0])
-    assert_same_path(model, ADAM, starts, InnerState(moments, 50), *tasks)
-    shared = native(model, ADAM, starts, InnerState(moments[0], 50), *tasks)
+    assert_same_path(model, ADAM, starts, OptimizerState(moments, 50), *tasks)
+    shared = native(model, ADAM, starts, OptimizerState(moments[0], 50), *tasks)
     assert torch.equal(shared.weights[0], together.weights[0])
 
 
@@ -355,8 +356,8 @@ def test_tasks_in_turn_are_calls_one_after_another(
     weights = start(model)
     for threads in (1, 2, 3):
         engine = NativeEngine(model, optimizer, images(model.image_shape), threads)
-        found = engine.adapt_in_turn(weights, warm(weights), tasks)
-        expected = one_by_one(engine.adapt, weights, warm(weights), tasks)
+        found = engine.adapt_sequential(weights, warm(weights), tasks)
+        expected = adapt_each(engine.adapt, weights, warm(weights), tasks)
         assert torch.equal(found.weights, expected.weights)
         assert torch.equal(found.losses, expected.losses)
         assert torch.equal(found.state.second_moment, expected.state.second_moment)
@@ -370,7 +371,7 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
     state, good = fresh_state(weights), task(0, 5, [10])
 
     def refused(
-        message: str, weights: Tensor = weights, state: InnerState = state, *tasks: Task
+        message: str, weights: Tensor = weights, state: OptimizerState = state, *tasks: Task
     ) -> None:
         with pytest.raises(InputError, match=message):
             engine.adapt(weights, state, tasks)
@@ -381,17 +382,17 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
     refused("position .* 20", weights, state, good._replace(batches=(np.array([0, 20]),)))
     refused("position .* -1", weights, state, good._replace(batches=(np.array([-1]),)))
     refused("row .* 60", weights, state, good._replace(support=good.support * 0 + IMAGES))
-    refused("label 5", weights, state, good._replace(support_labels=good.support_labels + 1))
+    refused("label 5", weights, state, good._replace(support_targets=good.support_targets + 1))
     refused("weights", weights[:-1], state, good)
     refused("float32", weights.double(), state, good)
-    refused("second_moment", weights, InnerState(weights[:-1], 0), good)
+    refused("second_moment", weights, OptimizerState(weights[:-1], 0), good)
     refused("integers", weights, state, with_values(good, 5))
-    refused("integers", weights, state, good._replace(support_labels=good.support_labels[1:]))
+    refused("integers", weights, state, good._replace(support_targets=good.support_targets[1:]))
     for wrong in (images((3, 15, 15)), images((1, 15, 15)).astype(np.float64)):
         with pytest.raises(InputError, match="takes uint8 or float32"):
             NativeEngine(model, SGD, wrong)
 
-    regressor = build_model(MLP, 5, (1, 15, 15), "squared_error")
+    regressor = build_model(MLP, 5, (1, 15, 15), REGRESSION)
     engine = NativeEngine(regressor, SGD, images(model.image_shape), 1)
     refused("floating point", weights, state, good)
     refused("floating point", weights, state, with_values(good, 1))
@@ -400,7 +401,7 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
         "floating point",
         weights,
         state,
-        single._replace(support_labels=single.support_labels[:, 0]),
+        single._replace(support_targets=single.support_targets[:, 0]),
     )
 
 

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from reptile.data.dataset import ClassRange, PreparedData
 from reptile.data.readers.glyphs import draw_glyphs
 from reptile.learn.engines import EagerEngine, make_engine
-from reptile.learn.optimizer import BETA2, EPSILON, InnerState, fresh_state, merge
+from reptile.learn.optimizer import (
+    BETA2,
+    EPSILON,
+    OptimizerState,
+    fresh_state,
+    merge_parallel_states,
+)
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.validate import mean_score
 from reptile.models import build_model, initialise, unflatten
@@ -96,7 +102,7 @@ class Transcription:
             for batch in task.batches:
                 if self.settings.algorithm == "fomaml":
                     backup = [p.detach().clone() for p in self.params]
-                self.inner_step(task.support[batch], task.support_labels[batch])
+                self.inner_step(task.support[batch], task.support_targets[batch])
             pulls.append([p.detach() - b for p, b in zip(self.params, backup, strict=True)])
             v_after.append(self.v)
             with torch.no_grad():
@@ -169,7 +175,7 @@ def test_meta_step_equals_the_paper_in_float64(case: str, data: PreparedData) ->
     paper = Transcription(theta, data, settings)
     engine = EagerEngine(model, settings.optimizer, data.images, torch.device("cpu"))
     theta = theta.double()
-    warm = InnerState(torch.full_like(theta, WARM), 1000)
+    warm = OptimizerState(torch.full_like(theta, WARM), 1000)
     state = MetaState(theta, warm)
     for iteration in range(2):
         tasks = training_tasks(data.split("train"), settings, iteration)
@@ -199,8 +205,8 @@ def test_adam_update_equals_torch_optim(data: PreparedData) -> None:
     for batch in task.batches:
         adam.zero_grad()
         images = engine.images(task.support[batch]).double()
-        labels = torch.from_numpy(task.support_labels[batch])
-        F.cross_entropy(model.logits(unflatten(model, leaf), images), labels).backward()
+        labels = torch.from_numpy(task.support_targets[batch])
+        F.cross_entropy(model.forward(unflatten(model, leaf), images), labels).backward()
         adam.step()
     torch.testing.assert_close(adapted.weights[0], leaf.detach())
     torch.testing.assert_close(adapted.state.second_moment[0], adam.state[leaf]["exp_avg_sq"])
@@ -210,7 +216,7 @@ def test_parallel_adam_state_equals_sequential_for_given_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     tasks, steps, size = 4, 5, 7
     squares = torch.rand(tasks, steps, size, generator=generator, dtype=torch.float64)
-    start = InnerState(torch.rand(size, generator=generator, dtype=torch.float64), 321)
+    start = OptimizerState(torch.rand(size, generator=generator, dtype=torch.float64), 321)
 
     def run(v: torch.Tensor, task: int) -> torch.Tensor:
         for square in squares[task]:
@@ -221,7 +227,7 @@ def test_parallel_adam_state_equals_sequential_for_given_gradients() -> None:
     for task in range(tasks):
         in_turn = run(in_turn, task)
     side_by_side = torch.stack([run(start.second_moment, task) for task in range(tasks)])
-    merged = merge(start, InnerState(side_by_side, start.step + steps), tasks)
+    merged = merge_parallel_states(start, OptimizerState(side_by_side, start.step + steps), tasks)
     torch.testing.assert_close(merged.second_moment, in_turn)
     assert merged.step == start.step + tasks * steps
 

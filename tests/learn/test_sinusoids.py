@@ -14,6 +14,7 @@ from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.minibatches import mini_batches
 from reptile.models import Model, build_model, initialise
+from reptile.objectives import REGRESSION
 from reptile.settings import ModelSettings, OptimizerSettings, TrainSettings
 from reptile.tasks import Task
 
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def model() -> Model:
-    return build_model(SETTINGS.model, 1, (1, 1, 1), "squared_error")
+    return build_model(SETTINGS.model, 1, (1, 1, 1), REGRESSION)
 
 
 def native(model: Model) -> Engine:
@@ -71,7 +72,7 @@ def error_on_new_sinusoids(engine: Engine, weights: torch.Tensor) -> float:
     tasks = [sinusoid((1, i), test=True) for i in range(100)]
     adapted = engine.adapt(weights, fresh_state(weights), tasks).weights
     found = engine.predict(adapted, tasks, "transductive")[..., 0].numpy()
-    return float(np.square(found - np.stack([task.query_labels for task in tasks])).mean())
+    return float(np.square(found - np.stack([task.query_targets for task in tasks])).mean())
 
 
 @pytest.mark.usefixtures("kernel")

@@ -32,7 +32,7 @@ SMALL = {
     },
     "evaluate": {"tasks": 6, "shots": [1, 2], "steps": 5},
     "export": {"gate": {"accuracy": 0.0, "above_random": -1.0}},
-    "verify": {"episodes": 40, "steps": 5},
+    "verify": {"tasks": 40, "steps": 5},
 }
 
 

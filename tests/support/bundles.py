@@ -8,7 +8,7 @@ from reptile.data.dataset import PreparedData
 from reptile.export.write import export_bundle
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import EagerEngine
-from reptile.learn.optimizer import InnerState, fresh_state
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState, meta_step
 from reptile.models import build_model, initialise, size
 from reptile.settings import (
@@ -51,7 +51,7 @@ def make_checkpoint(
     # Not exactly the initialisation: its zero biases put dead units on the ReLU's kink, where
     # rounding decides.
     weights = initialise(network, 0) + 0.1 * (noise - 0.5)
-    state = MetaState(weights, InnerState(1e-3 + 1e-2 * noise, 10_000))
+    state = MetaState(weights, OptimizerState(1e-3 + 1e-2 * noise, 10_000))
     info = CheckpointInfo(
         iteration=3,
         settings=settings,

@@ -25,7 +25,7 @@ from reptile.evaluate.measure import (
     Start,
 )
 from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
-from reptile.objectives import CLASSIFICATION, Kind
+from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import code_sha256, versions
 from reptile.settings import BatchNormMode, Section
 
@@ -71,16 +71,16 @@ def render_report(evaluation: Evaluation) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    kind = evaluation.kind
-    environment.filters["score"] = lambda score: kind.show(*score)
-    return environment.get_template(f"{kind.name}.html").render(
+    objective = evaluation.objective
+    environment.filters["score"] = lambda score: objective.show(*score)
+    return environment.get_template(f"{objective.name}.html").render(
         e=evaluation,
         ways=evaluation.checkpoint.settings.ways,
         held_out=next(iter(evaluation.data)),
         headline_mode=HEADLINE_MODE,
         by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out],
         path_tasks=len(next(iter(evaluation.held_out[0].by_step.values()))[0]),
-        **(_named(evaluation) if kind is CLASSIFICATION else {"fits": _fits(evaluation)}),
+        **(_named(evaluation) if objective is CLASSIFICATION else {"fits": _fits(evaluation)}),
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
         train_settings=_flat(evaluation.checkpoint.settings),
@@ -132,8 +132,8 @@ def _fits(evaluation: Evaluation) -> list[Markup]:
 
 
 def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
-    kind = evaluation.kind
-    factor = 100 if kind is CLASSIFICATION else 1
+    objective = evaluation.objective
+    factor = 100 if objective is CLASSIFICATION else 1
     lines = []
     for start in evaluation.starts:
         for mode in PATH_MODES:
@@ -153,15 +153,15 @@ def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
             ticks.append(step)
     x = Axis("inner steps (square-root scale)", max(last, 1), ticks, scale=math.sqrt)
     high = max(max(line.y) + max(line.intervals, default=0) for line in lines)
-    what = f"{kind.title} by inner step, {measurement.shots}-shot"
-    return line_chart(what, lines, x, _score_axis(kind, high))
+    what = f"{objective.title} by inner step, {measurement.shots}-shot"
+    return line_chart(what, lines, x, _score_axis(objective, high))
 
 
 def _without_a_network(evaluation: Evaluation) -> tuple[float, str]:
     """Return what guessing scores, as the charts show it, and its name."""
-    if evaluation.kind is CLASSIFICATION:
+    if evaluation.objective is CLASSIFICATION:
         return 100 / evaluation.checkpoint.settings.ways, "chance"
-    return evaluation.held_out[0].baseline_score().mean, BASELINES[evaluation.kind].title
+    return evaluation.held_out[0].baseline_score().mean, BASELINES[evaluation.objective].title
 
 
 def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
@@ -171,18 +171,20 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     iterations = [point.iteration for point in curve]
     x = axis("meta-iterations", evaluation.checkpoint.settings.meta_iterations)
     losses = [point.loss for point in curve]
-    kind = evaluation.kind
+    objective = evaluation.objective
     level, what = _without_a_network(evaluation)
-    factor = 100 if kind is CLASSIFICATION else 1
+    factor = 100 if objective is CLASSIFICATION else 1
     score = Line("validation", "trained", iterations, [factor * p.score for p in curve])
     guess = Line(what, "chance", (0, x.high), (level, level))
     high = max(level, *score.y)
     loss = Line("training", "trained", iterations, losses)
     return [
         (
-            f"{kind.title.capitalize()} on validation tasks ({kind.validation.shots}-shot"
+            f"{objective.title.capitalize()} on validation tasks ({objective.validation.shots}-shot"
             f"{', transductive' if evaluation.has_batch_norm else ''})",
-            line_chart(f"validation {kind.title}", [score, guess], x, _score_axis(kind, high)),
+            line_chart(
+                f"validation {objective.title}", [score, guess], x, _score_axis(objective, high)
+            ),
         ),
         (
             "Loss in the last inner step of training tasks",
@@ -191,8 +193,8 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     ]
 
 
-def _score_axis(kind: Kind, high: float) -> Axis:
-    if kind is CLASSIFICATION:
+def _score_axis(objective: Objective, high: float) -> Axis:
+    if objective is CLASSIFICATION:
         return Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
     return axis("", 1.05 * high)
 
@@ -206,8 +208,8 @@ def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
     for task, likely in zip(measurement.tasks, probabilities, strict=False):
         columns = []
         for label in range(likely.shape[-1]):
-            support = task.support[task.support_labels == label]
-            asked = np.flatnonzero(task.query_labels == label)[:EXAMPLE_QUERIES]
+            support = task.support[task.support_targets == label]
+            asked = np.flatnonzero(task.query_targets == label)[:EXAMPLE_QUERIES]
             queries = [
                 Query(
                     _image(data, task.query[i]),

@@ -8,34 +8,36 @@ from rich.markup import escape
 from rich.table import Table
 
 from reptile.evaluate.measure import BASELINES, STARTS
-from reptile.objectives import Kind, kind_scored
+from reptile.objectives import Objective, objective_scored
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Return the table of an evaluation's metrics: a row for each dataset, shots and mode."""
-    kind = kind_scored(next(iter(next(iter(metrics.values())).values()))[BATCH_NORM_MODES[0]])
-    what = f"{kind.title}, {kind.unit}" if kind.unit else kind.title
+    objective = objective_scored(
+        next(iter(next(iter(metrics.values())).values()))[BATCH_NORM_MODES[0]]
+    )
+    what = f"{objective.title}, {objective.unit}" if objective.unit else objective.title
     table = Table(
         title=f"few-shot {what} ± 95 % interval",
         title_justify="left",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    baseline = BASELINES[kind]
+    baseline = BASELINES[objective]
     modes = _modes(metrics)
     for heading in ("data", "shots", *(["batch norm"] if len(modes) > 1 else [])):
         table.add_column(heading, no_wrap=True)
-    for heading in (*STARTS[kind], baseline.title):
+    for heading in (*STARTS[objective], baseline.title):
         table.add_column(heading, justify="right", no_wrap=True)
     for dataset, by_shots in metrics.items():
         for shots, methods in by_shots.items():
-            first = escape(dataset), shots, _score(kind, methods[baseline.name], "")
+            first = escape(dataset), shots, _score(objective, methods[baseline.name], "")
             for mode in modes:
                 scores = methods[mode]
                 name, number, last = first
-                trained = f"[bold]{_score(kind, scores, '')}[/bold]"
-                others = [_score(kind, scores, f"{start}_") for start in STARTS[kind][1:]]
+                trained = f"[bold]{_score(objective, scores, '')}[/bold]"
+                others = [_score(objective, scores, f"{start}_") for start in STARTS[objective][1:]]
                 shown = [mode] if len(modes) > 1 else []
                 table.add_row(name, number, *shown, trained, *others, last)
                 first = "", "", ""
@@ -50,5 +52,5 @@ def _modes(metrics: Mapping[str, Any]) -> Sequence[BatchNormMode]:
     return ("frozen",) if same else BATCH_NORM_MODES
 
 
-def _score(kind: Kind, scores: Mapping[str, float], prefix: str) -> str:
-    return kind.show(scores[f"{prefix}{kind.metric}"], scores[f"{prefix}interval"])
+def _score(objective: Objective, scores: Mapping[str, float], prefix: str) -> str:
+    return objective.show(scores[f"{prefix}{objective.metric}"], scores[f"{prefix}interval"])

@@ -27,8 +27,8 @@ from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import EagerEngine
 from reptile.learn.validate import adapted_in_chunks
 from reptile.minibatches import mini_batches
-from reptile.models import ABSENT
-from reptile.objectives import CLASSIFICATION, Kind
+from reptile.models import MASK_BIAS
+from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import versions
 from reptile.runtime import FewShotModel, FewShotRegressor
 from reptile.settings import VerifySettings
@@ -60,7 +60,7 @@ def verify_bundle(
     """Run every check; return {"passed": bool, "checks": [{"name", "passed", "measured", …}], …}.
 
     Args:
-        settings: the episodes of the accuracy check.
+        settings: the tasks of the accuracy check.
         bundle: the folder.
         checkpoint: what the bundle was exported from.
         data: what the checkpoint was trained on; tasks come from its test split.
@@ -69,7 +69,7 @@ def verify_bundle(
         InputError: there is no manifest to read, or the test split cannot make tasks.
     """
     ways = checkpoint.info.settings.ways
-    needed = settings.shots + checkpoint.info.kind.validation.queries
+    needed = settings.shots + checkpoint.info.objective.validation.queries
     check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
     try:
         manifest = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -124,8 +124,8 @@ class _Subject:
         return self.checkpoint.info.settings.optimizer.name == "adam"
 
     @property
-    def kind(self) -> Kind:
-        return self.checkpoint.info.kind
+    def objective(self) -> Objective:
+        return self.checkpoint.info.objective
 
     @property
     def tolerance(self) -> float:
@@ -192,8 +192,8 @@ def _adapted_error(found: Tensors, wanted: Tensors, start: Tensors) -> float:
         np.concatenate([tensors[name].ravel() for name in names]).astype(np.float64)
         for tensors in (found, wanted, start)
     )
-    silent = origin <= ABSENT / 2  # they would drown all others
-    if not (got[silent] <= ABSENT / 2).all():
+    silent = origin <= MASK_BIAS / 2  # they would drown all others
+    if not (got[silent] <= MASK_BIAS / 2).all():
         return math.inf
     got, want, origin = (values[~silent] for values in (got, want, origin))
     weights = _norm(got - want) / max(_norm(want - origin), 0.01 * _norm(want))
@@ -207,7 +207,7 @@ def _norm(values: Array) -> float:
 
 def _logit_error(found: Array, wanted: Array) -> float:
     """Relative to the largest; of outputs that are not silenced."""
-    heard = wanted > ABSENT / 2
+    heard = wanted > MASK_BIAS / 2
     off = np.abs(found - wanted)[heard].max()
     return float(off / max(1.0, np.abs(wanted[heard]).max()))
 
@@ -281,7 +281,7 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
         ("batches", np.where(task.batches == 4, 99, task.batches)),
         ("batches", np.where(task.batches == 0, -99, task.batches)),
     ]
-    if subject.kind is CLASSIFICATION:
+    if subject.objective is CLASSIFICATION:
         out_of_range += [
             ("support_labels", np.where(task.labels == last, last + 9, task.labels)),
             ("support_labels", np.where(task.labels == 0, -1, task.labels)),
@@ -338,25 +338,25 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
 
 
 def _accuracy(subject: _Subject) -> Iterator[Check]:
-    """Few-shot scores on the same episodes, ONNX against PyTorch."""
+    """Few-shot scores on the same tasks, ONNX against PyTorch."""
     settings, checkpoint, data = subject.settings, subject.checkpoint, subject.data
     model, state, info = checkpoint
-    kind = info.kind
+    objective = info.objective
     protocol = FewShotProtocol(
         info.settings.ways,
         settings.shots,
-        queries=kind.validation.queries,
+        queries=objective.validation.queries,
         steps=subject.allowed(settings.steps),
         batch=int(subject.manifest["inner"]["batch"]),
     )
-    streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.episodes))
+    streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.tasks))
     tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
     engine = EagerEngine(model, info.settings.optimizer, data.images, reference.CPU)
     session = subject.session("few_shot")
 
     def answer(task: Task) -> Array:
         batches = np.stack(task.batches)
-        support = SupportSet(data.images[task.support], task.support_labels, batches)
+        support = SupportSet(data.images[task.support], task.support_targets, batches)
         queries = data.images[task.query].astype(np.float32)
         feeds = support.feeds(checkpoint) | {"query_images": queries}
         return np.asarray(session(feeds)["logits"])
@@ -367,17 +367,17 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
         for chunk, weights in adapted_in_chunks(engine, state, tasks):
             predicted = engine.predict(weights, chunk, "frozen").numpy()
             for task, eager, found in zip(chunk, predicted, answers, strict=False):
-                labels = task.query_labels
-                scores.append([kind.scores(outputs, labels) for outputs in (found, eager)])
-                apart.append(kind.disagreement(found, eager))
+                labels = task.query_targets
+                scores.append([objective.scores(outputs, labels) for outputs in (found, eager)])
+                apart.append(objective.disagreement(found, eager))
     onnx, torch_ = np.mean(scores, axis=0)
     interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
-    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} episodes"
-    name = f"few-shot {kind.title} within PyTorch's 95 % interval"
+    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} tasks"
+    name = f"few-shot {objective.title} within PyTorch's 95 % interval"
     yield Check.at_most(name, abs(onnx - torch_), interval, detail)
     limit = DISAGREE[subject.tolerance]
     name = "share of answers that differ from PyTorch's"
-    if kind is not CLASSIFICATION:
+    if objective is not CLASSIFICATION:
         name = "difference of values from PyTorch's, as a share of them"
     yield Check.at_most(name, float(np.mean(apart)), limit)
 
@@ -403,7 +403,7 @@ def _golden(subject: _Subject) -> Iterator[Check]:
 
 def _runtime(subject: _Subject) -> Iterator[Check]:
     """The runtime accepts the bundle, and its own self-check passes."""
-    runtime = FewShotModel if subject.kind is CLASSIFICATION else FewShotRegressor
+    runtime = FewShotModel if subject.objective is CLASSIFICATION else FewShotRegressor
     runtime.load(subject.folder).check()
     yield Check.none_of("the runtime loads the bundle", [])
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from reptile.data.dataset import Inputs
-from reptile.learn.optimizer import InnerState
+from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import Model, to_unit
+from reptile.models import Model
+from reptile.objectives import to_unit
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
@@ -22,7 +23,7 @@ class Adapted(NamedTuple):
     """What the inner loop made of T tasks, in K steps each."""
 
     weights: Tensor  # [T, P]
-    state: InnerState  # second moment [T, P]; the step count is the same for all
+    state: OptimizerState  # second moment [T, P]; the step count is the same for all
     losses: Tensor  # [T, K], each before its step
 
 
@@ -40,7 +41,7 @@ class Engine(Protocol):
     def images(self, rows: IntArray) -> Tensor:
         """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
 
-    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """Adapt to each task by one inner step for each of its mini-batches.
 
         Args:
@@ -49,7 +50,9 @@ class Engine(Protocol):
             tasks: T tasks of equally many support images, and mini-batches of equal sizes.
         """
 
-    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt_sequential(
+        self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
+    ) -> Adapted:
         """Adapt to each task from the same weights, and from the state that the last one left.
 
         Args:
@@ -71,17 +74,17 @@ class Engine(Protocol):
         """
 
 
-def one_by_one(
-    adapt: Callable[[Tensor, InnerState, Sequence[Task]], Adapted],
+def adapt_each(
+    adapt: Callable[[Tensor, OptimizerState, Sequence[Task]], Adapted],
     weights: Tensor,
-    state: InnerState,
+    state: OptimizerState,
     tasks: Sequence[Task],
 ) -> Adapted:
-    """Do as `Engine.adapt_in_turn` says, by a call of `adapt` for each task."""
+    """Do as `Engine.adapt_sequential` says, by a call of `adapt` for each task."""
     adapted, losses = [], []
     for task in tasks:
         found = adapt(weights, state, [task])
-        state = InnerState(found.state.second_moment[0], found.state.step)
+        state = OptimizerState(found.state.second_moment[0], found.state.step)
         adapted.append(found.weights)
         losses.append(found.losses)
     return Adapted(torch.cat(adapted), state, torch.cat(losses))

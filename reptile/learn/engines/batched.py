@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.data.dataset import Inputs
-from reptile.learn.engines.base import Adapted, gather, one_by_one
-from reptile.learn.optimizer import InnerState, decay, update
+from reptile.learn.engines.base import Adapted, adapt_each, gather
+from reptile.learn.optimizer import OptimizerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Conv4, Model, unflatten
@@ -52,7 +52,7 @@ class BatchedEngine:
         """See `Engine.images`."""
         return gather(self._inputs, rows, self.device)
 
-    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
         steps = len(tasks[0].batches)
         shape = (len(tasks), weights.shape[-1])
@@ -61,17 +61,19 @@ class BatchedEngine:
             state.second_moment.expand(shape).contiguous(),
             torch.tensor(state.step, dtype=torch.float64, device=self.device),
             self.images(np.stack([task.support for task in tasks])).to(weights.dtype),
-            self._send(np.stack([task.support_labels for task in tasks])),
+            self._send(np.stack([task.support_targets for task in tasks])),
         ]
         arguments += [
             self._send(np.stack([task.batches[k] for task in tasks])) for k in range(steps)
         ]
         adapted, moment, losses = self._loop(arguments)(*arguments)
-        return Adapted(adapted, InnerState(moment, state.step + steps), losses)
+        return Adapted(adapted, OptimizerState(moment, state.step + steps), losses)
 
-    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt_in_turn`."""
-        return one_by_one(self.adapt, weights, state, tasks)
+    def adapt_sequential(
+        self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
+    ) -> Adapted:
+        """See `Engine.adapt_sequential`."""
+        return adapt_each(self.adapt, weights, state, tasks)
 
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
@@ -121,12 +123,12 @@ class BatchedEngine:
         """
 
         def loss(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            logits = self._network.logits(unflatten(self.model, weights), images)
-            return self.model.loss(logits, labels)
+            logits = self._network.forward(unflatten(self.model, weights), images)
+            return self.model.objective.loss(logits, labels)
 
         gradients = torch.vmap(torch.func.grad_and_value(loss))
         tasks = torch.arange(len(weights), device=self.device)[:, None]
-        state = InnerState(moment, cast(int, step))  # counting works on a tensor too
+        state = OptimizerState(moment, cast(int, step))  # counting works on a tensor too
         losses = [weights.new_empty(len(weights), 0)]
         for batch in batches:
             weights = decay(weights, self.optimizer)

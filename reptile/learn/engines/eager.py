@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from reptile.data.dataset import Inputs
-from reptile.learn.engines.base import Adapted, gather, one_by_one
-from reptile.learn.optimizer import InnerState, decay, update
+from reptile.learn.engines.base import Adapted, adapt_each, gather
+from reptile.learn.optimizer import OptimizerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, unflatten
@@ -38,26 +38,28 @@ class EagerEngine:
         """See `Engine.images`."""
         return gather(self._inputs, rows, self.device)
 
-    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
         shape = (len(tasks), weights.shape[-1])
         starts, moments = weights.expand(shape), state.second_moment.expand(shape)
         results = [
-            self._adapt_one(start, InnerState(moment, state.step), task)
+            self._adapt_one(start, OptimizerState(moment, state.step), task)
             for start, moment, task in zip(starts, moments, tasks, strict=True)
         ]
         return Adapted(
             torch.stack([weights for weights, _, _ in results]),
-            InnerState(
+            OptimizerState(
                 torch.stack([state.second_moment for _, state, _ in results]),
                 results[0][1].step,
             ),
             torch.stack([losses for _, _, losses in results]),
         )
 
-    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt_in_turn`."""
-        return one_by_one(self.adapt, weights, state, tasks)
+    def adapt_sequential(
+        self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
+    ) -> Adapted:
+        """See `Engine.adapt_sequential`."""
+        return adapt_each(self.adapt, weights, state, tasks)
 
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
@@ -72,16 +74,16 @@ class EagerEngine:
         return torch.stack(found)
 
     def _adapt_one(
-        self, weights: Tensor, state: InnerState, task: Task
-    ) -> tuple[Tensor, InnerState, Tensor]:
+        self, weights: Tensor, state: OptimizerState, task: Task
+    ) -> tuple[Tensor, OptimizerState, Tensor]:
         images = self.images(task.support).to(weights.dtype)
-        labels = torch.from_numpy(task.support_labels).to(self.device)
+        labels = torch.from_numpy(task.support_targets).to(self.device)
         losses = [weights.new_empty(0)]
         for positions in task.batches:
             batch = torch.from_numpy(positions).to(self.device)
             weights = decay(weights, self.optimizer).detach().requires_grad_()
-            logits = self.model.logits(unflatten(self.model, weights), images[batch])
-            loss = self.model.loss(logits, labels[batch])
+            logits = self.model.forward(unflatten(self.model, weights), images[batch])
+            loss = self.model.objective.loss(logits, labels[batch])
             (gradient,) = torch.autograd.grad(loss, weights)
             with torch.no_grad():
                 weights, state = update(weights, gradient, state, self.optimizer)

@@ -20,9 +20,10 @@ from reptile.data.dataset import Inputs
 from reptile.errors import InputError
 from reptile.learn.engines.base import Adapted, gather
 from reptile.learn.engines.native.build import BuildError, load_kernel
-from reptile.learn.optimizer import BETA2, EPSILON, InnerState
+from reptile.learn.optimizer import BETA2, EPSILON, OptimizerState
 from reptile.minibatches import IntArray
 from reptile.models import CONV_LAYERS, Model, size
+from reptile.objectives import CLASSIFICATION, REGRESSION
 from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Targets, Task
 
@@ -153,7 +154,7 @@ class NativeEngine:
         """See `Engine.images`."""
         return gather(self._inputs, rows, torch.device("cpu"))
 
-    def adapt(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
+    def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`.
 
         Raises:
@@ -169,10 +170,12 @@ class NativeEngine:
             stride = self._size
         moved = torch.empty(len(tasks), self._size)
         adapted, losses = self._adapt(weights, moment, state.step, tasks, stride, moved)
-        return Adapted(adapted, InnerState(moved, state.step + losses.shape[1]), losses)
+        return Adapted(adapted, OptimizerState(moved, state.step + losses.shape[1]), losses)
 
-    def adapt_in_turn(self, weights: Tensor, state: InnerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt_in_turn`.
+    def adapt_sequential(
+        self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
+    ) -> Adapted:
+        """See `Engine.adapt_sequential`.
 
         Raises:
             InputError: as `adapt`; weights or a second moment that are not [P].
@@ -181,7 +184,7 @@ class NativeEngine:
         moment, _ = self._checked(state.second_moment, None, "second_moment")
         moved = torch.empty(self._size)
         adapted, losses = self._adapt(weights, moment, state.step, tasks, 0, moved)
-        return Adapted(adapted, InnerState(moved, state.step + losses.numel()), losses)
+        return Adapted(adapted, OptimizerState(moved, state.step + losses.numel()), losses)
 
     def _adapt(
         self,
@@ -200,7 +203,7 @@ class NativeEngine:
         work = _work(tasks, len(self._inputs), self.model)
         adapted = torch.empty(len(tasks), self._size)
         losses = torch.empty(len(tasks), work.steps)
-        regression = self.model.objective == "squared_error"
+        regression = self.model.objective is REGRESSION
         call = _Call(
             self._inputs.ctypes.data,
             len(tasks),
@@ -288,7 +291,7 @@ def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
         raise InputError("a mini-batch is empty: each needs at least one image")
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     joined = np.concatenate(targets)
-    if model.objective == "cross_entropy":
+    if model.objective is CLASSIFICATION:
         _check_range(joined, model.outputs, "label")
         joined = joined.astype(np.int64)
     else:
@@ -300,8 +303,8 @@ def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
 
 def _targets(task: Task, model: Model) -> Targets:
     """Return a classifier's labels [S] or a regressor's values [S, outputs]."""
-    targets, size, outputs = task.support_labels, len(task.support), model.outputs
-    if model.objective == "cross_entropy":
+    targets, size, outputs = task.support_targets, len(task.support), model.outputs
+    if model.objective is CLASSIFICATION:
         fits = targets.dtype.kind in "iu" and targets.shape == (size,)
         wanted = f"classifier takes integers [{size}]"
     else:
@@ -357,7 +360,7 @@ def _settings(model: Model, optimizer: OptimizerSettings, inputs: Inputs) -> _Se
         len(units),
         (ctypes.c_int32 * MAX_LAYERS)(*units),
         mlp and settings.activation == "tanh",
-        model.objective == "squared_error",
+        model.objective is REGRESSION,
         inputs.dtype == np.float32,
         optimizer.name == "adam",
         optimizer.learning_rate,
