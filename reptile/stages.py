@@ -22,8 +22,10 @@ from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.curves import CurveWriter
 from reptile.learn.distributed import join
-from reptile.learn.train import Progress, choose_device, run_folder
-from reptile.learn.train import train as meta_train
+from reptile.learn.engines import choose_device
+from reptile.learn.run import run_training
+from reptile.learn.run_folder import run_folder
+from reptile.learn.train import Progress
 from reptile.objectives import objective_of
 from reptile.settings import (
     EvaluateSettings,
@@ -62,14 +64,14 @@ def train(
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
-            return meta_train(settings, data, work, resume=resume, processes=processes)
+            return run_training(settings, data, work, resume=resume, processes=processes)
         with CurveWriter(curves, objective_of(data.values)) as writer:
 
             def observe(progress: Progress) -> None:
                 writer.write(progress.curve)
                 on_progress(progress)
 
-            result = meta_train(
+            result = run_training(
                 settings, data, work, resume=resume, processes=processes, on_progress=observe
             )
             writer.write(result.info.curve)
