@@ -11,7 +11,7 @@ from typing import Any
 
 from reptile.data.dataset import PreparedData, load_cross_domain, load_prepared
 from reptile.data.prepare import prepare as prepare_data
-from reptile.errors import InputError, VerificationError
+from reptile.errors import VerificationError
 from reptile.evaluate import Evaluation, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.gate import check_gate
@@ -90,7 +90,7 @@ def evaluate(
     """Measure few-shot scores on held-out classes and on the cross-domain data."""
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
@@ -111,7 +111,7 @@ def export(
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, data.name, metrics)
     export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
@@ -131,21 +131,10 @@ def verify(
     """
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     if failed:
         raise VerificationError(f"{bundle} failed {', '.join(failed)}; see {verification}")
     return report
-
-
-def check_same_data(checkpoint: Checkpoint, data: PreparedData) -> None:
-    """Refuse data other than the checkpoint was trained on: its held-out classes are not ours."""
-    info = checkpoint.info
-    if (info.data_sha256, info.splits_sha256) != (data.content_sha256, data.splits_sha256):
-        raise InputError(
-            f"the checkpoint was trained on {info.dataset} with data {info.data_sha256[:12]} and "
-            f"splits {info.splits_sha256[:12]}, the prepared data has {data.content_sha256[:12]} "
-            f"and {data.splits_sha256[:12]}; run `reptile train` again"
-        )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reptile.cpus import available_cpus
 from reptile.data.dataset import PreparedData
 from reptile.errors import DivergedError, InputError
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
@@ -67,6 +68,8 @@ def run_training(
             processes.size,
         )
     device = choose_device(settings.device)
+    # More threads than the system grants would be stopped for most of the time.
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     start = _agree(start, processes, device)
     engine = make_engine(settings.engine, start.model, settings.optimizer, data.images, device)
     try:
