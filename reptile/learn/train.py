@@ -6,7 +6,6 @@ The loop is meant to be read beside the paper's algorithm box. What one meta-ste
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +20,16 @@ from reptile.learn.checkpoint import (
     CheckpointInfo,
     CurvePoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from reptile.learn.distributed import Processes
 from reptile.learn.engines import make_engine
 from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
+from reptile.learn.run_folder import keep_checkpoint, kept_checkpoints, run_folder
 from reptile.learn.validate import mean_score
 from reptile.models import initialise
 from reptile.objectives import Objective, objective_of
-from reptile.provenance import code_sha256, settings_sha256, versions
+from reptile.provenance import code_sha256, versions
 from reptile.settings import TrainSettings
 from reptile.tasks import (
     Purpose,
@@ -92,7 +91,7 @@ def train(
     run = run_folder(work, start.info)
     if processes.first and not resume:
         shutil.rmtree(run, ignore_errors=True)
-    kept = _kept(run) if processes.first else []
+    kept = kept_checkpoints(run) if processes.first else []
     if processes.first and processes.size > 1 and settings.optimizer.state == "sequential":
         log.warning(
             "train.optimizer.state = sequential: tasks run one after another, so %d processes are "
@@ -125,7 +124,7 @@ def train(
             curve = (*info.curve, point)
             info = info.model_copy(update={"iteration": iteration + 1, "curve": curve})
             if processes.first:
-                _keep(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
+                keep_checkpoint(run, Checkpoint(model, _to(state, torch.device("cpu")), info))
         of = settings.meta_iterations
         on_progress(Progress(iteration + 1, of, engine.name, info.objective, info.curve))
     return Checkpoint(model, _to(state, torch.device("cpu")), info)
@@ -138,12 +137,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's, one a device
-
-
-def run_folder(work: Path, info: CheckpointInfo) -> Path:
-    """Return the folder in `work` that belongs to a run, whatever progress it has made."""
-    identity = info.model_dump(mode="json", exclude={"iteration", "curve"})
-    return work / settings_sha256(identity)[:16]
 
 
 def _start(settings: TrainSettings, data: PreparedData) -> Checkpoint:
@@ -190,22 +183,6 @@ def _validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]
     ]
 
 
-def _keep(run: Path, checkpoint: Checkpoint) -> None:
-    """Save a checkpoint under its own name, then drop the older ones."""
-    name = f"iteration-{checkpoint.info.iteration:08d}"
-    save_checkpoint(run / name, checkpoint)
-    for folder in _kept(run):
-        if folder.name != name:
-            shutil.rmtree(folder)
-
-
-def _kept(run: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
-    if not run.is_dir():
-        return []
-    return sorted(path for path in run.iterdir() if re.fullmatch(r"iteration-\d{8}", path.name))
-
-
 def _to(state: MetaState, device: torch.device) -> MetaState:
     weights, inner = state
     moved = OptimizerState(inner.second_moment.to(device), inner.step)
@@ -213,7 +190,7 @@ def _to(state: MetaState, device: torch.device) -> MetaState:
 
 
 def _diverged(settings: TrainSettings, iteration: int, run: Path) -> str:
-    kept = _kept(run)
+    kept = kept_checkpoints(run)
     saved = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was due before"
     return (
         f"the loss is no longer finite in meta-iteration {iteration + 1}; {saved}. "
