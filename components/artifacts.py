@@ -176,7 +176,7 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
     try:
         trained_on = load_prepared(Path(prepared.path))
         trained = load_checkpoint(Path(checkpoint.path))
-        stages.check_same_data(trained, trained_on)
+        trained.info.check_data(trained_on)
         scores = metrics(evaluate_checkpoint(chosen, trained, trained_on, {}, ways=ways))
     except InputError as error:
         return f"| {point} | {error} | |"

@@ -2,7 +2,7 @@
 
 Each is one function: settings and input folders in, one output folder out, written whole or not at
 all. What a stage does lies in the room of its name; this is only where the rooms are joined. Each
-function imports what it runs, so that reptile.provenance can tell what each result depends on.
+function imports what it runs, so that reptile.provenance can say what each result depends on.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reptile.errors import InputError, VerificationError
+from reptile.errors import VerificationError
 from reptile.files import atomic_directory, write_json
 from reptile.settings import (
     EvaluateSettings,
@@ -58,22 +58,22 @@ def train(
     from reptile.learn.checkpoint import save_checkpoint
     from reptile.learn.curves import CurveWriter
     from reptile.learn.distributed import join
+    from reptile.learn.engines import choose_device
+    from reptile.learn.run import run_training
     from reptile.learn.run_folder import run_folder
-    from reptile.learn.train import choose_device
-    from reptile.learn.train import train as meta_train
     from reptile.objectives import objective_of
 
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
-            return meta_train(settings, data, work, resume=resume, processes=processes)
+            return run_training(settings, data, work, resume=resume, processes=processes)
         with CurveWriter(curves, objective_of(data.values)) as writer:
 
             def observe(progress: "Progress") -> None:
                 writer.write(progress.curve)
                 on_progress(progress)
 
-            result = meta_train(
+            result = run_training(
                 settings, data, work, resume=resume, processes=processes, on_progress=observe
             )
             writer.write(result.info.curve)
@@ -97,7 +97,7 @@ def evaluate(
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
@@ -124,7 +124,7 @@ def export(
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, data.name, metrics)
     export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
@@ -148,21 +148,10 @@ def verify(
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     if failed:
         raise VerificationError(f"{bundle} failed {', '.join(failed)}; see {verification}")
     return report
-
-
-def check_same_data(checkpoint: "Checkpoint", data: "PreparedData") -> None:
-    """Refuse data other than the checkpoint was trained on: its held-out classes are not ours."""
-    info = checkpoint.info
-    if (info.data_sha256, info.splits_sha256) != (data.content_sha256, data.splits_sha256):
-        raise InputError(
-            f"the checkpoint was trained on {info.dataset} with data {info.data_sha256[:12]} and "
-            f"splits {info.splits_sha256[:12]}, the prepared data has {data.content_sha256[:12]} "
-            f"and {data.splits_sha256[:12]}; run `reptile train` again"
-        )

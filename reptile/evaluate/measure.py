@@ -20,10 +20,9 @@ from reptile.errors import InputError
 from reptile.evaluate.baselines import train_jointly
 from reptile.evaluate.fits import Fit, fit_curves
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engines import Engine, make_engine
+from reptile.learn.engines import Engine, choose_device, make_engine
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
-from reptile.learn.train import choose_device
 from reptile.learn.validate import TASKS_AT_ONCE, adapted_in_chunks
 from reptile.minibatches import IntArray
 from reptile.models import initialise, mask_absent_outputs

@@ -18,7 +18,7 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.export import reference
 from reptile.export.card import model_card
-from reptile.export.graphs import build_graphs
+from reptile.export.graphs import build_graphs, exportable
 from reptile.export.reference import SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def _manifest(
         "name": settings.name,
         "created_by": f"reptile {__version__}",
         "task": _task(checkpoint),
-        "model": model.settings.model_dump(mode="json"),
+        "model": exportable(model).settings.model_dump(mode="json"),
         "inner": {
             "optimizer": optimizer.name,
             "learning_rate": optimizer.learning_rate,

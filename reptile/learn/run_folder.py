@@ -1,8 +1,4 @@
-"""Unfinished training runs: a folder each, named after what the run is made of.
-
-The latest checkpoint in it is always whole: a new one is saved under a name of its own before the
-older ones are removed.
-"""
+"""The folder of an unfinished run: its checkpoints, of which the latest is always whole."""
 
 import re
 import shutil
@@ -18,17 +14,22 @@ def run_folder(work: Path, info: CheckpointInfo) -> Path:
     return work / settings_sha256(identity)[:16]
 
 
-def keep_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+def keep(run: Path, checkpoint: Checkpoint) -> None:
     """Save a checkpoint under its own name, then drop the older ones."""
     name = f"iteration-{checkpoint.info.iteration:08d}"
     save_checkpoint(run / name, checkpoint)
-    for folder in kept_checkpoints(run):
+    for folder in kept(run):
         if folder.name != name:
             shutil.rmtree(folder)
 
 
-def kept_checkpoints(run: Path) -> list[Path]:
+def kept(run: Path) -> list[Path]:
     """Return the whole checkpoints of a run, oldest first."""
     if not run.is_dir():
         return []
     return sorted(path for path in run.iterdir() if re.fullmatch(r"iteration-\d{8}", path.name))
+
+
+def remove(run: Path) -> None:
+    """Remove a run's folder, if there is one."""
+    shutil.rmtree(run, ignore_errors=True)
