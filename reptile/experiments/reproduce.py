@@ -201,7 +201,7 @@ def as_json(result: Reproduction) -> dict[str, Any]:
         ],
         "data_sha256": result.data.content_sha256,
         "splits_sha256": result.data.splits_sha256,
-        "code_sha256": code_sha256(),
+        "code_sha256": code_sha256("prepare", "train", "evaluate"),
         "versions": versions("torch", "numpy"),
         "over_seeds": joint,
         "seeds": [

@@ -267,3 +267,20 @@ def test_the_readmes_consumer_script_runs_as_it_stands(here: Path, root: Path) -
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert names <= {"alef", "bet", "gimel", "dalet", "he"}
     assert (here / "hebrew.task").is_file()
+
+
+def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path, run: Run) -> None:
+    code, out, _ = run("runs")
+    assert (code, out) == (0, "no unfinished runs in artifacts/training\n")
+    checkpoint = here / "artifacts/training" / ("a" * 16) / "iteration-00000003"
+    shutil.copytree(here / "artifacts/checkpoint", checkpoint)
+
+    code, out, _ = run("runs")
+    assert code == 0
+    assert "meta-iteration 3" in out
+    assert out.endswith("; resumed\n")
+    code, out, _ = run("runs", "--remove", "-S", "train.seed=7")
+    assert code == 0
+    assert "removed: other settings (seed: 0, now 7)" in out
+    assert not checkpoint.parent.exists()
+    assert (here / "artifacts/checkpoint").is_dir()

@@ -84,7 +84,7 @@ def render_report(evaluation: Evaluation) -> str:
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
         train_settings=_flat(evaluation.checkpoint.settings),
-        code=code_sha256(),
+        code=code_sha256("evaluate"),
         versions={"reptile": __version__} | versions("torch", "numpy"),
     )
 
