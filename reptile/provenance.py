@@ -65,6 +65,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "evaluate/confusions.py",
         "evaluate/fits.py",
         "evaluate/measure.py",
+        "evaluate/metrics.py",
         "evaluate/report",
         "evaluate/write.py",
     ),
@@ -72,6 +73,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         *_ALL,
         *_TRAINED,
         "evaluate",
+        "bundle_format.py",
         "export/__init__.py",
         "export/card.py",
         "export/fold.py",
@@ -81,7 +83,19 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "export/rows.py",
         "export/write.py",
     ),
-    "verify": (*_ALL, *_TRAINED, "export", "runtime"),
+    "verify": (
+        *_ALL,
+        *_TRAINED,
+        "bundle_format.py",
+        "export/__init__.py",
+        "export/fold.py",
+        "export/gradient.py",
+        "export/graphs.py",
+        "export/reference.py",
+        "export/rows.py",
+        "export/verify",
+        "runtime",
+    ),
 }
 """The files and folders of this package that a stage's result depends on."""
 

@@ -9,7 +9,7 @@ import pytest
 
 # Each room may import those before it, and itself.
 ORDER = [
-    {"errors", "files", "minibatches", "settings", "provenance", "cpus", "images"},
+    {"errors", "files", "minibatches", "bundle_format", "settings", "provenance", "cpus", "images"},
     {"data"},
     {"models", "tasks", "objectives"},
     {"learn"},
@@ -21,7 +21,7 @@ ORDER = [
     {"cli"},
     {"__main__"},
 ]
-RUNTIME = {"errors", "files", "minibatches", "runtime"}
+RUNTIME = {"errors", "files", "minibatches", "bundle_format", "runtime"}
 PACKAGE = Path(__file__).parent.parent / "reptile"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

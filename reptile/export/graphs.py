@@ -8,8 +8,8 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -39,6 +39,12 @@ class Spec(NamedTuple):
 
 
 Specs = dict[str, Spec]
+
+DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.BOOL: "bool",
+}
 
 
 def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.ModelProto]:
@@ -70,6 +76,20 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
     return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
+
+
+def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
+    """Return inputs or outputs of a graph as the manifest lists them."""
+    return [
+        {
+            "name": value.name,
+            "dtype": DTYPES[value.type.tensor_type.elem_type],
+            "shape": [
+                size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim
+            ],
+        }
+        for value in values
+    ]
 
 
 def exportable(model: Model) -> Network:

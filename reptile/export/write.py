@@ -5,7 +5,7 @@ is the stage's business.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,25 @@ import onnx
 import torch
 
 from reptile import __version__
+from reptile.bundle_format import (
+    CARD_FILE,
+    GOLDEN_FILE,
+    GOLDEN_FOLDER,
+    MANIFEST_FILE,
+    GoldenCase,
+    golden_json,
+    graph_path,
+    manifest_json,
+)
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
-from reptile.export.graphs import build_graphs, exportable
+from reptile.export.graphs import build_graphs, describe, exportable
 from reptile.export.reference import SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
-from reptile.objectives import CLASSIFICATION
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -33,20 +42,9 @@ from reptile.tasks import (
     random_stream,
 )
 
-FORMAT = 1
-MANIFEST_FILE = "manifest.json"
-CARD_FILE = "MODEL_CARD.md"
-GOLDEN_FOLDER = "golden"
-GOLDEN_FILE = "golden.json"
 GOLDEN_STEPS = (0, 5, 50)
 ATOL, RTOL = 1e-4, 1e-4  # well above float32 rounding, well below any fault's effect
 MAX_TOLERANCE = 1e-2  # a tolerance this wide says nothing
-
-DTYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.INT64: "int64",
-    onnx.TensorProto.BOOL: "bool",
-}
 
 
 def export_bundle(
@@ -93,11 +91,6 @@ def export_bundle(
         write_json(temporary / MANIFEST_FILE, manifest)
 
 
-def graph_path(name: str) -> str:
-    """Return where a graph lies in the bundle: the layout of a Triton model repository."""
-    return f"{name}/1/model.onnx"
-
-
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
@@ -107,33 +100,29 @@ def _manifest(
 ) -> dict[str, Any]:
     model, _, info = checkpoint
     optimizer = info.settings.optimizer
-    adapted = describe(graphs["predict_adapted"].graph.input)[1:]
-    return {
-        "format": FORMAT,
-        "name": settings.name,
-        "created_by": f"reptile {__version__}",
-        "task": _task(checkpoint),
-        "model": exportable(model).settings.model_dump(mode="json"),
-        "inner": {
-            "optimizer": optimizer.name,
-            "learning_rate": optimizer.learning_rate,
-            "weight_decay": optimizer.weight_decay,
-            "steps": protocol.steps,
-            "batch": protocol.batch,
-            "replacement": False,
-        },
-        "limits": {"max_steps": settings.max_steps, "max_support": settings.max_support},
-        "graphs": {
+    return manifest_json(
+        name=settings.name,
+        created_by=f"reptile {__version__}",
+        kind=info.objective.name,
+        outputs=model.outputs,
+        image_shape=model.image_shape,
+        model=exportable(model).settings.model_dump(mode="json"),
+        optimizer=optimizer.name,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        steps=protocol.steps,
+        batch=protocol.batch,
+        max_steps=settings.max_steps,
+        max_support=settings.max_support,
+        graphs={
             name: {
-                "path": graph_path(name),
                 "inputs": describe(graph.graph.input),
                 "outputs": describe(graph.graph.output),
             }
             for name, graph in graphs.items()
         },
-        "adapted": {tensor["name"]: tensor["shape"] for tensor in adapted},
-        "metrics": metrics and metrics.model_dump(mode="json"),
-        "provenance": {
+        metrics=None if metrics is None else metrics.model_dump(mode="json"),
+        provenance={
             "dataset": info.dataset,
             "data_sha256": info.data_sha256,
             "splits_sha256": info.splits_sha256,
@@ -141,30 +130,7 @@ def _manifest(
             "code_sha256": info.code_sha256,
             "versions": info.versions | versions("torch", "onnx", "onnxscript"),
         },
-    }
-
-
-def _task(checkpoint: Checkpoint) -> dict[str, Any]:
-    model, objective = checkpoint.model, checkpoint.info.objective
-    inputs = {"image_shape": list(model.image_shape), "layout": "NCHW"}
-    if objective is CLASSIFICATION:
-        head = {"kind": objective.name, "ways": model.outputs}
-        return head | inputs | {"pixel_range": [0, 255], "dtype": "float32"}
-    return {"kind": objective.name, "outputs": model.outputs} | inputs | {"dtype": "float32"}
-
-
-def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
-    """Return inputs or outputs of a graph as the manifest lists them."""
-    return [
-        {
-            "name": value.name,
-            "dtype": DTYPES[value.type.tensor_type.elem_type],
-            "shape": [
-                size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim
-            ],
-        }
-        for value in values
-    ]
+    )
 
 
 def _write_golden(
@@ -224,7 +190,7 @@ class _Golden:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._cases: list[dict[str, Any]] = []
+        self._cases: list[GoldenCase] = []
 
     def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
         deviation = max(float(np.abs(single[key] - double[key]).max(initial=0)) for key in double)
@@ -232,18 +198,12 @@ class _Golden:
         if tolerance > MAX_TOLERANCE:
             return
         outputs = double | ({"finite": np.array(True)} if "losses" in double else {})
-        self._cases.append(
-            {
-                "graph": graph,
-                "inputs": self._store(name, feeds),
-                "outputs": self._store(name, outputs),
-                "atol": tolerance,
-                "rtol": RTOL,
-            }
-        )
+        inputs = self._store(name, feeds)
+        case = GoldenCase(graph, inputs, self._store(name, outputs), tolerance, RTOL)
+        self._cases.append(case)
 
     def close(self) -> None:
-        write_json(self._folder / GOLDEN_FILE, {"cases": self._cases})
+        write_json(self._folder / GOLDEN_FILE, golden_json(self._cases))
 
     def _store(self, name: str, tensors: Tensors) -> dict[str, str]:
         files = {key: f"{name}/{key}.npy" for key in tensors}

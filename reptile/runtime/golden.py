@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reptile.bundle_format import GOLDEN_FILE, GOLDEN_FOLDER, parse_golden
 from reptile.errors import InputError
-from reptile.runtime.bundle import Bundle, parse_json
+from reptile.runtime.bundle import Bundle
 
-_INDEX = "golden/golden.json"
+_INDEX = f"{GOLDEN_FOLDER}/{GOLDEN_FILE}"
 
 
 def check_golden(
@@ -27,28 +28,25 @@ def check_golden(
     """
     sessions: dict[str, Any] = {}
     largest = 0.0
-    try:
-        cases = parse_json(bundle.read(_INDEX), _INDEX)["cases"]
-        if not cases:
-            raise InputError(f"{_INDEX} has no cases; export the bundle again")
-        for case in cases:
-            graph = case["graph"]
-            if graph not in sessions:
-                sessions[graph] = bundle.open(graph, threads=threads, providers=providers)
-            inputs = {name: _array(bundle, file) for name, file in case["inputs"].items()}
-            wanted = {name: _array(bundle, file) for name, file in case["outputs"].items()}
-            found = sessions[graph].run(list(wanted), inputs)
-            for (name, want), got in zip(wanted.items(), found, strict=True):
-                what = f"graph {graph!r}, output {name!r}"
-                largest = max(largest, _deviation(got, want, case["atol"], case["rtol"], what))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{_INDEX} cannot be used: {error!r}; export the bundle again") from error
+    for case in parse_golden(bundle.read(_INDEX), _INDEX):
+        if case.graph not in bundle.graphs:
+            raise InputError(f"{_INDEX}: there is no graph {case.graph!r}; export the bundle again")
+        if case.graph not in sessions:
+            sessions[case.graph] = bundle.open(case.graph, threads=threads, providers=providers)
+        inputs = {name: _array(bundle, file) for name, file in case.inputs.items()}
+        wanted = {name: _array(bundle, file) for name, file in case.outputs.items()}
+        found = sessions[case.graph].run(list(wanted), inputs)
+        for (name, want), got in zip(wanted.items(), found, strict=True):
+            what = f"graph {case.graph!r}, output {name!r}"
+            largest = max(largest, _deviation(got, want, case.atol, case.rtol, what))
     return largest
 
 
 def _array(bundle: Bundle, file: str) -> npt.NDArray[Any]:
     try:
-        return np.asarray(np.load(io.BytesIO(bundle.read(f"golden/{file}")), allow_pickle=False))
+        return np.asarray(
+            np.load(io.BytesIO(bundle.read(f"{GOLDEN_FOLDER}/{file}")), allow_pickle=False)
+        )
     except (ValueError, EOFError) as error:
         raise InputError(f"golden/{file} is not a .npy file: {error}") from error
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reptile.bundle_format import MAX_LEARNING_RATE
 from reptile.errors import InputError
-
-MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
 
 
 def check_images(

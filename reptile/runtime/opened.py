@@ -57,7 +57,7 @@ class OpenedBundle:
     @property
     def manifest(self) -> dict[str, Any]:
         """The bundle's manifest.json as it stands."""
-        return self.bundle.manifest
+        return self.bundle.raw
 
     def check(self) -> float:
         """Run the bundle's golden cases here and return the largest absolute deviation.

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from reptile.bundle_format import parse_json
 from reptile.errors import InputError
 from reptile.files import atomic_file
-from reptile.runtime.bundle import Bundle, parse_json
+from reptile.runtime.bundle import Bundle
 
 FORMAT = "reptile-adapted/1"
 _MAX_HEADER_BYTES = 1 << 20

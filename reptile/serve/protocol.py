@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
+from reptile.bundle_format import TensorType
 from reptile.errors import InputError
-from reptile.runtime.bundle import TensorType
 
 Array = npt.NDArray[Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reptile.bundle_format import TensorType
 from reptile.errors import DivergedError, InputError
 from reptile.runtime import AdaptedModel, FewShotModel
-from reptile.runtime.bundle import TensorType
 from reptile.runtime.inputs import check_images, check_learning_rate
 from reptile.runtime.provider import run_within
 from reptile.serve.pixels import whole_pixels

@@ -18,8 +18,8 @@ from pipeline.__main__ import app
 from pipeline.cron import parse_cron
 from pipeline.graph import SECRET_KEYS, WORK
 from pipeline.package import load_package, run_parameters
+from reptile.bundle_format import GRAPHS
 from reptile.cli import app as reptile_app
-from reptile.export.verify.parity import GRAPHS
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"

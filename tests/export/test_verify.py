@@ -12,10 +12,10 @@ from onnx import numpy_helper
 
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
+from reptile.export.graphs import describe
 from reptile.export.verify import parity as module
 from reptile.export.verify import verify_bundle
 from reptile.export.verify.conformance import Check
-from reptile.export.write import describe
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import Checkpoint
 from reptile.settings import VerifySettings

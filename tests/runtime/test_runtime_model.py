@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from reptile.errors import InputError
+from reptile.errors import DivergedError, InputError
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotModel
 from reptile.runtime.model import _CHUNK
@@ -304,7 +304,7 @@ def test_a_diverged_adaptation_says_to_lower_the_rate(
             return [np.array(False), *[np.zeros(1, np.float32)] * (len(names) - 1)]
 
     object.__setattr__(model, "_adapt", Diverges())
-    with pytest.raises(InputError, match=r"diverged.*lower learning_rate.*made for 0\.5"):
+    with pytest.raises(DivergedError, match=r"diverged.*lower learning_rate.*made for 0\.5"):
         model.adapt(images, FOUR)
 
 

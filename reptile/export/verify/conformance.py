@@ -7,14 +7,14 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from reptile.export.graphs import IR_VERSION, OPSET
-from reptile.export.write import MANIFEST_FILE, describe
+from reptile.bundle_format import MANIFEST_FILE, Manifest
+from reptile.export.graphs import IR_VERSION, OPSET, describe
 from reptile.files import sha256_file
 from reptile.learn.optimizer import EPSILON
 
@@ -40,9 +40,9 @@ class Check(NamedTuple):
         return cls.at_most(name, len(problems), 0, "; ".join(problems[:5]))
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+def check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """Compare the files with the manifest's list, both ways."""
-    listed = manifest["files"]
+    listed = manifest.files
     present = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -58,13 +58,13 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     yield Check.none_of("files match their SHA-256", problems)
 
 
-def check_graph(name: str, path: Path, manifest: dict[str, Any], adam: bool) -> Iterator[Check]:
+def check_graph(name: str, path: Path, manifest: Manifest, adam: bool) -> Iterator[Check]:
     """Check one graph's form."""
     model = onnx.load(path, load_external_data=False)
     yield Check.none_of(f"{name}: ONNX checker and strict shape inference", _invalid(model))
     yield Check.none_of(f"{name}: opset {OPSET}, no other domain", _not_standard(model))
     yield Check.none_of(f"{name}: no descriptions or paths", _leaks(model, path.read_bytes()))
-    entry, graph = manifest["graphs"][name], model.graph
+    entry, graph = manifest.raw["graphs"][name], model.graph
     found = {"inputs": describe(graph.input), "outputs": describe(graph.output)}
     problems = [f"{kind} differ" for kind, tensors in found.items() if entry[kind] != tensors]
     yield Check.none_of(f"{name}: tensors as in the manifest", problems)

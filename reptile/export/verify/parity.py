@@ -5,7 +5,6 @@ check loads it with that runtime too. The form of the files is `conformance`'s b
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,20 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from reptile.bundle_format import (
+    GOLDEN_FILE,
+    GOLDEN_FOLDER,
+    GRAPHS,
+    MANIFEST_FILE,
+    Manifest,
+    parse_golden,
+    parse_manifest,
+)
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.export import reference
 from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.export.verify.conformance import Check, check_files, check_graph
-from reptile.export.write import GOLDEN_FILE, GOLDEN_FOLDER, MANIFEST_FILE
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import EagerEngine
 from reptile.learn.validate import adapted_in_chunks
@@ -41,7 +48,6 @@ from reptile.tasks import (
     random_stream,
 )
 
-GRAPHS = ("predict", "adapt", "predict_adapted", "few_shot")
 STEPS = (0, 1, 5, 50)
 SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some of fewer classes than the head has
 SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
@@ -72,8 +78,10 @@ def verify_bundle(
     needed = settings.shots + checkpoint.info.objective.validation.queries
     check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
     try:
-        manifest = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = parse_manifest(
+            (bundle / MANIFEST_FILE).read_bytes(), str(bundle / MANIFEST_FILE)
+        )
+    except OSError as error:
         raise InputError(f"{bundle}: no manifest ({error}); run `reptile export` first") from None
     subject = _Subject(settings, bundle, manifest, checkpoint, data)
     checks: list[Check] = []
@@ -114,7 +122,7 @@ class _Subject:
 
     settings: VerifySettings
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     checkpoint: Checkpoint
     data: PreparedData
     _sessions: dict[tuple[str, bool, int], _Session] = field(default_factory=dict)
@@ -133,10 +141,10 @@ class _Subject:
         return COLD_TOLERANCE if cold else WARM_TOLERANCE
 
     def allowed(self, steps: int) -> int:
-        return min(steps, int(self.manifest["limits"]["max_steps"]))
+        return min(steps, self.manifest.max_steps)
 
     def path(self, graph: str) -> Path:
-        return self.folder / str(self.manifest["graphs"][graph]["path"])
+        return self.folder / self.manifest.graphs[graph].path
 
     def session(self, graph: str, optimised: bool = True, threads: int = 1) -> _Session:
         key = graph, optimised, threads
@@ -151,7 +159,7 @@ class _Subject:
         labels = np.arange(size) % ways
         chosen = rng.permutation(len(classes.starts))[:ways][labels]
         rows = classes.starts[chosen] + rng.integers(classes.counts[chosen])
-        batches = mini_batches(rng, size, int(self.manifest["inner"]["batch"]), steps)
+        batches = mini_batches(rng, size, self.manifest.batch, steps)
         targets = labels if self.data.targets is None else np.asarray(self.data.targets[rows])
         return SupportSet(np.asarray(self.data.images[rows]), targets, batches)
 
@@ -317,7 +325,7 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
         yield Check.at_most(f"predict equals eager PyTorch, {setting}", error, limit)
 
         adapted = subject.session("adapt", optimised, threads)(feeds)
-        weights = {name: adapted[name] for name in subject.manifest["adapted"]}
+        weights = {name: adapted[name] for name in subject.manifest.weights}
         session = subject.session("predict_adapted", optimised, threads)
         logits = session({"images": pixels} | weights)["logits"]
         expected = reference.predict_adapted(model, weights, images, double)
@@ -347,7 +355,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
         settings.shots,
         queries=objective.validation.queries,
         steps=subject.allowed(settings.steps),
-        batch=int(subject.manifest["inner"]["batch"]),
+        batch=subject.manifest.batch,
     )
     streams = (random_stream(settings.seed, Purpose.VERIFY, i) for i in range(settings.tasks))
     tasks = [held_out_task(stream, data.split("test"), protocol) for stream in streams]
@@ -385,16 +393,16 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
 def _golden(subject: _Subject) -> Iterator[Check]:
     """The golden tensors by plain onnxruntime, as any consumer would."""
     folder = subject.folder / GOLDEN_FOLDER
-    cases = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))["cases"]
-    missing = [f"no case of {name}" for name in GRAPHS if name not in {c["graph"] for c in cases}]
+    cases = parse_golden((folder / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
+    missing = [f"no case of {name}" for name in GRAPHS if name not in {c.graph for c in cases}]
     yield Check.none_of("golden tensors cover every graph", missing)
     worst = 0.0
     for case in cases:
-        feeds = {name: np.load(folder / file) for name, file in case["inputs"].items()}
-        found = subject.session(case["graph"])(feeds)
-        for name, file in case["outputs"].items():
+        feeds = {name: np.load(folder / file) for name, file in case.inputs.items()}
+        found = subject.session(case.graph)(feeds)
+        for name, file in case.outputs.items():
             wanted = np.load(folder / file).astype(np.float64)
-            allowed = case["atol"] + case["rtol"] * np.abs(wanted)
+            allowed = case.atol + case.rtol * np.abs(wanted)
             excess = np.abs(found[name] - wanted) / allowed
             worst = float(np.maximum(worst, excess.max(initial=0)))
     detail = "deviation as a share of the stated tolerance"

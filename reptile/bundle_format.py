@@ -1,0 +1,338 @@
+"""The form of a bundle: manifest.json and golden/golden.json, written and read in one place.
+
+JSON Schemas of both, for other languages, are in reptile/schemas. Standard library only, as
+consumers without any other package read bundles too. Not for files and hashes: see
+`runtime.bundle`.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from reptile.errors import InputError
+
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 differs in what `metrics` holds, which no consumer needs."""
+KINDS = ("classification", "regression")  # the first where the manifest does not say
+GRAPHS = ("predict", "adapt", "predict_adapted", "few_shot")
+MANIFEST_FILE = "manifest.json"
+CARD_FILE = "MODEL_CARD.md"
+GOLDEN_FOLDER = "golden"
+GOLDEN_FILE = "golden.json"
+MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
+
+_LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
+
+
+def graph_path(name: str) -> str:
+    """Return where a graph lies in the bundle: the layout of a Triton model repository."""
+    return f"{name}/1/model.onnx"
+
+
+class TensorType(NamedTuple):
+    """What a graph's input or output looks like; None stands for a size that may vary."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, dtype: str, shape: Sequence[Any]) -> "TensorType":
+        """Read a shape whose free sizes have names."""
+        return cls(dtype, tuple(n if isinstance(n, int) else None for n in shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+
+
+class Graph(NamedTuple):
+    """One graph of the manifest: its file and its tensors by name."""
+
+    path: str
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says, understood."""
+
+    raw: dict[str, Any] = field(repr=False)
+    kind: str  # classification or regression
+    ways: int  # the most classes of a task; of a regressor 1
+    outputs: int  # of the head: ways, or the values predicted for each input
+    image_shape: tuple[int, int, int]  # channels, height, width
+    steps: int
+    learning_rate: float
+    batch: int
+    replacement: bool
+    max_steps: int
+    max_support: int
+    graphs: dict[str, Graph] = field(repr=False)
+    weights: dict[str, tuple[int, ...]] = field(repr=False)  # shapes: what adapt hands to predict
+    files: dict[str, str] = field(repr=False)  # SHA-256 of each file but manifest.json
+
+
+class GoldenCase(NamedTuple):
+    """A graph's inputs and outputs, as paths below the golden folder, and their tolerance."""
+
+    graph: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    atol: float
+    rtol: float
+
+
+def manifest_json(
+    *,
+    name: str,
+    created_by: str,
+    kind: str,
+    outputs: int,
+    image_shape: Sequence[int],
+    model: Mapping[str, Any],
+    optimizer: str,
+    learning_rate: float,
+    weight_decay: float,
+    steps: int,
+    batch: int,
+    max_steps: int,
+    max_support: int,
+    graphs: Mapping[str, Mapping[str, list[dict[str, Any]]]],
+    metrics: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return manifest.json as plain values, but for the hashes of `files`.
+
+    Args:
+        name: the bundle's.
+        created_by: program and version.
+        kind: classification or regression.
+        outputs: of the head.
+        image_shape: channels, height and width of an input.
+        model: settings of the network.
+        optimizer: of the inner loop.
+        learning_rate: its default.
+        weight_decay: what weights are multiplied by before each step.
+        steps: inner steps by default.
+        batch: images of a mini-batch by default.
+        max_steps: inner steps beyond this many are not taken.
+        max_support: the most images of a support set.
+        graphs: for each graph, `inputs` and `outputs` as lists of name, dtype and shape.
+        metrics: the evaluation's metrics.json.
+        provenance: dataset, hashes and versions.
+    """
+    head = {"ways": outputs} if kind == "classification" else {"outputs": outputs}
+    task = {"kind": kind, **head, "image_shape": list(image_shape), "layout": _LAYOUT}
+    if kind == "classification":
+        task["pixel_range"] = _PIXEL_RANGE
+    adapted = graphs["predict_adapted"]["inputs"]
+    return {
+        "format": FORMAT,
+        "name": name,
+        "created_by": created_by,
+        "task": task | {"dtype": _DTYPE},
+        "model": dict(model),
+        "inner": {
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "steps": steps,
+            "batch": batch,
+            "replacement": False,
+        },
+        "limits": {"max_steps": max_steps, "max_support": max_support},
+        "graphs": {name: {"path": graph_path(name), **graph} for name, graph in graphs.items()},
+        "adapted": {each["name"]: each["shape"] for each in adapted if each["name"] != "images"},
+        "metrics": metrics,
+        "provenance": dict(provenance),
+    }
+
+
+def parse_manifest(content: bytes | str, where: str) -> Manifest:
+    """Read manifest.json, of any format that can be read.
+
+    Raises:
+        InputError: not strict JSON, another format, or values that do not belong there.
+    """
+    manifest = parse_json(content, where)
+    version = _get(manifest, "format", int, where)
+    if version not in READABLE:
+        raise InputError(
+            f"{where}: format {version} is not a format this version reads (1 to {FORMAT}): "
+            "update reptile-fewshot or export the bundle again"
+        )
+    kind = str(_get(manifest, "task", dict, where).get("kind", KINDS[0]))
+    if kind not in KINDS:
+        raise InputError(f"{where}: task.kind must be {' or '.join(KINDS)}, got {kind!r}")
+    fixed: dict[str, Any] = {"layout": _LAYOUT, "dtype": _DTYPE}
+    if kind == "classification":
+        fixed["pixel_range"] = _PIXEL_RANGE
+    for key, value in fixed.items():
+        if _get(manifest, f"task.{key}", type(value), where) != value:
+            raise InputError(f"{where}: task.{key} must be {value!r}")
+    shape = _get(manifest, "task.image_shape", list, where)
+    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{where}: task.image_shape must be [channels, height, width]")
+    rate = _get(manifest, "inner.learning_rate", (int, float), where)
+    if not 0 < rate <= MAX_LEARNING_RATE:
+        raise InputError(f"{where}: inner.learning_rate must be above 0, got {rate}")
+    if kind == "classification":
+        outputs = ways = _whole(manifest, "task.ways", where, low=2)
+    else:
+        outputs, ways = _whole(manifest, "task.outputs", where), 1
+    graphs = {name: _graph(manifest, name, where) for name in _get(manifest, "graphs", dict, where)}
+    max_steps = _whole(manifest, "limits.max_steps", where)
+    files = _get(manifest, "files", dict, where)
+    if not all(isinstance(digest, str) for digest in files.values()):
+        raise InputError(f"{where}: files must map paths to SHA-256 sums")
+    return Manifest(
+        raw=manifest,
+        kind=kind,
+        ways=ways,
+        outputs=outputs,
+        image_shape=(shape[0], shape[1], shape[2]),
+        steps=_whole(manifest, "inner.steps", where, low=0, high=max_steps),
+        learning_rate=float(rate),
+        batch=_whole(manifest, "inner.batch", where),
+        replacement=_get(manifest, "inner.replacement", bool, where),
+        max_steps=max_steps,
+        max_support=_whole(manifest, "limits.max_support", where),
+        graphs=graphs,
+        weights=_adapted_weights(graphs, kind, outputs, shape, where),
+        files=files,
+    )
+
+
+def golden_json(cases: Sequence[GoldenCase]) -> dict[str, Any]:
+    """Return golden.json as plain values."""
+    return {"cases": [case._asdict() for case in cases]}
+
+
+def parse_golden(content: bytes | str, where: str) -> list[GoldenCase]:
+    """Read golden.json.
+
+    Raises:
+        InputError: no cases, or values that do not belong there.
+    """
+    values = parse_json(content, where)
+    cases = _get(values, "cases", list, where)
+    if not cases:
+        raise InputError(f"{where} has no cases; export the bundle again")
+    again = f"{where} cannot be used: a case"
+    found = []
+    for case in cases:
+        paths = [_get(case, key, dict, again) for key in ("inputs", "outputs")]
+        if not all(isinstance(path, str) for each in paths for path in each.values()):
+            raise InputError(f"{again}: inputs and outputs must map names to paths")
+        tolerance = [_get(case, key, (int, float), again) for key in ("atol", "rtol")]
+        found.append(GoldenCase(_get(case, "graph", str, again), *paths, *tolerance))
+    return found
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """Parse strict JSON: UTF-8, no repeated keys, no NaN.
+
+    Raises:
+        InputError: anything else, with `where` in front.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode()
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not strict JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(result := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _get(value: Any, path: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Walk a dotted path and insist on a type; a bool never passes for a number."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(k.__name__ for k in kinds)
+        raise InputError(f"{where}: {path} must be {names}, got {reprlib.repr(value)}")
+    return value
+
+
+def _whole(value: Any, path: str, where: str, *, low: int = 1, high: int = 10**6) -> int:
+    number: int = _get(value, path, int, where)
+    if not low <= number <= high:
+        raise InputError(f"{where}: {path} must lie in {low}..{high}, got {number}")
+    return number
+
+
+def _graph(manifest: Any, name: str, where: str) -> Graph:
+    if "." in name:
+        raise InputError(f"{where}: a graph's name has no dots, got {name!r}")
+
+    def tensors(kind: str) -> dict[str, TensorType]:
+        entries = _get(manifest, f"graphs.{name}.{kind}", list, where)
+        found = [
+            (
+                _get(entry, "name", str, where),
+                TensorType.of(_get(entry, "dtype", str, where), _get(entry, "shape", list, where)),
+            )
+            for entry in entries
+        ]
+        return dict(found)
+
+    return Graph(
+        _get(manifest, f"graphs.{name}.path", str, where), tensors("inputs"), tensors("outputs")
+    )
+
+
+def _adapted_weights(
+    graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
+) -> dict[str, tuple[int, ...]]:
+    """Hold the two graphs that the runtime runs to the format; return what passes between them."""
+    for name in ("adapt", "predict_adapted"):
+        if name not in graphs:
+            raise InputError(f"{where}: the graph {name!r} is missing from graphs")
+    adapt, predict = graphs["adapt"], graphs["predict_adapted"]
+    images = TensorType("float32", (None, *image_shape))
+    support = {
+        "support_images": images,
+        "support_labels": (
+            TensorType("int64", (None,))
+            if kind == "classification"
+            else TensorType("float32", (None, outputs))
+        ),
+        "batches": TensorType("int64", (None, None)),
+        "learning_rate": TensorType("float32", ()),
+    }
+    trace = {"losses": TensorType("float32", (None,)), "finite": TensorType("bool", ())}
+    logits = {"logits": TensorType("float32", (None, outputs))}
+    weights = {name: tensor for name, tensor in predict.inputs.items() if name != "images"}
+    for title, found, needed in (
+        ("adapt.inputs", adapt.inputs, support),
+        ("adapt.outputs", adapt.outputs, {**trace, **weights}),
+        ("predict_adapted.inputs", predict.inputs, {"images": images, **weights}),
+        ("predict_adapted.outputs", predict.outputs, logits),
+    ):
+        if found != needed:
+            raise InputError(
+                f"{where}: graphs.{title} must be {show_tensors(needed)}, got {show_tensors(found)}"
+            )
+    shapes = {
+        name: tuple(n for n in tensor.shape if n is not None) for name, tensor in weights.items()
+    }
+    if any(len(shapes[name]) < len(tensor.shape) for name, tensor in weights.items()):
+        raise InputError(f"{where}: adapted weights need fixed shapes, got {show_tensors(weights)}")
+    return shapes
+
+
+def show_tensors(tensors: dict[str, TensorType]) -> str:
+    """Return tensors by name, for messages."""
+    return ", ".join(f"{name}: {tensor}" for name, tensor in tensors.items()) or "none"
