@@ -5,6 +5,7 @@ another has trained on. Lists that papers have published lie in the folder `spli
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
             )
         return _checked(source, dict(source.published))
     if held_out not in ("groups", "classes"):
-        return _checked(source, _by_list(source, held_out))
+        return split_by_list(source, held_out, load_split_list(held_out))
     return _by_hash(source, settings)
 
 
@@ -104,19 +105,25 @@ def _share(wanted: int | float, units: int) -> int:
     return wanted if isinstance(wanted, int) else max(1, round(wanted * units))
 
 
-def _by_list(source: Source, name: str) -> dict[str, Split]:
-    chosen = load_split_list(name)
+def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Split]:
+    """Say for each class which split a list of names puts it into; errors call the list `name`.
+
+    Raises:
+        InputError: the list does not fit the classes, or leaves nothing for training or test.
+    """
     listed: dict[str, Split] = {}
     for split in SPLITS:
         for entry in getattr(chosen, split) or ():
-            if entry in listed:
-                raise InputError(f"{name}: {entry} is in {listed[entry]} and in {split}")
-            listed[entry] = split
+            normal = unicodedata.normalize("NFC", entry)  # as the names of classes are
+            if normal in listed:
+                raise InputError(f"{name}: {normal} is in {listed[normal]} and in {split}")
+            listed[normal] = split
     known = {c.name for c in source.classes} | {c.group for c in source.classes}
     if unknown := [entry for entry in listed if entry not in known]:
+        more = f" and lacks {len(unknown) - 1} more of the list" if len(unknown) > 1 else ""
         raise InputError(
-            f"{name}: {source.name} has no class or group {unknown[0]!r}, nor {len(unknown) - 1} "
-            "more of the list; is a part of the data missing?"
+            f"{name}: {source.name} has no class or group {unknown[0]!r}{more}; "
+            "is a part of the data missing?"
         )
     found: dict[str, Split] = {}
     for c in source.classes:
@@ -136,7 +143,7 @@ def _by_list(source: Source, name: str) -> dict[str, Split]:
                 f"{name}: {counts[split]:,} classes of {source.name} for {split}, published are "
                 f"{published:,}; is a part of the data missing?"
             )
-    return found
+    return _checked(source, found)
 
 
 def _checked(source: Source, splits: dict[str, Split]) -> dict[str, Split]:
