@@ -3,7 +3,6 @@
 For data that a program has already; `prepare` is for image files.
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from reptile.data.dataset import (
     content_digest,
     splits_digest,
 )
+from reptile.data.names import can_be_shown, normal
 from reptile.data.readers.base import SPLITS, Source, SourceClass
 from reptile.data.splits import SplitList, assign_splits, split_by_list
 from reptile.errors import InputError
@@ -253,9 +253,9 @@ def _names(values: Any, what: str, rows: int) -> npt.NDArray[np.str_]:
             f"{what} of shape {list(array.shape)} for {rows:,} inputs: expected [{rows}]"
         )
     unique, places = np.unique(array, return_inverse=True)
-    names = [unicodedata.normalize("NFC", str(each)) for each in unique]
+    names = [normal(str(each)) for each in unique]
     for each in names:
-        if not each or not each.isprintable():
+        if not each or not can_be_shown(each):
             raise InputError(f"{what}: the name {each!r} cannot be shown; choose another")
     return np.asarray(names)[places]
 

@@ -168,12 +168,12 @@ def load_prepared(folder: Path) -> PreparedData:
         raise InputError(f"{folder / INDEX_FILE}: {describe(error)[0]}; {again}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: damaged ({error}); {again}") from None
-    expected = ("uint8", "float32") if targets is None else ("float32",)
-    if images.dtype not in expected or images.shape[1:] != index.image_shape:
+    expected = np.dtype(np.uint8 if targets is None else np.float32)
+    if images.dtype != expected or images.shape[1:] != index.image_shape:
         shape = ", ".join(map(str, ("N", *index.image_shape)))
         raise InputError(
-            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected "
-            f"{' or '.join(expected)} of shape ({shape}); {again}"
+            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected {expected} "
+            f"of shape ({shape}); {again}"
         )
     if targets is not None and (
         targets.dtype != np.float32 or targets.ndim != 2 or len(targets) != len(images)

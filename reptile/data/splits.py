@@ -5,7 +5,6 @@ another has trained on. Lists that papers have published lie in the folder `spli
 """
 
 import hashlib
-import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reptile.data.dataset import Split
+from reptile.data.names import normal
 from reptile.data.readers.base import SPLITS, Source
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings, describe
@@ -49,7 +49,7 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
     if held_out == "published":
         if not source.published:
             raise InputError(
-                f"{source.name}: its files tell no split; set held_out: groups, classes, or a list"
+                f"{source.name}: {source.no_split}; set held_out: groups, classes, or a list"
             )
         return _checked(source, dict(source.published))
     if held_out not in ("groups", "classes"):
@@ -76,9 +76,12 @@ def _by_hash(source: Source, settings: PrepareSettings) -> dict[str, Split]:
     held_out = settings.held_out
     unit = {c.name: c.group if held_out == "groups" else c.name for c in source.classes}
     if "" in unit.values():
+        way_out = (
+            "published, which takes the split of its folders" if source.published else "classes"
+        )
         raise InputError(
             f"{source.name}: its classes lie in no groups, so no groups can be held out; "
-            "set held_out: classes"
+            f"set held_out: {way_out}"
         )
     units = sorted(set(unit.values()), key=partial(_split_key, settings.split_seed))
     test = _share(settings.test, len(units))
@@ -114,10 +117,10 @@ def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Spl
     listed: dict[str, Split] = {}
     for split in SPLITS:
         for entry in getattr(chosen, split) or ():
-            normal = unicodedata.normalize("NFC", entry)  # as the names of classes are
-            if normal in listed:
-                raise InputError(f"{name}: {normal} is in {listed[normal]} and in {split}")
-            listed[normal] = split
+            unit = normal(entry)  # as the names of classes are
+            if unit in listed:
+                raise InputError(f"{name}: {unit} is in {listed[unit]} and in {split}")
+            listed[unit] = split
     known = {c.name for c in source.classes} | {c.group for c in source.classes}
     if unknown := [entry for entry in listed if entry not in known]:
         more = f" and lacks {len(unknown) - 1} more of the list" if len(unknown) > 1 else ""

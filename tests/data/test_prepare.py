@@ -304,10 +304,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative start": (damage_json(lambda v: v["classes"][0].update(start=-1)), "start = -1"),
     "range outside": (damage_json(lambda v: v["classes"][-1].update(count=9)), "images, the class"),
     "edited split": (damage_json(edit_a_split), "by hand"),
-    "dtype": (damage_images(lambda images: images.astype(np.int16)), "int16 of shape"),
+    "dtype": (damage_images(lambda images: images.astype(np.float32)), "float32 of shape"),
     "shape": (
         damage_images(lambda images: images[:, :, 1:]),
-        r"expected uint8 or float32 of shape",
+        r"expected uint8 of shape",
     ),
     "cut off": (cut_images, "damaged"),
     "pickle": (pickle_images, "damaged"),
