@@ -17,6 +17,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from torchvision.datasets import EMNIST, MNIST, Omniglot
 
 from reptile.errors import InputError
+from reptile.files import writing
 
 BLOCK = 2**18
 TIMEOUT = 30  # seconds without a byte
@@ -148,7 +149,7 @@ def _fetch(file: RemoteFile, part: Path, progress: Progress) -> None:
             return  # there is nothing after `start`: the whole file is here, or it is another one
         start, total = _range(answer, start)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("r+b" if part.exists() else "wb") as output:
+        with writing(part), part.open("r+b" if part.exists() else "wb") as output:
             output.truncate(start)
             output.seek(start)
             done = start
