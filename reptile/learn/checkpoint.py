@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.learn.optimizer import OptimizerState
@@ -64,6 +65,20 @@ class CheckpointInfo(BaseModel):
     code_sha256: str
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
+
+    def check_data(self, data: PreparedData) -> None:
+        """Refuse other data: classes that it holds out may be among those trained on.
+
+        Raises:
+            InputError: other data, or the same data split in another way.
+        """
+        here = data.content_sha256, data.splits_sha256
+        if here != (self.data_sha256, self.splits_sha256):
+            raise InputError(
+                f"the checkpoint was trained on {self.dataset}: data {self.data_sha256[:12]}, "
+                f"splits {self.splits_sha256[:12]}, the prepared data has {here[0][:12]} and "
+                f"{here[1][:12]}; run `reptile train` again"
+            )
 
     @property
     def objective(self) -> Objective:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reptile.cpus import available_cpus
 from reptile.data.dataset import PreparedData
 from reptile.errors import DivergedError, InputError
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
@@ -14,7 +15,7 @@ from reptile.learn.distributed import Processes
 from reptile.learn.engines import choose_device, make_engine
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
-from reptile.learn.run_folder import keep, kept, remove, run_folder
+from reptile.learn.run_folder import describe_start, keep, kept, remove, run_folder
 from reptile.learn.train import Progress, meta_train, untrained
 from reptile.settings import TrainSettings
 
@@ -58,6 +59,8 @@ def run_training(
     folder = run_folder(work, start.info) if work and processes.first else None
     if folder and not resume:
         remove(folder)
+    if work and folder and resume and (message := describe_start(work, start.info)):
+        log.info(message)
     if folder and (checkpoints := kept(folder)):
         start = load_checkpoint(checkpoints[-1], module)
     if processes.first and processes.size > 1 and settings.optimizer.state == "sequential":
@@ -67,6 +70,8 @@ def run_training(
             processes.size,
         )
     device = choose_device(settings.device)
+    # More threads than the system grants would be stopped for most of the time.
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     start = _agree(start, processes, device)
     engine = make_engine(settings.engine, start.model, settings.optimizer, data.images, device)
     try:

@@ -115,7 +115,7 @@ def untrained(
         dataset=data.name,
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
-        code_sha256=code_sha256(),
+        code_sha256=code_sha256("train"),
         versions=versions("torch", "numpy"),
     )
     model = build_network(info, module)

@@ -109,7 +109,8 @@ def test_kill_9_loses_nothing(data: PreparedData, tmp_path: Path) -> None:
     write_json(tmp_path / "settings.json", settings.model_dump(mode="json"))
     script = (
         "import sys; from pathlib import Path; from reptile.settings import TrainSettings;"
-        "from reptile.data.dataset import load_prepared; from reptile.learn.run import run_training;"
+        "from reptile.data.dataset import load_prepared;"
+        "from reptile.learn.run import run_training;"
         "from reptile.learn.checkpoint import save_checkpoint; root = Path(sys.argv[1]);"
         "settings = TrainSettings.model_validate_json((root / 'settings.json').read_text());"
         "data = load_prepared(root / 'prepared');"
