@@ -104,7 +104,7 @@ def from_arrays(
     return PreparedData(images, index, values)
 
 
-def from_dataset(
+def from_torch(
     dataset: "Dataset[Any]",
     *,
     tasks: Any = None,

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from reptile.data.arrays import from_arrays, from_dataset
+from reptile.data.arrays import from_arrays, from_torch
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings
@@ -55,7 +55,7 @@ def test_an_image_folder_of_torchvision_is_what_prepare_makes_of_the_folder(
     )
     prepared = prepare(settings, tmp_path / "out")
     splits = {"validation": 0.2, "test": 3}
-    data = from_dataset(ImageFolder(str(folder)), splits=splits, split_seed=seed, name="images")
+    data = from_torch(ImageFolder(str(folder)), splits=splits, split_seed=seed, name="images")
     assert data.classes == prepared.classes
     assert data.name == prepared.name and data.image_shape == prepared.image_shape
     assert np.array_equal(data.images, prepared.images)
@@ -185,7 +185,7 @@ def test_any_torch_dataset_of_pairs() -> None:
         Pairs(*((np.asarray(x), int(y)) for x, y in tensors)),
         Pairs(*((x, str(int(y))) for x, y in tensors)),
     ):
-        data = from_dataset(dataset)
+        data = from_torch(dataset)
         assert data.content_sha256 == wanted.content_sha256
         assert data.splits_sha256 == wanted.splits_sha256
         assert data.name == type(dataset).__name__
@@ -194,7 +194,7 @@ def test_any_torch_dataset_of_pairs() -> None:
 def test_a_torch_dataset_with_values_to_predict() -> None:
     x, y = numbers(len(LABELS), 1), numbers(len(LABELS), 2)
     dataset = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
-    data = from_dataset(dataset, tasks=LABELS)
+    data = from_torch(dataset, tasks=LABELS)
     assert data.content_sha256 == from_arrays(x, y, tasks=LABELS).content_sha256
 
 
@@ -203,7 +203,7 @@ def test_pictures_are_grey_or_rgb_pixels(mode: str) -> None:
     picture = Image.fromarray(pixels(5, 4, 3)).convert(mode)
     grey = mode in ("1", "L", "LA")
     wanted = np.asarray(picture.convert("L" if grey else "RGB")).reshape(5, 4, -1)
-    data = from_dataset(Pairs((picture, "a"), (picture, "b")), splits={"test": ["b"]})
+    data = from_torch(Pairs((picture, "a"), (picture, "b")), splits={"test": ["b"]})
     assert data.image_shape == (1 if grey else 3, 5, 4)
     assert np.array_equal(data.images[0], wanted.transpose(2, 0, 1))
 
@@ -270,15 +270,15 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda: from_arrays(numbers(40, 3), LABELS, splits={"test": ["cat"]}),
         "arrays has no class or group 'cat'",
     ),
-    "no length": (lambda: from_dataset(Stream()), "Stream: only datasets with a length"),
-    "empty": (lambda: from_dataset(Pairs()), "Pairs: the dataset is empty"),
-    "no pairs": (lambda: from_dataset(Pairs(1, 2)), "item 0 of the dataset: expected a pair"),
+    "no length": (lambda: from_torch(Stream()), "Stream: only datasets with a length"),
+    "empty": (lambda: from_torch(Pairs()), "Pairs: the dataset is empty"),
+    "no pairs": (lambda: from_torch(Pairs(1, 2)), "item 0 of the dataset: expected a pair"),
     "two shapes": (
-        lambda: from_dataset(Pairs((np.zeros((1, 2)), 0), (np.zeros((2, 1)), 0))),
+        lambda: from_torch(Pairs((np.zeros((1, 2)), 0), (np.zeros((2, 1)), 0))),
         r"item 1 of the dataset: float64 \[2, 1\], the first one is float64 \[1, 2\]; .* resizes",
     ),
     "label of two": (
-        lambda: from_dataset(Pairs((np.zeros(2), np.zeros(2)))),
+        lambda: from_torch(Pairs((np.zeros(2), np.zeros(2)))),
         r"a label of shape \[2\]",
     ),
 }
