@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -38,9 +39,12 @@ from reptile.experiments.presets import dvc_command, load_preset, preset_path, p
 from reptile.settings import BatchNormMode, Settings, load_settings
 
 if TYPE_CHECKING:
+    from reptile.data.dataset import PreparedData, Split
     from reptile.learn.train import Progress as TrainingProgress
     from reptile.runtime import AdaptedModel, Prediction
     from reptile.stages import Counted
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="Few-shot learning with Reptile: from images to a bundle, and a bundle in use.",
@@ -104,6 +108,7 @@ def prepare(
         + ", ".join(f"{count} {split}" for split, count in sizes.items()),
         soft_wrap=True,
     )
+    _warn_of_small_splits(data, settings)
 
 
 @app.command()
@@ -523,6 +528,9 @@ def run() -> None:
     """Run the command line; a foreseeable error is one line and the exit code of its kind."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may be unable to show a class's name
+            stream.reconfigure(errors="backslashreplace")
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
     try:
         app()
@@ -532,6 +540,23 @@ def run() -> None:
         message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
         named = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError)
         _fail(message, (InputError if named else PlatformError).exit_code)
+
+
+def _warn_of_small_splits(data: "PreparedData", settings: Settings) -> None:
+    """Say now what training and evaluation with these settings would refuse."""
+    from reptile.tasks import check_classes
+
+    needed: dict[Split, int] = {
+        "train": settings.train.train_shots,
+        "test": max(settings.evaluate.shots) + settings.evaluate.queries,
+    }
+    for split, images in needed.items():
+        try:
+            check_classes(
+                data.split(split), settings.train.ways, images, f"{split} split of {data.name}"
+            )
+        except InputError as error:
+            log.warning("warning: %s", error)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -1,7 +1,7 @@
 """The prepared dataset: one memory-mapped array of inputs, and the table of its classes.
 
-The inputs are images, or the points of functions with the values there. What every later stage
-reads; how it is made is `prepare`'s business.
+The inputs are images, or the points of functions with the values there. Every later stage reads
+this; `prepare` makes it.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from reptile.settings import describe
 
 UInt8Array = npt.NDArray[np.uint8]
 Inputs = UInt8Array | npt.NDArray[np.float32]
-"""What a network sees [N, C, H, W]: pixels, scaled to 0..1, or values, taken as they are."""
+"""Examples [N, ...]: images [N, C, H, W] of pixels 0..255 (uint8), or any numbers (float32)."""
 Values = npt.NDArray[np.float32]
 Split = Literal["train", "validation", "test"]
 
@@ -30,6 +30,7 @@ IMAGES_FILE = "images.npy"
 TARGETS_FILE = "targets.npy"
 INDEX_FILE = "dataset.json"
 CROSS_DOMAIN_FOLDER = "cross_domain"
+HASH_BLOCK = 2**24  # bytes
 
 
 class ClassRange(NamedTuple):
@@ -60,7 +61,7 @@ class DatasetIndex(BaseModel):
 
     format: Literal[1] = 1
     name: str
-    image_shape: tuple[int, int, int]
+    image_shape: Annotated[tuple[int, ...], Field(min_length=1)]
     classes: tuple[PreparedClass, ...]
     content_sha256: str
     splits_sha256: str
@@ -71,7 +72,7 @@ class DatasetIndex(BaseModel):
 class PreparedData:
     """A prepared dataset in use."""
 
-    images: Inputs  # [N, C, H, W], memory-mapped, read-only; float32 with targets
+    images: Inputs  # [N, *image_shape], read-only, memory-mapped if it comes from a folder
     index: DatasetIndex
     targets: Values | None = None  # [N, outputs], likewise: what a regressor is to predict
 
@@ -96,8 +97,8 @@ class PreparedData:
         return self.index.splits_sha256
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one example: channels, height and width of an image."""
         return self.index.image_shape
 
     @property
@@ -118,11 +119,27 @@ def content_header(shape: tuple[int, ...], classes: Iterable[PreparedClass]) -> 
     return json.dumps([shape, table]).encode()
 
 
-def content_digest(images: Inputs, classes: Iterable[PreparedClass], targets: Values) -> str:
-    """Hash points and values, and which rows are whose; 64 hexadecimal digits."""
-    digest = hashlib.sha256(content_header(images.shape, classes))
-    digest.update(images.reshape(-1).data)
-    digest.update(targets.reshape(-1).data)
+def content_digest(
+    inputs: Inputs, classes: Iterable[PreparedClass], targets: Values | None = None
+) -> str:
+    """Hash inputs, the values to predict, and which rows are whose; 64 hexadecimal digits.
+
+    Raises:
+        InputError: a number is not finite.
+    """
+    digest = hashlib.sha256(content_header(inputs.shape, classes))
+    for what, array in (("inputs", inputs), ("targets", targets)):
+        if array is None:
+            continue
+        step = max(1, HASH_BLOCK // max(1, array[0].nbytes))
+        for start in range(0, len(array), step):
+            block = np.ascontiguousarray(array[start : start + step])
+            if block.dtype.kind == "f" and not np.isfinite(block).all():
+                bad = start + int(
+                    np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(1))[0]
+                )
+                raise InputError(f"{what}: row {bad} has numbers that are not finite; leave it out")
+            digest.update(block.data)
     return digest.hexdigest()
 
 
@@ -153,9 +170,10 @@ def load_prepared(folder: Path) -> PreparedData:
         raise InputError(f"{folder}: damaged ({error}); {again}") from None
     expected = np.dtype(np.uint8 if targets is None else np.float32)
     if images.dtype != expected or images.shape[1:] != index.image_shape:
+        shape = ", ".join(map(str, ("N", *index.image_shape)))
         raise InputError(
             f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected {expected} "
-            f"of shape (N, {', '.join(map(str, index.image_shape))}); {again}"
+            f"of shape ({shape}); {again}"
         )
     if targets is not None and (
         targets.dtype != np.float32 or targets.ndim != 2 or len(targets) != len(images)

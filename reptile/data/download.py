@@ -1,6 +1,6 @@
 """Downloads of public datasets: from their publishers, over https, checked, and resumed if cut off.
 
-The files are kept as they came; reading them is the sources' business.
+The files are kept as they came; `readers` read them.
 """
 
 import hashlib
@@ -14,13 +14,16 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from torchvision.datasets import EMNIST, MNIST, Omniglot
+
 from reptile.errors import InputError
+from reptile.files import writing
 
 BLOCK = 2**18
 TIMEOUT = 30  # seconds without a byte
 
 Progress = Callable[[str, int, int | None], None]
-"""Told a file's name, the bytes that are there and, if the server says, how many there will be."""
+"""Called with a file's name, the bytes that are there and, if the server says, the whole size."""
 
 
 class RemoteFile(NamedTuple):
@@ -47,58 +50,33 @@ class RemoteDataset(NamedTuple):
     """Of `prepare`, for its published split and size, as `--set` takes them."""
 
 
-_OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
-_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_CIFAR = RemoteFile(
+_CIFAR = RemoteFile(  # torchvision knows the Python version alone, which is a pickle
     "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     "sha256:58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     169,
 )
 _CLASSES = "prepare.held_out=classes"
 _COLOUR = ("prepare.image_size=32", "prepare.rotations=false")
-# Addresses and md5 sums as in torchvision 0.29; that of CIFAR-100's binary version is its
-# publisher's, and the sha256 that of TensorFlow Datasets.
+# Addresses and checksums are torchvision's, which keeps them up to date; docs/decisions.md says why
+# its own downloader is not used. The sha256 of CIFAR-100 is that of TensorFlow Datasets.
 DATASETS = {
     "omniglot": RemoteDataset(
         "datasets/omniglot",
-        (
-            RemoteFile(
-                f"{_OMNIGLOT}images_background.zip", "md5:68d2efa1b9178cc56df9314c21c6e718", 10
-            ),
-            RemoteFile(
-                f"{_OMNIGLOT}images_evaluation.zip", "md5:6b91aef0f799c5bb55b94e3f2daec811", 7
-            ),
+        tuple(
+            RemoteFile(f"{Omniglot.download_url_prefix}/{part}.zip", f"md5:{md5}", 10)
+            for part, md5 in Omniglot.zips_md5.items()
         ),
         ("prepare.held_out=omniglot-vinyals",),
     ),
     "mnist": RemoteDataset(
         "datasets/mnist",
-        (
-            RemoteFile(
-                f"{_MNIST}train-images-idx3-ubyte.gz", "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", 10
-            ),
-            RemoteFile(
-                f"{_MNIST}train-labels-idx1-ubyte.gz", "md5:d53e105ee54ea40749a09fcbcd1e9432", 1
-            ),
-            RemoteFile(
-                f"{_MNIST}t10k-images-idx3-ubyte.gz", "md5:9fb629c4189551a2d022fa330f9573f3", 2
-            ),
-            RemoteFile(
-                f"{_MNIST}t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c", 1
-            ),
+        tuple(
+            RemoteFile(MNIST.mirrors[0] + name, f"md5:{md5}", 10) for name, md5 in MNIST.resources
         ),
         (_CLASSES, "prepare.test=5", "prepare.validation=0"),
     ),
     "emnist": RemoteDataset(
-        "datasets/emnist",
-        (
-            RemoteFile(
-                "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
-                "md5:58c8d27c78d21e728a6bc7b3cc06412e",
-                562,
-            ),
-        ),
-        (_CLASSES,),
+        "datasets/emnist", (RemoteFile(EMNIST.url, f"md5:{EMNIST.md5}", 562),), (_CLASSES,)
     ),
     "cifar-fs": RemoteDataset(
         "datasets/cifar-100", (_CIFAR,), ("prepare.held_out=cifar-fs", *_COLOUR)
@@ -171,7 +149,7 @@ def _fetch(file: RemoteFile, part: Path, progress: Progress) -> None:
             return  # there is nothing after `start`: the whole file is here, or it is another one
         start, total = _range(answer, start)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("r+b" if part.exists() else "wb") as output:
+        with writing(part), part.open("r+b" if part.exists() else "wb") as output:
             output.truncate(start)
             output.seek(start)
             done = start

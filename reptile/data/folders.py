@@ -5,8 +5,9 @@ What it is given is not trusted: no link leads out, nothing is unpacked to disk,
 
 import os
 import stat
-import unicodedata
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
+from reptile.data.names import can_be_shown, normal
 from reptile.data.readers.base import Source, SourceClass
 from reptile.errors import InputError
 from reptile.images import decode
 
+UTF8_FLAG = 0x800  # of a zip's entry
+UNICODE_PATH = 0x7075  # extra field of 7-Zip, WinRAR and Info-ZIP: the name in UTF-8
+UNIX, MACOS = 3, 19  # systems whose zips hold names as the file system has them
 MAX_BYTES = 64 * 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg")
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}  # and whatever starts with a dot
@@ -99,6 +104,10 @@ def open_zip(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.Zi
     """
     try:
         archive = zipfile.ZipFile(path)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: the name {error.object!r} is marked as UTF-8 and is not; make the zip anew"
+        ) from None
     except (zipfile.BadZipFile, RuntimeError, ValueError) as error:  # it lacks some features
         raise InputError(f"{path}: neither a folder nor a readable zip ({error})") from None
     with archive:
@@ -125,7 +134,7 @@ def from_zip(path: Path) -> Iterator[Source]:
 def _safe_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
-        name = entry.orig_filename  # `filename` has been tidied already
+        name = _entry_name(path, entry)
         parts = name.removesuffix("/").split("/")
         if "\\" in name or "\0" in name or {"", ".", ".."} & set(parts):
             problem = "an unsafe path"
@@ -140,6 +149,52 @@ def _safe_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Zip
             continue
         raise InputError(f"{path}: {name!r} is {problem}; make the zip anew from plain files")
     return entries
+
+
+def _entry_name(path: Path, entry: zipfile.ZipInfo) -> str:
+    """Return what an entry is called, where the zip says in which encoding that is.
+
+    Without a flag or field that says so, names of Unix and macOS are UTF-8 if they can be. Those of
+    Windows are in the code page of whoever made the zip, which nothing names.
+    """
+    name = entry.orig_filename  # `filename` has been tidied already
+    if entry.flag_bits & UTF8_FLAG:
+        return name
+    written = name.encode("cp437")  # as what `zipfile` reads it
+    if (unicode_path := _unicode_path(entry, written)) is not None:
+        return unicode_path
+    if name.isascii():
+        return name
+    if entry.create_system in (UNIX, MACOS):
+        try:
+            return written.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+    raise InputError(
+        f"{path}: the name {written!r} is in an encoding that the zip does not tell; "
+        "make the zip anew with names in UTF-8, or unpack it and give the folder"
+    )
+
+
+def _unicode_path(entry: zipfile.ZipInfo, written: bytes) -> str | None:
+    """Return the name in an entry's Unicode path field, if it has one that belongs to its name."""
+    extra = entry.extra
+    while len(extra) >= 4:
+        field, size = struct.unpack_from("<HH", extra)
+        content, extra = extra[4 : 4 + size], extra[4 + size :]
+        if field == UNICODE_PATH and len(content) > 5 and content[0] == 1:
+            (checksum,) = struct.unpack_from("<I", content, 1)
+            if checksum == zlib.crc32(written):  # otherwise someone renamed the entry since
+                try:
+                    return content[5:].decode("utf-8")
+                except UnicodeDecodeError:
+                    return None
+    return None
+
+
+def _has_raw_bytes(name: str) -> bool:
+    """Say whether a file's name holds bytes that are not UTF-8, as Python passes them on."""
+    return any("\udc80" <= char <= "\udcff" for char in name)
 
 
 def _is_junk(part: str) -> bool:
@@ -163,8 +218,9 @@ def find_classes(
         parts = tuple(file.split("/"))
         if any(map(_is_junk, parts)):
             continue
-        if not file.isprintable():
-            raise InputError(f"{where}: {file!r} has characters that cannot be shown; rename it")
+        if not can_be_shown(file):
+            shown = repr(os.fsencode(file)) if _has_raw_bytes(file) else repr(file)
+            raise InputError(f"{where}: {shown} has characters that cannot be shown; rename it")
         if file.lower().endswith(SUFFIXES):
             images.setdefault(parts[:-1], []).append(file)
         else:
@@ -193,12 +249,11 @@ def find_classes(
     wrapping = sum(1 for depth in range(1, len(first)) if first[:depth] == last[:depth])
     found: dict[str, SourceClass] = {}
     for folder, members in images.items():
-        # Unicode has two ways to write é, and file systems differ in which they give back.
-        *group, name = unicodedata.normalize("NFC", "/".join(folder[wrapping:])).split("/")
+        *group, name = normal("/".join(folder[wrapping:])).split("/")
         full = "/".join([*group, name])
         if full in found:
             raise InputError(f"{where}: two class folders are called {full}; rename one")
-        found[full] = SourceClass(full, "/".join(group), tuple(sorted(members)))
+        found[full] = SourceClass(full, "/".join(group), tuple(sorted(members, key=normal)))
     return tuple(found[name] for name in sorted(found))
 
 

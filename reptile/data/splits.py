@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reptile.data.dataset import Split
+from reptile.data.names import normal
 from reptile.data.readers.base import SPLITS, Source
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings, describe
@@ -48,11 +49,11 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
     if held_out == "published":
         if not source.published:
             raise InputError(
-                f"{source.name}: its files tell no split; set held_out: groups, classes, or a list"
+                f"{source.name}: {source.no_split}; set held_out: groups, classes, or a list"
             )
         return _checked(source, dict(source.published))
     if held_out not in ("groups", "classes"):
-        return _checked(source, _by_list(source, held_out))
+        return split_by_list(source, held_out, load_split_list(held_out))
     return _by_hash(source, settings)
 
 
@@ -75,9 +76,12 @@ def _by_hash(source: Source, settings: PrepareSettings) -> dict[str, Split]:
     held_out = settings.held_out
     unit = {c.name: c.group if held_out == "groups" else c.name for c in source.classes}
     if "" in unit.values():
+        way_out = (
+            "published, which takes the split of its folders" if source.published else "classes"
+        )
         raise InputError(
             f"{source.name}: its classes lie in no groups, so no groups can be held out; "
-            "set held_out: classes"
+            f"set held_out: {way_out}"
         )
     units = sorted(set(unit.values()), key=partial(_split_key, settings.split_seed))
     test = _share(settings.test, len(units))
@@ -104,19 +108,25 @@ def _share(wanted: int | float, units: int) -> int:
     return wanted if isinstance(wanted, int) else max(1, round(wanted * units))
 
 
-def _by_list(source: Source, name: str) -> dict[str, Split]:
-    chosen = load_split_list(name)
+def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Split]:
+    """Say for each class which split a list of names puts it into; errors call the list `name`.
+
+    Raises:
+        InputError: the list does not fit the classes, or leaves nothing for training or test.
+    """
     listed: dict[str, Split] = {}
     for split in SPLITS:
         for entry in getattr(chosen, split) or ():
-            if entry in listed:
-                raise InputError(f"{name}: {entry} is in {listed[entry]} and in {split}")
-            listed[entry] = split
+            unit = normal(entry)  # as the names of classes are
+            if unit in listed:
+                raise InputError(f"{name}: {unit} is in {listed[unit]} and in {split}")
+            listed[unit] = split
     known = {c.name for c in source.classes} | {c.group for c in source.classes}
     if unknown := [entry for entry in listed if entry not in known]:
+        more = f" and lacks {len(unknown) - 1} more of the list" if len(unknown) > 1 else ""
         raise InputError(
-            f"{name}: {source.name} has no class or group {unknown[0]!r}, nor {len(unknown) - 1} "
-            "more of the list; is a part of the data missing?"
+            f"{name}: {source.name} has no class or group {unknown[0]!r}{more}; "
+            "is a part of the data missing?"
         )
     found: dict[str, Split] = {}
     for c in source.classes:
@@ -136,7 +146,7 @@ def _by_list(source: Source, name: str) -> dict[str, Split]:
                 f"{name}: {counts[split]:,} classes of {source.name} for {split}, published are "
                 f"{published:,}; is a part of the data missing?"
             )
-    return found
+    return _checked(source, found)
 
 
 def _checked(source: Source, splits: dict[str, Split]) -> dict[str, Split]:

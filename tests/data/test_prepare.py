@@ -305,7 +305,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "range outside": (damage_json(lambda v: v["classes"][-1].update(count=9)), "images, the class"),
     "edited split": (damage_json(edit_a_split), "by hand"),
     "dtype": (damage_images(lambda images: images.astype(np.float32)), "float32 of shape"),
-    "shape": (damage_images(lambda images: images[:, :, 1:]), r"expected uint8 of shape"),
+    "shape": (
+        damage_images(lambda images: images[:, :, 1:]),
+        r"expected uint8 of shape",
+    ),
     "cut off": (cut_images, "damaged"),
     "pickle": (pickle_images, "damaged"),
 }

@@ -177,7 +177,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated": (lambda: png(size=(64, 64))[:-30], "cannot be read"),
     "another format": (lambda: png(kind="TIFF"), "cannot be read"),
     "16 bits": (sixteen_bit, "save it as 8-bit"),
-    "CMYK": (lambda: png("CMYK", kind="JPEG"), "save it as 8-bit"),
+    "CMYK as a TIFF": (lambda: png("CMYK", kind="TIFF"), "cannot be read"),
     "promised pixels": (huge_png, "cannot be read|at most"),
     "many pixels": (lambda: png("1", (8000, 7000)), "8000 x 7000 pixels; at most 50,000,000"),
 }

@@ -84,7 +84,7 @@ def test_a_file_may_name_classes_or_groups_and_leave_training_out(tmp_path: Path
 BAD_LISTS: dict[str, tuple[dict[str, object], str]] = {
     "in two splits": ({"train": ["a"], "test": ["a"]}, "a is in train and in test"),
     "class and group": ({"validation": ["a"], "test": ["a/1"]}, "a/1 is named, and its group too"),
-    "unknown": ({"test": ["c", "d"]}, "no class or group 'c', nor 1 more"),
+    "unknown": ({"test": ["c", "d"]}, "no class or group 'c' and lacks 1 more"),
     "left out": ({"train": ["a"], "test": ["b/1"]}, "b/2 of some is in no split"),
     "nothing to train on": ({"test": ["a", "b"]}, "no class for train"),
     "nothing to test on": ({"test": []}, "no class for test"),

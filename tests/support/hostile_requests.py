@@ -607,5 +607,5 @@ class Attacker:
 _NEVER_IMAGES = {
     "pixel bomb", "50,000 x 50,000 with no data", "2 billion wide", "no width", "cut",
     "wrong checksum", "GIF of 50 frames", "WebP of 50 frames", "TIFF", "BMP", "zip bomb", "SVG",
-    "EPS", "text", "empty", "16 bits", "JPEG in four colours",
+    "EPS", "text", "empty", "16 bits",
 }  # fmt: skip

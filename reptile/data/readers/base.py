@@ -1,6 +1,6 @@
 """What every source is: classes that are listed at once, and images that are read one by one.
 
-So a source may be larger than memory. How each kind is found and read is its own module's business.
+So a source may be larger than memory. Each format has a module of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,12 @@ class Source:
     """Classes in the order of their names, and how to read one of their files.
 
     `read` returns an upright image of mode "L" or "RGB" and may be called from any thread.
-    `published` says which class is in which split, where the source's own files say so.
+    `published` says which class is in which split, where the source's own files say so; `no_split`
+    why they do not.
     """
 
     name: str
     classes: tuple[SourceClass, ...]
     read: Callable[[str], Image.Image]
     published: Mapping[str, Split] = field(default_factory=dict)
+    no_split: str = "its files tell no split"

@@ -17,7 +17,7 @@ from reptile.data.readers.cifar import is_cifar, open_cifar
 from reptile.data.readers.glyphs import draw_glyphs, glyph_name
 from reptile.data.readers.idx import is_idx, open_idx
 from reptile.data.readers.omniglot import is_omniglot, open_omniglot
-from reptile.data.readers.presplit import is_presplit, open_presplit
+from reptile.data.readers.presplit import has_lists, open_lists, split_folders
 from reptile.errors import InputError
 
 Opener = Callable[[Path], AbstractContextManager[Source]]
@@ -26,7 +26,7 @@ KINDS: tuple[tuple[Callable[[Path], bool], Opener], ...] = (
     (is_omniglot, open_omniglot),
     (is_idx, open_idx),
     (is_cifar, open_cifar),
-    (is_presplit, open_presplit),
+    (has_lists, open_lists),
 )
 """What a folder may hold beside class folders: how to know it, and how to open it."""
 
@@ -59,13 +59,19 @@ def _opened(source: str) -> AbstractContextManager[Source]:
         for is_kind, open_kind in KINDS:
             if is_kind(path):
                 return open_kind(path)
-        return nullcontext(from_folder(path))
+        return nullcontext(split_folders(from_folder(path)))
     if path.is_file():
-        return from_zip(path)
+        return _zipped(path)
     raise InputError(
         f"{source}: no such source; give a folder or a zip of class folders, the folder of a "
         "downloaded dataset, or the name `glyphs` or `digits`"
     )
+
+
+@contextmanager
+def _zipped(path: Path) -> Iterator[Source]:
+    with from_zip(path) as source:
+        yield split_folders(source)
 
 
 def _from_arrays(name: str, images: Mapping[str, UInt8Array]) -> AbstractContextManager[Source]:

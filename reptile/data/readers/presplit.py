@@ -5,34 +5,41 @@ get from there.
 """
 
 import csv
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from reptile.data.dataset import Split
-from reptile.data.folders import from_folder, list_folder, open_regular, read_file
+from reptile.data.folders import list_folder, open_regular, read_file
+from reptile.data.names import can_be_shown, normal
 from reptile.data.readers.base import Source, SourceClass
 from reptile.data.readers.records import reading
 from reptile.errors import InputError
 
-NAMES: dict[str, Split] = {
+WORDS: dict[str, Split] = {
     "train": "train",
+    "training": "train",
     "val": "validation",
+    "valid": "validation",
     "validation": "validation",
+    "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
 LISTS: dict[str, Split] = {"train.csv": "train", "val.csv": "validation", "test.csv": "test"}
 HEADER = ["filename", "label"]
 
 
-def is_presplit(root: Path) -> bool:
-    """Say whether `root` has all three lists, or three split folders and no other."""
-    return _has_lists(root) or _has_split_folders(root)
+def has_lists(root: Path) -> bool:
+    """Say whether `root` has all three lists."""
+    return all((root / name).is_file() for name in LISTS)
 
 
 @contextmanager
-def open_presplit(root: Path) -> Iterator[Source]:
-    """Open the images with the split that lists or folders give.
+def open_lists(root: Path) -> Iterator[Source]:
+    """Open the images with the split that lists give.
 
     A list's rows are a file's name and its class. The file may lie anywhere in `root`; where a name
     is there more than once, in a folder of its class's name.
@@ -40,35 +47,100 @@ def open_presplit(root: Path) -> Iterator[Source]:
     Raises:
         InputError: a class is in two splits, a list is broken, or it names a file that is missing.
     """
-    yield _from_lists(root) if _has_lists(root) else _from_split_folders(root)
+    yield _from_lists(root)
 
 
-def _has_lists(root: Path) -> bool:
-    return all((root / name).is_file() for name in LISTS)
+def split_folders(source: Source) -> Source:
+    """Take a source's outermost folders for its split, if train, val, test or the like is in each.
+
+    Then the same class in two of them is one class, with the images of both; such a source has no
+    published split for few-shot learning, but its classes can be held out like any others.
+
+    Raises:
+        InputError: some folders are called so and others are not, or they lie further in.
+    """
+    paths = [c.name.split("/") for c in source.classes]
+    names = [set(level) for level in zip(*paths, strict=True)]  # all classes lie equally deep
+    if len(names) > 1 and (kinds := _split_of_each(names[0])):
+        return _merged(source, kinds)
+    for level, of_level in enumerate(names):
+        words = sorted(name for name in of_level if name.casefold() in WORDS)
+        kinds_here = {WORDS[word.casefold()] for word in words}
+        innermost = level == len(names) - 1
+        whole = len(words) == len(of_level)
+        if len(kinds_here) > 1 and (whole or not innermost):
+            where = "hold images themselves" if len(names) == 1 else "are no outermost folders"
+            if not whole:
+                others = ", ".join(sorted(of_level - set(words))[:3])
+                where = f"lie beside others ({others})"
+            raise InputError(
+                f"{source.name}: folders {', '.join(words)} look like a split and {where}; lay the "
+                "images out as split/class/image.png, or as class/image.png without a split"
+            )
+    _refuse_unknown_split(source, names)
+    return source
 
 
-def _has_split_folders(root: Path) -> bool:
-    folders = [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(NAMES.get(name, "") for name in folders) == ["test", "train", "validation"]
+def _split_of_each(folders: set[str]) -> dict[str, Split]:
+    """Return each folder's split if all have one and there are several, or nothing.
+
+    A word of it is enough, as in `seg_train` or `val2017`.
+    """
+    kinds = {}
+    for folder in folders:
+        words = re.findall("[a-z]+", folder.casefold())
+        found = {WORDS[word] for word in words if word in WORDS}
+        if len(found) != 1:
+            return {}
+        (kinds[folder],) = found
+    return kinds if len(set(kinds.values())) > 1 else {}
 
 
-def _from_split_folders(root: Path) -> Source:
-    source = from_folder(root)
-    found: dict[str, SourceClass] = {}
-    published: dict[str, Split] = {}
+def _refuse_unknown_split(source: Source, names: list[set[str]]) -> None:
+    """Refuse folders such as `train` and `holdout` that share classes."""
+    if len(names) < 2:
+        return
+    inner: dict[str, set[str]] = {}
     for c in source.classes:
         folder, _, name = c.name.partition("/")
-        if not name:
-            raise InputError(f"{root}: images lie in {folder} itself; put them in class folders")
-        _assign(root, published, name, NAMES[folder])
-        found[name] = SourceClass(name, name.rpartition("/")[0], c.files)
-    return Source(source.name, tuple(found[name] for name in sorted(found)), source.read, published)
+        inner.setdefault(folder, set()).add(name)
+    for folder in sorted(inner):
+        for other in sorted(inner.keys() - {folder}):
+            named = WORDS.get(folder.casefold()) in ("train", "test")  # `dev` may be a language
+            if named and (shared := inner[folder] & inner[other]):
+                raise InputError(
+                    f"{source.name}: {folder} looks like a part of a split, and {other} has its "
+                    f"class {min(shared)} too; call the folders train, val and test, or join them"
+                )
+
+
+def _merged(source: Source, kinds: dict[str, Split]) -> Source:
+    """Join classes of one name in several split folders."""
+    members: dict[str, tuple[str, ...]] = {}
+    published: dict[str, Split] = {}
+    no_split = source.no_split
+    for c in source.classes:
+        folder, _, name = c.name.partition("/")
+        members[name] = members.get(name, ()) + c.files
+        if (other := published.setdefault(name, kinds[folder])) != kinds[folder]:
+            no_split = (
+                f"class {name} is in {other} and in {kinds[folder]}, and few-shot splits share no "
+                "class"
+            )
+    return replace(
+        source,
+        classes=tuple(
+            SourceClass(name, name.rpartition("/")[0], members[name]) for name in sorted(members)
+        ),
+        published=published if no_split == source.no_split else {},
+        no_split=no_split,
+    )
 
 
 def _from_lists(root: Path) -> Source:
     places: dict[str, list[str]] = {}
     for file in list_folder(root).files:
-        places.setdefault(PurePosixPath(file).name, []).append(file)
+        places.setdefault(normal(PurePosixPath(file).name), []).append(file)
     members: dict[str, list[str]] = {}
     published: dict[str, Split] = {}
     for name, split in LISTS.items():
@@ -76,7 +148,9 @@ def _from_lists(root: Path) -> Source:
             _assign(root, published, label, split)
             found = places.get(file, [])
             if len(found) > 1:
-                found = [place for place in found if PurePosixPath(place).parent.name == label]
+                found = [
+                    place for place in found if normal(PurePosixPath(place).parent.name) == label
+                ]
             if len(found) != 1:
                 raise InputError(
                     f"{root / name}: line {number}: {len(found) or 'no'} files called {file} "
@@ -93,11 +167,11 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
     with reading(str(path)), open_regular(path) as stream:
         lines = stream.read(2**26).decode("utf-8-sig").splitlines()
     with reading(str(path)):
-        rows = csv.reader(lines)
+        rows = csv.reader(map(normal, lines))
         if next(rows, None) != HEADER:
             raise InputError(f"{path}: the first line must be {','.join(HEADER)}")
         for number, row in enumerate(rows, 2):
-            if len(row) != 2 or not all(row) or not all(map(str.isprintable, row)):
+            if len(row) != 2 or not all(row) or not all(map(can_be_shown, row)):
                 raise InputError(f"{path}: line {number} must be a file's name and its class")
             yield number, row[0], row[1]
 

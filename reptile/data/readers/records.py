@@ -1,7 +1,7 @@
 """Streams of equal records (IDX, CIFAR's binary files), kept on disk instead of in memory.
 
 What such a file is to hold is known before it is read, so that one that unpacks to more is refused.
-What its bytes mean is the formats' business.
+The modules of the formats know what its bytes mean.
 """
 
 import tarfile
@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO, Protocol
 
 import numpy as np
@@ -95,19 +95,43 @@ def copy_records(label: str, stream: Stream, length: int, most: int) -> Iterator
     Raises:
         InputError: it is broken, empty, too long, or ends amid a record.
     """
-    with TemporaryFile(prefix="reptile-") as file:
+    with _temporary_file() as file:
         size = 0
         while block := _block(label, stream, most * length + 1 - size):
             size += len(block)
             if size > most * length:
                 raise InputError(f"{label}: more than the {most * length:,} bytes it may hold")
-            file.write(block)
+            with _room():
+                file.write(block)
+        with _room():
+            file.flush()
         if size == 0 or size % length:
             raise InputError(
                 f"{label}: {size:,} bytes are no whole number of records of {length:,}; "
                 "download it again"
             )
         yield Records(file, length, size // length)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{gettempdir()}: cannot be written ({error.strerror}); set TMPDIR to a folder with "
+            "more room"
+        ) from None
+
+
+def _temporary_file() -> IO[bytes]:
+    try:
+        return TemporaryFile(prefix="reptile-")
+    except OSError as error:
+        raise InputError(
+            f"no folder for temporary files ({error.strerror}); set TMPDIR to one that can be "
+            "written"
+        ) from None
 
 
 def _block(label: str, stream: Stream, most: int) -> bytes:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from reptile.data.dataset import (
     IMAGES_FILE,
@@ -42,7 +41,7 @@ def prepare_sinusoids(
             of the draw; `validation` and `test` are shares of all sinusoids. The rest is for images
             and has no effect.
         folder: where to write `images.npy` (x), `targets.npy` (y) and `dataset.json`.
-        progress: told how many of all points are drawn.
+        progress: called with the points drawn so far, and all there are.
 
     Raises:
         InputError: cross-domain sources, which are images; `folder` is as it was before.
@@ -78,11 +77,9 @@ def prepare_sinusoids(
         for number, split in enumerate(splits)
     )
     with atomic_directory(folder) as temporary:
-        images = open_memmap(temporary / IMAGES_FILE, "w+", np.float32, (x.size, 1, 1, 1))
-        targets = open_memmap(temporary / TARGETS_FILE, "w+", np.float32, (y.size, 1))
-        images[:], targets[:] = x.reshape(images.shape), y.reshape(targets.shape)
-        images.flush()
-        targets.flush()
+        images, targets = x.reshape(-1, 1, 1, 1), y.reshape(-1, 1)
+        for file, array in ((IMAGES_FILE, images), (TARGETS_FILE, targets)):
+            np.save(temporary / file, array)
         index = DatasetIndex(
             name=NAME,
             image_shape=(1, 1, 1),
