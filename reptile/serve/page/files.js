@@ -1,4 +1,4 @@
-/** Picture files in, pixels on the screen: all of the page's dealings with canvases. */
+/** Image files that are dropped or chosen, and pixels painted on a canvas. */
 
 import { pixelsOfFile } from "./client/pictures.js";
 

@@ -5,6 +5,7 @@
  */
 
 import { InputError } from "./fewshot.js";
+import { fit } from "./pixels.js";
 
 const MAX_PIXELS = 50_000_000; // as in reptile/images.py
 
