@@ -104,7 +104,8 @@ def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[tuple[Path, s
     assert example
     (site / "index.html").write_text(example[1])
     for name, folder in (
-        ("page", root / "reptile/serve/page"),
+        ("fewshot", root / "clients/js"),
+        ("page", root / "reptile/serve/page"),  # the paths of before
         ("ort", root / "reptile/serve/ort"),
         ("bundle", bundle),
     ):
