@@ -2,7 +2,7 @@
 
     python -m experiments.few_shot_picture        # after `make repro`
 
-The task is the first of the evaluation's stream, not a chosen one.
+The task is the evaluation's first, not a chosen one.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def main(
     model = FewShotModel.load(artifacts / "bundle")
     ways = model.ways
     protocol = FewShotProtocol.of(EvaluateSettings(queries=QUERIES), ways, 1)
-    task = held_out_task(random_stream(0, Purpose.EVALUATE, 0), data.split("test"), protocol)
+    task = held_out_task(random_stream(1, Purpose.EVALUATE, 1, 0), data.split("test"), protocol)
     images = data.images[task.support]
     adapted = model.adapt(images, [ascii_uppercase[label] for label in task.support_targets])
     queries = data.images[task.query].reshape(ways, QUERIES, *data.image_shape)
