@@ -44,7 +44,7 @@ def main(
     predictions = np.reshape(adapted.predict(data.images[task.query]).labels, (ways, QUERIES))
 
     figure = pyplot.figure(figsize=(11, 5), layout="constrained")
-    support, query, curve = figure.subfigures(1, 3, width_ratios=[1, 4, 3], squeeze=False)[0]
+    support, query, curve = figure.subfigures(1, 3, width_ratios=[1.3, 4, 3], squeeze=False)[0]
     support.suptitle("one example each", fontsize=11)
     query.suptitle("new images and their predicted classes", fontsize=11)
     for way, row in enumerate(support.subplots(ways, 1, squeeze=False)):
