@@ -35,7 +35,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 repro: setup
-	dvc repro --pull
+	dvc pull --quiet data.dvc
+	dvc repro
 	@reptile show
 
 test: setup

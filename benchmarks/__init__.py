@@ -1,5 +1,5 @@
 """How fast the library is, each figure measured beside its baseline: `python -m benchmarks`."""
 
-import reptile  # sets the defaults of OpenMP before any module here imports torch
+from reptile.cpus import settle_threads
 
-__all__ = ["reptile"]
+settle_threads()  # before any module here loads torch

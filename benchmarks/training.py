@@ -26,7 +26,7 @@ from reptile.learn.engines import Engine, make_engine
 from reptile.learn.engines.native import NativeEngine
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.models import build_model, initialise
 from reptile.settings import PrepareSettings, TrainSettings
 from reptile.tasks import training_tasks
@@ -211,7 +211,7 @@ def _train(
     changes = {"meta_iterations": whole, "checkpoint_every": whole, "validation_tasks": 1}
     stamps: list[tuple[float, float]] = []
     with TemporaryDirectory() as work:
-        train(
+        run_training(
             settings.model_copy(update=changes),
             data,
             Path(work),

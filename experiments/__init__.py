@@ -6,7 +6,10 @@ from typing import Any
 
 import typer
 
+from reptile.cpus import settle_threads
 from reptile.errors import ReptileError
+
+settle_threads()  # before any module here loads torch
 
 
 def run(main: Callable[..., Any]) -> None:

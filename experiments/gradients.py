@@ -8,6 +8,7 @@ algorithms, with as many inner steps, and a meta-step that gives each the same s
 of plain Reptile after all four.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,11 +30,11 @@ from reptile.evaluate import Score
 from reptile.experiments.presets import load_preset, preset_path
 from reptile.files import atomic_file, write_json
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.engines import make_engine
+from reptile.learn.engines import choose_device, make_engine
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
+from reptile.learn.run import run_training
 from reptile.learn.train import Progress as TrainingProgress
-from reptile.learn.train import choose_device, train
 from reptile.learn.validate import adapted_in_chunks
 from reptile.models import initialise
 from reptile.settings import EvaluateSettings, Settings, TrainSettings, load_settings
@@ -103,14 +104,16 @@ def main(
             def observe(progress: TrainingProgress, task: Any = task) -> None:
                 bar.update(task, completed=progress.iteration)
 
-            trained = train(own, images, output / "training", resume=True, on_progress=observe)
+            trained = run_training(
+                own, images, output / "training", resume=True, on_progress=observe
+            )
             rows.append(_row(combination, settings.evaluate, trained, images))
     weights = initialise(trained.model, settings.train.seed)
     start = trained._replace(state=MetaState(weights, fresh_state(weights)))
     untrained = measure(settings.evaluate, start, images)
     result = {
         "settings": settings.model_dump(mode="json", include={"prepare", "train", "evaluate"}),
-        "random_start": untrained._asdict(),
+        "random_start": asdict(untrained),
         "combinations": rows,
     }
     write_json(output / "gradients.json", result)

@@ -17,7 +17,7 @@ from rich.table import Table
 from experiments import run
 from reptile.data.prepare import prepare
 from reptile.evaluate import evaluate
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 
@@ -39,7 +39,7 @@ def main(
         drawn = prepare(PrepareSettings(source="glyphs", cross_domain=()), root / "glyphs")
         for data in (drawn, real):
             settings = TrainSettings(meta_iterations=iterations, checkpoint_every=iterations)
-            checkpoint = train(settings, data, root / "work")
+            checkpoint = run_training(settings, data, root / "work")
             others = {} if data is real else {real.name: real}
             result = evaluate(EvaluateSettings(tasks=tasks), checkpoint, data, others)
             for measurement in result.of(real.name):

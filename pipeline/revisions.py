@@ -10,9 +10,11 @@ from typing import NamedTuple
 import yaml
 
 from reptile.errors import InputError
+from reptile.provenance import STAGES
 
 DATA_FILE = "data.dvc"
-CODE = ("reptile", "components")  # what runs in a pod
+CODE = ("components", *sorted({f"reptile/{path}" for stage in STAGES.values() for path in stage}))
+"""What a pod runs, as far as its results depend on it."""
 
 
 class Pinned(NamedTuple):

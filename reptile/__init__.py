@@ -1,12 +1,82 @@
 """Few-shot learning with Reptile: meta-train, evaluate, export to ONNX, adapt anywhere.
 
-The rooms, in the order data flows: `data`, `tasks`, `models`, `learn`, `evaluate`, `export`,
-`runtime`. Importing `reptile` alone imports none of them, so that a consumer of a bundle needs
-numpy and onnxruntime only (`from reptile.runtime import FewShotModel`).
+    import reptile
+
+    data = reptile.from_torch(dataset)                      # any torch Dataset of (input, label)
+    trained = reptile.train(data, settings, module)         # any torch module, or none
+    print(trained.evaluate(data).table())
+    trained.save("checkpoint")                              # reptile.load("checkpoint", module)
+
+Importing `reptile` changes nothing in the process and loads nothing; each name below loads what it
+needs when it is first used. A consumer of a bundle imports `reptile.runtime`, which needs numpy and
+onnxruntime only.
 """
 
-from reptile.cpus import settle_threads
-
-settle_threads()  # before any module here imports torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from reptile.api import Initialisation, load, train
+    from reptile.data.arrays import from_arrays, from_torch
+    from reptile.data.dataset import PreparedData, load_prepared
+    from reptile.errors import (
+        ClusterError,
+        DivergedError,
+        GateError,
+        InputError,
+        PlatformError,
+        ReptileError,
+        VerificationError,
+    )
+    from reptile.runtime import FewShotModel, FewShotRegressor
+    from reptile.settings import (
+        EvaluateSettings,
+        ModelSettings,
+        OptimizerSettings,
+        TrainSettings,
+    )
+
+__all__ = [
+    "ClusterError",
+    "DivergedError",
+    "EvaluateSettings",
+    "FewShotModel",
+    "FewShotRegressor",
+    "GateError",
+    "Initialisation",
+    "InputError",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PlatformError",
+    "PreparedData",
+    "ReptileError",
+    "TrainSettings",
+    "VerificationError",
+    "from_arrays",
+    "from_torch",
+    "load",
+    "load_prepared",
+    "train",
+]
+
+_HOMES = {
+    "reptile.api": ("Initialisation", "load", "train"),
+    "reptile.data.arrays": ("from_arrays", "from_torch"),
+    "reptile.data.dataset": ("PreparedData", "load_prepared"),
+    "reptile.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "reptile.runtime": ("FewShotModel", "FewShotRegressor"),
+    "reptile.settings": tuple(name for name in __all__ if name.endswith("Settings")),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'reptile' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

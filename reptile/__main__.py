@@ -2,9 +2,12 @@
 
 import sys
 
+from reptile.cpus import settle_threads
+
 
 def main() -> None:
-    """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
+    """Run the command line; a foreseeable error is one line on stderr and its exit code."""
+    settle_threads()  # before any command loads torch
     try:
         from reptile.cli import run
 

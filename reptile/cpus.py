@@ -1,39 +1,33 @@
-"""How many processors there are for us, and threads that behave on shared ones.
-
-To be imported before torch, so nothing here imports it.
-"""
+"""How many processors there are for us, and threads that behave on shared ones."""
 
 import logging
 import math
 import os
-import sys
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-_late = False  # torch had read its settings before we made them
 
 
 def settle_threads() -> None:
-    """Set the defaults of OpenMP, which torch reads when it is loaded; the environment wins.
+    """Set the defaults of OpenMP for this process and its children; the environment wins.
 
-    As many threads as this process may keep busy, and threads that sleep at a barrier: spinning
-    ones slow everything down a hundredfold when another process shares the cores, and the native
-    engine, which has threads of its own, threefold.
+    For programs, before they load torch, which reads them then. As many threads as the process may
+    keep busy, and threads that sleep at a barrier: spinning ones slow everything down a
+    hundredfold when another process shares the cores, and the native engine, which has threads of
+    its own, threefold. A library must leave its process alone, so importing `reptile` does not.
     """
-    global _late
-    _late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+@cache
 def warn_of_spinning_threads() -> None:
-    """Say once if torch was loaded before us, with threads that spin."""
-    global _late
-    if _late:
-        _late = False
+    """Say once if torch's threads spin, which training with threads beside them suffers from."""
+    if "OMP_WAIT_POLICY" not in os.environ:
         log.warning(
-            "torch was imported before reptile, so its threads spin between operations: training "
-            "may take three times as long; import reptile first, or set OMP_WAIT_POLICY=PASSIVE"
+            "torch's threads spin between operations, so training may take three times as long; "
+            "start Python with OMP_WAIT_POLICY=PASSIVE in its environment"
         )
 
 

@@ -1,24 +1,109 @@
 """Where an artifact came from: hashes and versions that go into it.
 
-Everything here is a function of the code and its packages, never of the time or the machine, so
-that the same inputs give the same artifact byte for byte.
+STAGES is the one table of which code a stage's result depends on. The dependencies in dvc.yaml,
+resuming, and the lineage in Kubeflow go by it; tests/test_provenance.py holds it to what each stage
+really imports. Everything here is a function of the code and its packages, never of the time or the
+machine, so that the same inputs give the same artifact byte for byte.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Stage = Literal["prepare", "train", "evaluate", "export", "verify"]
+
+_ALL = ("stages.py", "settings.py", "errors.py", "files.py")
+_TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
+    "data/__init__.py",
+    "data/dataset.py",
+    "tasks.py",
+    "minibatches.py",
+    "objectives.py",
+    "cpus.py",
+    "models",
+    "learn/__init__.py",
+    "learn/checkpoint.py",
+    "learn/engines",
+    "learn/inner_loop.py",
+    "learn/optimizer.py",
+    "learn/predict.py",
+    "learn/reptile.py",
+    "learn/validate.py",
+)
+
+STAGES: dict[Stage, tuple[str, ...]] = {
+    "prepare": (
+        *_ALL,
+        "images.py",
+        "cpus.py",
+        "minibatches.py",
+        "data/__init__.py",
+        "data/dataset.py",
+        "data/folders.py",
+        "data/prepare.py",
+        "data/splits.py",
+        "data/published_splits",
+        "data/readers",
+    ),
+    "train": (
+        *_ALL,
+        *_TRAINED,
+        "learn/curves.py",
+        "learn/distributed.py",
+        "learn/run.py",
+        "learn/run_folder.py",
+        "learn/train.py",
+    ),
+    "evaluate": (
+        *_ALL,
+        *_TRAINED,
+        "evaluate/__init__.py",
+        "evaluate/baselines.py",
+        "evaluate/confusions.py",
+        "evaluate/fits.py",
+        "evaluate/measure.py",
+        "evaluate/report",
+        "evaluate/write.py",
+    ),
+    "export": (
+        *_ALL,
+        *_TRAINED,
+        "evaluate",
+        "export/__init__.py",
+        "export/card.py",
+        "export/fold.py",
+        "export/gradient.py",
+        "export/graphs.py",
+        "export/reference.py",
+        "export/rows.py",
+        "export/write.py",
+    ),
+    "verify": (*_ALL, *_TRAINED, "export", "runtime"),
+}
+"""The files and folders of this package that a stage's result depends on."""
+
+SOURCES = {".py", ".cpp", ".h", ".html", ".json"}
+"""What is a source: not byte-code, compiled kernels or caches, which lie beside it."""
+
+PACKAGE = Path(__file__).parent
 
 
-def code_sha256() -> str:
-    """Return the hash of this package's source files, whatever commit they are from."""
-    root = Path(__file__).parent
+def sources(stage: Stage) -> Iterator[Path]:
+    """Yield the source files of a stage's table entry, each once, in a stable order."""
+    roots = [PACKAGE / each for each in STAGES[stage]]
+    files = {path for root in roots for path in (root.rglob("*") if root.is_dir() else [root])}
+    yield from sorted(path for path in files if path.suffix in SOURCES and path.is_file())
+
+
+def code_sha256(*stages: Stage) -> str:
+    """Return the hash of the source files of these stages, whatever commit they are from."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.suffix in {".py", ".cpp", ".h", ".html"}:
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
+    for path in sorted({path for stage in stages for path in sources(stage)}):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -1,30 +1,17 @@
 """The five stages, as DVC, Kubeflow and the command line all call them.
 
 Each is one function: settings and input folders in, one output folder out, written whole or not at
-all. What a stage does lies in the room of its name; this is only where the rooms are joined.
+all. What a stage does lies in the room of its name; this is only where the rooms are joined. Each
+function imports what it runs, so that reptile.provenance can say what each result depends on.
 """
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reptile.data.dataset import PreparedData, load_cross_domain, load_prepared
-from reptile.data.prepare import prepare as prepare_data
-from reptile.errors import InputError, VerificationError
-from reptile.evaluate import Evaluation, write_evaluation
-from reptile.evaluate import evaluate as evaluate_checkpoint
-from reptile.evaluate.gate import check_gate
-from reptile.evaluate.metrics import read_json, read_metrics
-from reptile.export.verify import verify_bundle
-from reptile.export.write import export_bundle
+from reptile.errors import VerificationError
 from reptile.files import atomic_directory, write_json
-from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from reptile.learn.curves import CurveWriter
-from reptile.learn.distributed import join
-from reptile.learn.train import Progress, choose_device, run_folder
-from reptile.learn.train import train as meta_train
-from reptile.objectives import objective_of
 from reptile.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -33,14 +20,22 @@ from reptile.settings import (
     VerifySettings,
 )
 
+if TYPE_CHECKING:
+    from reptile.data.dataset import PreparedData
+    from reptile.evaluate import Evaluation
+    from reptile.learn.checkpoint import Checkpoint
+    from reptile.learn.train import Progress
+
 Counted = Callable[[int, int], None]
 """Told how many of how many are done."""
 
 
 def prepare(
     settings: PrepareSettings, prepared: Path, on_progress: Counted | None = None
-) -> PreparedData:
+) -> "PreparedData":
     """Make the prepared dataset from its source."""
+    from reptile.data.prepare import prepare as prepare_data
+
     return prepare_data(settings, prepared, on_progress)
 
 
@@ -52,24 +47,33 @@ def train(
     curves: Path,
     work: Path,
     resume: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Checkpoint:
+    on_progress: "Callable[[Progress], None]" = lambda progress: None,
+) -> "Checkpoint":
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
     `work` holds unfinished runs, so that `resume` can go on from them. Started by torchrun, the
     processes share the work, and the first alone writes.
     """
+    from reptile.data.dataset import load_prepared
+    from reptile.learn.checkpoint import save_checkpoint
+    from reptile.learn.curves import CurveWriter
+    from reptile.learn.distributed import join
+    from reptile.learn.engines import choose_device
+    from reptile.learn.run import run_training
+    from reptile.learn.run_folder import run_folder
+    from reptile.objectives import objective_of
+
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
-            return meta_train(settings, data, work, resume=resume, processes=processes)
+            return run_training(settings, data, work, resume=resume, processes=processes)
         with CurveWriter(curves, objective_of(data.values)) as writer:
 
-            def observe(progress: Progress) -> None:
+            def observe(progress: "Progress") -> None:
                 writer.write(progress.curve)
                 on_progress(progress)
 
-            result = meta_train(
+            result = run_training(
                 settings, data, work, resume=resume, processes=processes, on_progress=observe
             )
             writer.write(result.info.curve)
@@ -84,11 +88,16 @@ def evaluate(
     checkpoint: Path,
     evaluation: Path,
     on_progress: Counted | None = None,
-) -> Evaluation:
+) -> "Evaluation":
     """Measure few-shot scores on held-out classes and on the cross-domain data."""
+    from reptile.data.dataset import load_cross_domain, load_prepared
+    from reptile.evaluate import evaluate as evaluate_checkpoint
+    from reptile.evaluate import write_evaluation
+    from reptile.learn.checkpoint import load_checkpoint
+
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
@@ -105,13 +114,19 @@ def export(
     ignore_gate: bool = False,
 ) -> None:
     """Write the ONNX bundle of a checkpoint whose evaluation passes the gate."""
+    from reptile.data.dataset import load_prepared
+    from reptile.evaluate.gate import check_gate
+    from reptile.evaluate.metrics import read_json, read_metrics
+    from reptile.export.write import export_bundle
+    from reptile.learn.checkpoint import load_checkpoint
+
     metrics = read_metrics(evaluation)
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     if not ignore_gate:
-        check_gate(settings.gate, data.name, metrics)
+        check_gate(settings.gate, metrics)
     export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
 
 
@@ -127,23 +142,16 @@ def verify(
     Raises:
         VerificationError: a check failed; the report at `verification` says which and by how much.
     """
+    from reptile.data.dataset import load_prepared
+    from reptile.export.verify import verify_bundle
+    from reptile.learn.checkpoint import load_checkpoint
+
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
-    check_same_data(trained, data)
+    trained.info.check_data(data)
     report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     if failed:
         raise VerificationError(f"{bundle} failed {', '.join(failed)}; see {verification}")
     return report
-
-
-def check_same_data(checkpoint: Checkpoint, data: PreparedData) -> None:
-    """Refuse data other than the checkpoint was trained on: its held-out classes are not ours."""
-    info = checkpoint.info
-    if (info.data_sha256, info.splits_sha256) != (data.content_sha256, data.splits_sha256):
-        raise InputError(
-            f"the checkpoint was trained on {info.dataset} with data {info.data_sha256[:12]} and "
-            f"splits {info.splits_sha256[:12]}, the prepared data has {data.content_sha256[:12]} "
-            f"and {data.splits_sha256[:12]}; run `reptile train` again"
-        )

@@ -8,7 +8,7 @@ import pytest
 
 from reptile.cpus import available_cpus
 
-THREADS = "import reptile, torch; {}"
+THREADS = "from reptile.cpus import settle_threads; settle_threads(); import torch; {}"
 
 
 def test_available_cpus_stay_within_the_machine() -> None:
@@ -37,21 +37,28 @@ def test_torch_gets_the_environments_threads_or_all_that_are_granted(
     assert int(done.stdout) == threads
 
 
-@pytest.mark.parametrize(
-    ("order", "policy", "warned"),
-    [
-        ("torch, reptile", None, True),
-        ("reptile, torch", None, False),
-        ("torch, reptile", "x", False),
-    ],
-)
-def test_the_native_engine_warns_of_threads_that_were_there_first(
-    order: str, policy: str | None, warned: bool
-) -> None:
+@pytest.mark.parametrize("policy", [None, "PASSIVE"])
+def test_the_native_engine_warns_once_of_threads_that_spin(policy: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if policy:
         environment["OMP_WAIT_POLICY"] = policy
-    script = f"import {order}\nfrom reptile.cpus import *\n" + "warn_of_spinning_threads()\n" * 2
+    script = "from reptile.cpus import *\n" + "warn_of_spinning_threads()\n" * 2
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.count("torch was imported before reptile") == warned
+    assert done.stderr.count("OMP_WAIT_POLICY=PASSIVE") == (policy is None)
+
+
+def test_importing_the_library_leaves_the_process_alone() -> None:
+    script = (
+        "import os, sys\n"
+        "before = dict(os.environ)\n"
+        "import reptile, reptile.runtime\n"
+        "assert dict(os.environ) == before\n"
+        "assert not {'torch', 'pydantic', 'onnxruntime'} & set(sys.modules)\n"
+        "import reptile.api, reptile.stages\n"
+        "assert dict(os.environ) == before\n"
+    )
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -15,7 +15,7 @@ ORDER = [
     {"learn"},
     {"evaluate"},
     {"export"},
-    {"stages"},
+    {"stages", "api"},
     {"experiments"},
     {"serve"},
     {"cli"},

@@ -140,6 +140,47 @@ def train(
 
 
 @app.command()
+def runs(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove those that cannot be resumed.")
+    ] = False,
+) -> None:
+    """List unfinished training runs: whether `reptile train --resume` resumes them, or why not.
+
+    A run is resumed by the same settings, data, code and packages.
+
+    Example: reptile runs --remove
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile.data.dataset import load_prepared
+    from reptile.learn.run_folder import differences, unfinished_runs
+    from reptile.learn.run_folder import remove as remove_run
+    from reptile.learn.train import untrained
+
+    work = artifacts / "training"
+    if not (found := unfinished_runs(work)):
+        console.print(f"no unfinished runs in {work}", soft_wrap=True)
+        return
+    now = untrained(settings.train, load_prepared(artifacts / "prepared")).info
+    for run in found:
+        reason = differences(run.info, now)
+        removed = remove and reason != ""
+        if removed:
+            remove_run(run.folder)
+        status = f"{'removed' if removed else 'not resumed'}: {reason}" if reason else "resumed"
+        console.print(
+            f"{run.folder}: meta-iteration {run.iteration}, {run.size / 1e6:.1f} MB; {status}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+
+@app.command()
 def evaluate(
     params: ParamsOption = None,
     preset: PresetOption = None,

@@ -21,13 +21,13 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from reptile.export.rows import Layout, indices, logits
-from reptile.models import Model, size
+from reptile.models import Network, size
 from reptile.objectives import CLASSIFICATION
 
 aten = torch.ops.aten
 
 
-def trace_gradient(model: Model, layout: Layout) -> GraphModule:
+def trace_gradient(model: Network, layout: Layout) -> GraphModule:
     """Trace (weights [P], images [B, C, H, W], targets [B, outputs], 1/B [], `rows.indices`...).
 
     It gives (gradient [P], loss []). Weights and gradient are packed by `layout`; images are what

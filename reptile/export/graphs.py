@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from reptile import __version__
+from reptile.errors import InputError
 from reptile.export.fold import fold
 from reptile.export.gradient import trace_gradient
 from reptile.export.rows import Layout, indices
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.optimizer import BETA2, EPSILON, decay
-from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.models import Model, Network, mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 
 OPSET = 18
@@ -47,7 +48,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
         checkpoint: weights and optimiser state, which become constants of the graphs.
         max_steps: inner steps beyond this many are not taken.
     """
-    model = checkpoint.model
+    model = exportable(checkpoint.model)
     task = {
         "support_images": _images(model, "support"),
         "support_labels": _targets(model),
@@ -71,12 +72,26 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
 
 
+def exportable(model: Model) -> Network:
+    """Return the network, if its graphs can be written.
+
+    Raises:
+        InputError: it is a module of the user's own.
+    """
+    if not isinstance(model, Network):
+        raise InputError(
+            f"{model.name}: only conv4 and mlp can be exported to ONNX yet; keep such a network in "
+            "PyTorch, with reptile.load"
+        )
+    return model
+
+
 class Predict(nn.Module):
     """The meta-initialised model as it stands; batch norm sees the images given."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        self.model, self.objective = checkpoint.model, checkpoint.info.objective
+        self.model, self.objective = exportable(checkpoint.model), checkpoint.info.objective
         for name, value in unflatten(self.model, checkpoint.state.weights).items():
             layer, kind = name.split(".")
             if not hasattr(self, layer):
@@ -98,7 +113,8 @@ class Adapt(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
         super().__init__()
-        self.model, (weights, state), info = checkpoint
+        model, (weights, state), info = checkpoint
+        self.model = exportable(model)
         self.objective = info.objective
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
@@ -193,7 +209,7 @@ class Adapt(nn.Module):
 class PredictAdapted(nn.Module):
     """The network under folded weights: each image's logits depend on that image alone."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -204,20 +220,20 @@ class PredictAdapted(nn.Module):
         return self.model.forward(params, objective.network_input(images))
 
 
-def folded_specs(model: Model) -> dict[str, Spec]:
+def folded_specs(model: Network) -> dict[str, Spec]:
     """Names and shapes of the folded weights, in the order `fold` gives them."""
     params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
     folded = fold(model, params, torch.zeros(1, *model.image_shape))
     return {name: Spec(value.dtype, tuple(value.shape)) for name, value in folded.items()}
 
 
-def _targets(model: Model) -> Spec:
+def _targets(model: Network) -> Spec:
     if model.objective is CLASSIFICATION:
         return Spec(torch.int64, ("support",))
     return Spec(torch.float32, ("support", model.outputs))
 
 
-def _images(model: Model, count: str) -> Spec:
+def _images(model: Network, count: str) -> Spec:
     return Spec(torch.float32, (count, *model.image_shape))
 
 

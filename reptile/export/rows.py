@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.minibatches import IntArray
-from reptile.models import BATCH_NORM_EPSILON, CONV_LAYERS, Model, Params, flatten, unflatten
+from reptile.models import BATCH_NORM_EPSILON, CONV_LAYERS, Network, Params, flatten, unflatten
 
 
 class Layout:
@@ -26,7 +26,7 @@ class Layout:
     the inputs of conv4's head ordered by position, then channel.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Network) -> None:
         self._model = model
         self._channels = model.settings.filters if model.settings.name == "conv4" else 0
         self.shapes = {
@@ -72,7 +72,7 @@ class Layout:
         return matrices
 
 
-def indices(model: Model) -> tuple[Tensor, ...]:
+def indices(model: Network) -> tuple[Tensor, ...]:
     """Return what the gathers of each layer read, constants of the model, for `logits`."""
     if model.settings.name == "mlp":
         return ()
@@ -88,7 +88,7 @@ def indices(model: Model) -> tuple[Tensor, ...]:
 
 
 def logits(
-    model: Model, params: Params, images: Tensor, share: Tensor, index: Sequence[Tensor]
+    model: Network, params: Params, images: Tensor, share: Tensor, index: Sequence[Tensor]
 ) -> Tensor:
     """Map images [B, C, H, W] in 0..1 to logits [B, ways], as `models` does on a batch.
 
@@ -106,7 +106,7 @@ def logits(
 
 
 def _conv4(
-    model: Model, params: Params, images: Tensor, share: Tensor, index: Iterator[Tensor]
+    model: Network, params: Params, images: Tensor, share: Tensor, index: Iterator[Tensor]
 ) -> Tensor:
     x = images.flatten(2).transpose(1, 2)
     for layer in range(1, CONV_LAYERS + 1):

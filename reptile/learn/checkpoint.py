@@ -12,13 +12,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
-from reptile.models import Model, build_model, flatten, unflatten
+from reptile.models import (
+    Model,
+    ModuleNetwork,
+    build_model,
+    flatten,
+    initialise,
+    unflatten,
+)
 from reptile.objectives import Objective, objective_of
 from reptile.settings import TrainSettings, describe
 
@@ -46,9 +54,11 @@ class CheckpointInfo(BaseModel):
     format: int = 1
     iteration: int
     settings: TrainSettings
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     values: Annotated[int, Field(ge=0)] = 0
     """Values that a regressor predicts; 0 for a classifier."""
+    module: str = ""
+    """Class of the user's own network; empty for the one that `settings.model` names."""
     dataset: str
     data_sha256: str
     splits_sha256: str
@@ -56,15 +66,24 @@ class CheckpointInfo(BaseModel):
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
 
+    def check_data(self, data: PreparedData) -> None:
+        """Refuse other data: classes that it holds out may be among those trained on.
+
+        Raises:
+            InputError: other data, or the same data split in another way.
+        """
+        here = data.content_sha256, data.splits_sha256
+        if here != (self.data_sha256, self.splits_sha256):
+            raise InputError(
+                f"the checkpoint was trained on {self.dataset}: data {self.data_sha256[:12]}, "
+                f"splits {self.splits_sha256[:12]}, the prepared data has {here[0][:12]} and "
+                f"{here[1][:12]}; run `reptile train` again"
+            )
+
     @property
     def objective(self) -> Objective:
         """The kind of task that it was trained for."""
         return objective_of(self.values)
-
-    def model(self) -> Model:
-        """Build the network."""
-        outputs = self.values or self.settings.ways
-        return build_model(self.settings.model, outputs, self.image_shape, self.objective)
 
 
 class Checkpoint(NamedTuple):
@@ -75,12 +94,27 @@ class Checkpoint(NamedTuple):
     info: CheckpointInfo
 
 
+def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Model:
+    """Build the network that the settings name, or wrap the user's module.
+
+    Raises:
+        InputError: the module does not fit the data.
+    """
+    outputs = info.values or info.settings.ways
+    if module is not None:
+        return ModuleNetwork(module, info.image_shape, outputs, info.objective)
+    return build_model(info.settings.model, outputs, info.image_shape, info.objective)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves what was at `folder` before."""
     model, (weights, inner), info = checkpoint
+    vectors = {"weights": weights, "second_moment": inner.second_moment}
+    if info.module:  # a network of the settings draws its start again from the seed
+        vectors["initial"] = initialise(model, info.settings.seed)
     tensors = {
-        f"{kind}/{name}": part.contiguous().cpu()
-        for kind, flat in (("weights", weights), ("second_moment", inner.second_moment))
+        f"{vector}/{name}": part.contiguous().cpu()
+        for vector, flat in vectors.items()
         for name, part in unflatten(model, flat).items()
     }
     tensors["step"] = torch.tensor(inner.step)
@@ -89,11 +123,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:
     """Read a checkpoint onto the CPU.
 
+    Args:
+        folder: what `save_checkpoint` wrote.
+        module: the network, if it was trained as a module of the user's own; only its structure
+            counts. Code is never loaded from a checkpoint.
+
     Raises:
-        InputError: it is missing, damaged, or its weights are not those of its model.
+        InputError: it is missing or damaged, its weights are not those of its network, or it needs
+            a module that is not given.
     """
     try:
         values: Any = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
@@ -103,19 +143,34 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{error.filename}: no such file; run `reptile train` first") from None
     except ValidationError as error:
         raise InputError(f"{folder / INFO_FILE}: {'; '.join(describe(error))}") from None
+    except PermissionError as error:
+        path = error.filename or folder / WEIGHTS_FILE
+        raise InputError(f"{path}: no permission to read it; ask its owner") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: damaged checkpoint ({error}); train again") from None
-    model = info.model()
-    expected = {f"{kind}/{name}" for kind in ("weights", "second_moment") for name in model.shapes}
+    if info.module and module is None:
+        raise InputError(
+            f"{folder}: holds the weights of {info.module}; give such a module, as in "
+            "reptile.load(folder, module)"
+        )
+    if module is not None and not info.module:
+        raise InputError(f"{folder}: holds the weights of {info.settings.model.name}, not a module")
+    model = build_network(info, module)
+    vectors = ("weights", "second_moment", *(("initial",) if info.module else ()))
+    expected = {f"{vector}/{name}" for vector in vectors for name in model.shapes}
     if set(tensors) != expected | {"step"} or any(
-        tensors[f"{kind}/{name}"].shape != shape
-        for kind in ("weights", "second_moment")
+        tensors[f"{vector}/{name}"].shape != shape
+        for vector in vectors
         for name, shape in model.shapes.items()
     ):
-        raise InputError(f"{folder / WEIGHTS_FILE}: not the weights of the model in {INFO_FILE}")
+        raise InputError(
+            f"{folder / WEIGHTS_FILE}: not the weights of {model.name}, which {INFO_FILE} describes"
+        )
+    if isinstance(model, ModuleNetwork):
+        model.start_from(_flat(model, tensors, "initial"))
     inner = OptimizerState(_flat(model, tensors, "second_moment"), int(tensors["step"]))
     return Checkpoint(model, MetaState(_flat(model, tensors, "weights"), inner), info)
 
 
-def _flat(model: Model, tensors: dict[str, Tensor], kind: str) -> Tensor:
-    return flatten(model, {name: tensors[f"{kind}/{name}"] for name in model.shapes})
+def _flat(model: Model, tensors: dict[str, Tensor], vector: str) -> Tensor:
+    return flatten(model, {name: tensors[f"{vector}/{name}"] for name in model.shapes})

@@ -1,11 +1,10 @@
 """Reptile and first-order MAML: one meta-step.
 
 What the paper calls θ is `MetaState.weights`; the inner optimiser's state belongs to the learnt
-initialisation too. No data, no loop, no files here.
+initialisation too. The inner loop is in `inner_loop`, the loop over meta-steps in `train`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,11 @@ class MetaState(NamedTuple):
     weights: Tensor  # [P], the initialisation θ
     inner: OptimizerState  # the optimiser's state that adaptation starts from
 
+    def to(self, device: torch.device) -> "MetaState":
+        """Return it on a device."""
+        moment = self.inner.second_moment.to(device)
+        return MetaState(self.weights.to(device), self.inner._replace(second_moment=moment))
+
 
 class MetaStep(NamedTuple):
     """The outcome of one meta-step."""
@@ -38,35 +42,34 @@ def meta_step(
     settings: TrainSettings,
     step_size: float,
 ) -> MetaStep:
-    """Move θ towards the mean of the weights adapted to each task.
+    """Take one meta-step, with n tasks, k inner steps U and the step size ε.
 
-    Reptile: θ ← θ + ε·mean(θ̃ - θ). First-order MAML: θ ← θ + ε·mean(θ̃ - θ̃'), where θ̃' is θ̃
-    before its last inner step.
+    Reptile: θ ← θ + ε · 1/n · Σᵢ (θ̃ᵢ - θ), where θ̃ᵢ = Uᵏ(θ) (Nichol et al., algorithm 2);
+    first-order MAML: θ ← θ + ε · 1/n · Σᵢ (θ̃ᵢ - Uᵏ⁻¹(θ)): the last inner step alone.
 
     Args:
         engine: runs the inner loops.
         state: θ and the inner optimiser's state.
         tasks: the meta-batch.
-        settings: the algorithm and the mode of the inner state.
+        settings: the algorithm, and how the optimiser's state passes from task to task.
         step_size: ε.
     """
     theta, inner = state
-    mode = settings.optimizer.state
-    start = fresh_state(theta) if mode == "reset" else inner
-    adapt: Callable[..., Adapted] = engine.adapt
-    in_turn: Callable[..., Adapted] = engine.adapt_sequential
-    if settings.algorithm == "fomaml":
-        adapt = partial(_last_steps, engine)
-        in_turn = partial(adapt_each, adapt)
-    adapted, after, losses = (in_turn if mode == "sequential" else adapt)(theta, start, tasks)
-    pull = adapted.mean(0)
+    start = fresh_state(theta) if settings.optimizer.state == "reset" else inner
+    sequential = settings.optimizer.state == "sequential"
     if settings.algorithm == "reptile":
-        pull = pull - theta
-    if mode == "sequential":
-        inner = after
-    elif mode == "parallel":
-        inner = merge_parallel_states(inner, after, len(tasks))
-    return MetaStep(MetaState(theta + step_size * pull, inner), losses)
+        adapted = (engine.adapt_sequential if sequential else engine.adapt)(theta, start, tasks)
+        displacement = adapted.weights.mean(0) - theta
+    else:
+        adapt = _adapt_keeping_last_start if not sequential else _in_sequence
+        last_start, adapted = adapt(engine, theta, start, tasks)
+        displacement = (adapted.weights - last_start).mean(0)
+    theta = theta + step_size * displacement
+    if sequential:
+        inner = adapted.state
+    elif settings.optimizer.state == "parallel":
+        inner = merge_parallel_states(inner, adapted.state, len(tasks))
+    return MetaStep(MetaState(theta, inner), adapted.losses)
 
 
 def step_size(settings: TrainSettings, iteration: int) -> float:
@@ -75,17 +78,30 @@ def step_size(settings: TrainSettings, iteration: int) -> float:
     return settings.meta_step * (1 - done) + settings.meta_step_final * done
 
 
-def _last_steps(
+def _adapt_keeping_last_start(
     engine: Engine, theta: Tensor, start: OptimizerState, tasks: Sequence[Task]
-) -> Adapted:
-    """Adapt to the tasks side by side; the weights returned are how far the last step went."""
-    before = engine.adapt(theta, start, [_steps(task, slice(None, -1)) for task in tasks])
-    last = engine.adapt(
-        before.weights, before.state, [_steps(task, slice(-1, None)) for task in tasks]
-    )
-    losses = torch.cat([before.losses, last.losses], dim=1)
-    return Adapted(last.weights - before.weights, last.state, losses)
+) -> tuple[Tensor, Adapted]:
+    """Adapt to each task from θ; return the weights before the last step [T, P] too."""
+    before = engine.adapt(theta, start, [_some_batches(task, slice(None, -1)) for task in tasks])
+    last = [_some_batches(task, slice(-1, None)) for task in tasks]
+    adapted = engine.adapt(before.weights, before.state, last)
+    return before.weights, adapted._replace(losses=torch.cat([before.losses, adapted.losses], 1))
 
 
-def _steps(task: Task, part: slice) -> Task:
+def _in_sequence(
+    engine: Engine, theta: Tensor, start: OptimizerState, tasks: Sequence[Task]
+) -> tuple[Tensor, Adapted]:
+    """Do the same task by task, each from the optimiser's state that the one before left."""
+    starts = []
+
+    def adapt(theta: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
+        last_start, adapted = _adapt_keeping_last_start(engine, theta, state, tasks)
+        starts.append(last_start)
+        return adapted
+
+    adapted = adapt_each(adapt, theta, start, tasks)
+    return torch.cat(starts), adapted
+
+
+def _some_batches(task: Task, part: slice) -> Task:
     return task._replace(batches=task.batches[part])

@@ -4,6 +4,7 @@ from reptile.models.base import (
     MASK_BIAS,
     LayerStatistics,
     Model,
+    Network,
     Params,
     Statistics,
     flatten,
@@ -15,6 +16,7 @@ from reptile.models.base import (
 from reptile.models.build import build_model
 from reptile.models.conv4 import BATCH_NORM_EPSILON, CONV_LAYERS, Conv4
 from reptile.models.mlp import MLP
+from reptile.models.module import ModuleNetwork
 
 __all__ = [
     "BATCH_NORM_EPSILON",
@@ -24,6 +26,8 @@ __all__ = [
     "Conv4",
     "LayerStatistics",
     "Model",
+    "ModuleNetwork",
+    "Network",
     "Params",
     "Statistics",
     "build_model",

@@ -1,11 +1,11 @@
-"""The networks, as pure functions of (weights, images), and their losses.
+"""What every network offers, and its weights as one flat vector.
 
 All weights of a network travel as one flat vector [P], so that a meta-step, an optimiser and a
 merge of states are each one line of arithmetic; `unflatten` gives them their names and shapes.
-Nothing here knows about tasks or learning.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reptile.errors import InputError
 from reptile.objectives import CLASSIFICATION, Objective
 from reptile.settings import ModelSettings
 
@@ -33,7 +34,11 @@ Statistics = tuple[LayerStatistics, ...]
 
 
 class Model(Protocol):
-    """What every network offers; both models below do."""
+    """A network as a pure function of its weights and inputs."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
 
     @property
     def outputs(self) -> int:
@@ -44,24 +49,26 @@ class Model(Protocol):
         """What the outputs are for, with their loss."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an input."""
-
-    @property
-    def settings(self) -> ModelSettings:
-        """The settings the network was built from."""
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input: channels, height and width of an image."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of the weights, in the order they have in the flat vector."""
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a prediction depends on the statistics of a batch."""
+
+    def initialise(self, seed: int) -> Tensor:
+        """Return the weights before any training, float32 [P]."""
+
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """Map images [B, C, H, W] in 0..1 to logits, or a regressor's values, [B, outputs].
+        """Map inputs [B, *image_shape], pixels in 0..1, to logits or values [B, outputs].
 
-        Batch norm uses the batch's own statistics, or `statistics` where given. Params with batch
-        norm folded into the convolutions (`export.fold`) hold biases instead, and skip it.
+        Batch norm uses the batch's own statistics, or `statistics` where given.
         """
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
@@ -69,13 +76,59 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Network:
-    """What all networks have in common."""
+class Network(ABC):
+    """What the networks of this library have in common: settings, and a head that comes last."""
 
     outputs: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     settings: ModelSettings
     objective: Objective = CLASSIFICATION
+
+    @property
+    def name(self) -> str:
+        """See `Model.name`."""
+        return self.settings.name
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """See `Model.has_batch_norm`."""
+        return any(name.startswith("norm") for name in self.shapes)
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, torch.Size]:
+        """See `Model.shapes`."""
+
+    @abstractmethod
+    def forward(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.forward`.
+
+        Params with batch norm folded into the convolutions (`export.fold`) hold biases instead.
+        """
+
+    @abstractmethod
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """See `Model.statistics`."""
+
+    def initialise(self, seed: int) -> Tensor:
+        """Draw the reference's (TensorFlow's) initialisation.
+
+        Glorot uniform weights, zero biases, unit scale in batch norm.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        params = {}
+        for name, shape in self.shapes.items():
+            if name.startswith("norm") and name.endswith("weight"):
+                params[name] = torch.ones(shape)
+            elif name.endswith("bias"):
+                params[name] = torch.zeros(shape)
+            else:
+                window = math.prod(shape[2:])
+                bound = math.sqrt(6 / ((shape[0] + shape[1]) * window))
+                params[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
 
 
 def size(model: Model) -> int:
@@ -98,6 +151,11 @@ def flatten(model: Model, params: Params) -> Tensor:
     return torch.cat([params[name].reshape(-1) for name in model.shapes])
 
 
+def initialise(model: Model, seed: int) -> Tensor:
+    """Return a network's weights before any training, float32 [P]."""
+    return model.initialise(seed)
+
+
 def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tensor:
     """Return weights [..., P] under which a classifier has only the outputs in `present`.
 
@@ -108,25 +166,14 @@ def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tenso
         model: the network.
         weights: where adaptation starts.
         present: bool [outputs], the labels that the support set has.
+
+    Raises:
+        InputError: a network whose weights do not end with the bias of its head.
     """
+    if not isinstance(model, Network):
+        raise InputError(
+            f"{model.name}: tasks of fewer classes than its {model.outputs} outputs need a network "
+            "of this library; train one with as many outputs as the tasks have classes"
+        )
     absent = MASK_BIAS * (~present).to(weights.dtype)
     return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
-
-
-def initialise(model: Model, seed: int) -> Tensor:
-    """Draw a random initialisation, float32 [P]: the reference's (TensorFlow's) defaults.
-
-    Glorot uniform weights, zero biases, unit scale in batch norm.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    params = {}
-    for name, shape in model.shapes.items():
-        if name.startswith("norm") and name.endswith("weight"):
-            params[name] = torch.ones(shape)
-        elif name.endswith("bias"):
-            params[name] = torch.zeros(shape)
-        else:
-            window = math.prod(shape[2:])
-            bound = math.sqrt(6 / ((shape[0] + shape[1]) * window))
-            params[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
-    return flatten(model, params)

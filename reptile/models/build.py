@@ -11,7 +11,7 @@ from reptile.settings import ModelSettings
 def build_model(
     settings: ModelSettings,
     outputs: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     objective: Objective = CLASSIFICATION,
 ) -> Model:
     """Build the network that `settings` names.
@@ -24,6 +24,6 @@ def build_model(
     """
     if settings.name == "mlp":
         return MLP(outputs, image_shape, settings, objective)
-    if min(image_shape[1:]) < 2:
-        raise InputError(f"conv4 needs images of at least 2x2 pixels, not {image_shape[1:]}")
+    if len(image_shape) != 3 or min(image_shape[1:]) < 2:
+        raise InputError(f"conv4 needs images of at least 2x2 pixels, not inputs of {image_shape}")
     return Conv4(outputs, image_shape, settings, objective)

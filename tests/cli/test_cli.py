@@ -117,10 +117,10 @@ def test_running_again_gives_the_same_bytes(finished: Path, here: Path, run: Run
 def test_the_gate_refuses_and_can_be_overruled(here: Path, run: Run) -> None:
     before = (here / "artifacts/bundle/manifest.json").read_bytes()
     code, _, err = run("export", "-S", "export.gate.accuracy=1.0")
-    assert code == 2
+    assert code == 3
     assert "below the gate of 1.0" in err
     code, _, err = run("export", "-S", "export.gate.above_random=1.0")
-    assert code == 2
+    assert code == 3
     assert "above the random" in err
     assert (here / "artifacts/bundle/manifest.json").read_bytes() == before
     assert run("export", "-S", "export.gate.accuracy=1.0", "--ignore-gate")[0] == 0
@@ -233,7 +233,7 @@ def test_a_mistake_is_one_clear_error_and_loses_nothing(mistake: str, here: Path
     spoil(here)
     before = set(here.rglob("*"))
     code, _, err = run(*arguments)
-    assert code == 2, err
+    assert code == (5 if mistake == "changed bundle" else 2), err
     assert err.startswith("error: ")
     assert "Traceback" not in err
     for word in words:
@@ -267,3 +267,20 @@ def test_the_readmes_consumer_script_runs_as_it_stands(here: Path, root: Path) -
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert names <= {"alef", "bet", "gimel", "dalet", "he"}
     assert (here / "hebrew.task").is_file()
+
+
+def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path, run: Run) -> None:
+    code, out, _ = run("runs")
+    assert (code, out) == (0, "no unfinished runs in artifacts/training\n")
+    checkpoint = here / "artifacts/training" / ("a" * 16) / "iteration-00000003"
+    shutil.copytree(here / "artifacts/checkpoint", checkpoint)
+
+    code, out, _ = run("runs")
+    assert code == 0
+    assert "meta-iteration 3" in out
+    assert out.endswith("; resumed\n")
+    code, out, _ = run("runs", "--remove", "-S", "train.seed=7")
+    assert code == 0
+    assert "removed: other settings (seed: 0, now 7)" in out
+    assert not checkpoint.parent.exists()
+    assert (here / "artifacts/checkpoint").is_dir()

@@ -8,7 +8,7 @@ import pytest
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.settings import PrepareSettings, TrainSettings
 from reptile.tasks import FewShotProtocol, held_out_task, training_tasks
 
@@ -87,12 +87,12 @@ def test_what_makes_no_sense_is_refused(sinusoids: PreparedData, tmp_path: Path)
     with pytest.raises(InputError, match="cross_domain"):
         prepare(SETTINGS.model_copy(update={"cross_domain": ("digits",)}), tmp_path / "data")
     with pytest.raises(InputError, match=r"train.ways = 5.*set train.ways to 1"):
-        train(TrainSettings(ways=5, train_shots=10), sinusoids, tmp_path)
+        run_training(TrainSettings(ways=5, train_shots=10), sinusoids, tmp_path)
 
 
 def test_one_way_tasks_of_images_are_refused(data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train.ways = 1.*at least 2"):
-        train(TrainSettings(ways=1, train_shots=10), data, tmp_path)
+        run_training(TrainSettings(ways=1, train_shots=10), data, tmp_path)
 
 
 def test_damaged_targets_are_refused(tmp_path: Path) -> None:

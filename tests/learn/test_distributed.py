@@ -19,7 +19,7 @@ from reptile.data.dataset import PreparedData
 from reptile.files import write_json
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
 from reptile.learn.distributed import join
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.settings import TrainSettings
 
 CPU = torch.device("cpu")
@@ -56,7 +56,9 @@ def train_all(rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     with join(CPU) as processes:
         for case in CASES:
-            result = train(settings_of(case), make_data(), folder / "work", processes=processes)
+            result = run_training(
+                settings_of(case), make_data(), folder / "work", processes=processes
+            )
             save_checkpoint(folder / case / str(rank), result)
 
 
@@ -73,7 +75,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_process_ends_with_the_weights_of_one_process(
     case: str, shared: Path, data: PreparedData, tmp_path: Path
 ) -> None:
-    save_checkpoint(tmp_path / "alone", train(settings_of(case), data, tmp_path / "work"))
+    save_checkpoint(tmp_path / "alone", run_training(settings_of(case), data, tmp_path / "work"))
     for file in ("weights.safetensors", "checkpoint.json"):
         alone = (tmp_path / "alone" / file).read_bytes()
         for rank in ("0", "1"):
@@ -113,7 +115,7 @@ def test_a_killed_process_ends_the_run_and_resuming_equals_never_having_stopped(
 
     resumed = start(tmp_path, "--resume")
     assert resumed.wait(timeout=120) == 0
-    whole = train(TrainSettings.model_validate(settings), data, tmp_path / "work")
+    whole = run_training(TrainSettings.model_validate(settings), data, tmp_path / "work")
     found = load_checkpoint(tmp_path / "artifacts/checkpoint")
     assert torch.equal(found.state.weights, whole.state.weights)
     assert torch.equal(found.state.inner.second_moment, whole.state.inner.second_moment)

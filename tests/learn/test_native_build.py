@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reptile.errors import InputError
+from reptile.errors import InputError, PlatformError
 from reptile.learn.engines import EagerEngine, make_engine
 from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.native import BuildError, build
@@ -117,7 +117,7 @@ def test_failing_compiler_falls_back_to_eager_with_one_line(
     fallback = make_engine("auto", model, SGD, pixels, CPU)
     assert isinstance(fallback, EagerEngine)
     assert str(raised.value) in fallback.name
-    with pytest.raises(InputError, match=r"train\.engine = native: .*error"):
+    with pytest.raises(PlatformError, match=r"train\.engine = native: .*error"):
         make_engine("native", model, SGD, pixels, CPU)
 
 

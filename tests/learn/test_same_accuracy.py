@@ -6,7 +6,7 @@ import pytest
 
 from reptile.data.prepare import prepare
 from reptile.evaluate import Evaluation, evaluate
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 
@@ -23,7 +23,7 @@ def test_the_native_engine_reaches_the_eager_engines_accuracy(
         settings = TrainSettings.model_validate(
             values | {"meta_iterations": 400, "checkpoint_every": 400, "device": "cpu"}
         )
-        checkpoint = train(settings, data, tmp_path / engine)
+        checkpoint = run_training(settings, data, tmp_path / engine)
         protocol = EvaluateSettings(tasks=300, shots=(1,))
         return evaluate(protocol, checkpoint, data, {})
 

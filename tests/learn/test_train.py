@@ -16,7 +16,9 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import DivergedError, InputError, PlatformError
 from reptile.files import write_json
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
-from reptile.learn.train import Progress, choose_device, train
+from reptile.learn.engines import choose_device
+from reptile.learn.run import run_training
+from reptile.learn.train import Progress
 from reptile.settings import TrainSettings
 
 
@@ -39,16 +41,16 @@ def settings_of(**changes: object) -> TrainSettings:
 
 def test_resume_equals_never_having_stopped(data: PreparedData, tmp_path: Path) -> None:
     settings = settings_of()
-    whole = train(settings, data, tmp_path / "whole")
+    whole = run_training(settings, data, tmp_path / "whole")
 
     def kill(progress: Progress) -> None:
         if progress.iteration == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(settings, data, tmp_path / "cut", on_progress=kill)
+        run_training(settings, data, tmp_path / "cut", on_progress=kill)
     seen: list[int] = []
-    resumed = train(
+    resumed = run_training(
         settings,
         data,
         tmp_path / "cut",
@@ -63,9 +65,9 @@ def test_resume_equals_never_having_stopped(data: PreparedData, tmp_path: Path) 
 
 
 def test_resume_ignores_a_run_of_other_settings(data: PreparedData, tmp_path: Path) -> None:
-    train(settings_of(), data, tmp_path)
+    run_training(settings_of(), data, tmp_path)
     seen: list[int] = []
-    train(
+    run_training(
         settings_of(seed=1),
         data,
         tmp_path,
@@ -77,7 +79,7 @@ def test_resume_ignores_a_run_of_other_settings(data: PreparedData, tmp_path: Pa
 
 def test_the_same_seed_gives_the_same_bytes(data: PreparedData, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_checkpoint(tmp_path / name, train(settings_of(), data, tmp_path / "work"))
+        save_checkpoint(tmp_path / name, run_training(settings_of(), data, tmp_path / "work"))
     for file in ("weights.safetensors", "checkpoint.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -93,7 +95,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
         meta_iterations=100,
     )
     with pytest.raises(DivergedError, match="no longer finite") as caught:
-        train(settings, data, tmp_path)
+        run_training(settings, data, tmp_path)
     kept = Path(str(caught.value).split("checkpoint is ")[1].split(". Lower")[0])
     assert load_checkpoint(kept).state.weights.isfinite().all()
 
@@ -107,10 +109,12 @@ def test_kill_9_loses_nothing(data: PreparedData, tmp_path: Path) -> None:
     write_json(tmp_path / "settings.json", settings.model_dump(mode="json"))
     script = (
         "import sys; from pathlib import Path; from reptile.settings import TrainSettings;"
-        "from reptile.data.dataset import load_prepared; from reptile.learn.train import train;"
+        "from reptile.data.dataset import load_prepared;"
+        "from reptile.learn.run import run_training;"
         "from reptile.learn.checkpoint import save_checkpoint; root = Path(sys.argv[1]);"
         "settings = TrainSettings.model_validate_json((root / 'settings.json').read_text());"
-        "result = train(settings, load_prepared(root / 'prepared'), root / 'work', resume=True);"
+        "data = load_prepared(root / 'prepared');"
+        "result = run_training(settings, data, root / 'work', resume=True);"
         "save_checkpoint(root / sys.argv[2], result)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -132,7 +136,7 @@ def test_kill_9_loses_nothing(data: PreparedData, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "json", "safetensors", "shape", "setting"])
 def test_a_damaged_checkpoint_is_refused(damage: str, data: PreparedData, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    save_checkpoint(folder, train(settings_of(meta_iterations=1), data, tmp_path / "work"))
+    save_checkpoint(folder, run_training(settings_of(meta_iterations=1), data, tmp_path / "work"))
     info = folder / "checkpoint.json"
     match damage:
         case "missing":
@@ -152,7 +156,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, data: PreparedData, tmp_pa
 def test_without_validation_classes_the_curve_is_of_training_classes(tmp_path: Path) -> None:
     """As the reference code does, which holds out a test split only."""
     data = make_data(classes={"train": 12, "test": 8})
-    result = train(settings_of(), data, tmp_path)
+    result = run_training(settings_of(), data, tmp_path)
     assert [point.iteration for point in result.info.curve] == [4, 8, 12]
 
 

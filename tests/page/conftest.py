@@ -22,7 +22,7 @@ from patterns import make_data
 from reptile.data.prepare import prepare
 from reptile.data.readers.glyphs import write_glyphs
 from reptile.export.write import export_bundle
-from reptile.learn.train import train
+from reptile.learn.run import run_training
 from reptile.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -59,7 +59,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "meta_iterations": 300,
         }
     )
-    checkpoint = train(settings, data, folder / "work")
+    checkpoint = run_training(settings, data, folder / "work")
     export_bundle(
         ExportSettings(name="tiny"),
         checkpoint,

@@ -21,9 +21,9 @@ from reptile.evaluate.measure import (
     PATH_MODES,
     Evaluation,
     Measurement,
-    Score,
     Start,
 )
+from reptile.evaluate.metrics import Score
 from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
 from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import code_sha256, versions
@@ -84,7 +84,7 @@ def render_report(evaluation: Evaluation) -> str:
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
         train_settings=_flat(evaluation.checkpoint.settings),
-        code=code_sha256(),
+        code=code_sha256("evaluate"),
         versions={"reptile": __version__} | versions("torch", "numpy"),
     )
 

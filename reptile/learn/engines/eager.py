@@ -10,7 +10,8 @@ from torch import Tensor
 
 from reptile.data.dataset import Inputs
 from reptile.learn.engines.base import Adapted, adapt_each, gather
-from reptile.learn.optimizer import OptimizerState, decay, update
+from reptile.learn.inner_loop import inner_loop
+from reptile.learn.optimizer import OptimizerState
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, unflatten
@@ -76,16 +77,7 @@ class EagerEngine:
     def _adapt_one(
         self, weights: Tensor, state: OptimizerState, task: Task
     ) -> tuple[Tensor, OptimizerState, Tensor]:
-        images = self.images(task.support).to(weights.dtype)
-        labels = torch.from_numpy(task.support_targets).to(self.device)
-        losses = [weights.new_empty(0)]
-        for positions in task.batches:
-            batch = torch.from_numpy(positions).to(self.device)
-            weights = decay(weights, self.optimizer).detach().requires_grad_()
-            logits = self.model.forward(unflatten(self.model, weights), images[batch])
-            loss = self.model.objective.loss(logits, labels[batch])
-            (gradient,) = torch.autograd.grad(loss, weights)
-            with torch.no_grad():
-                weights, state = update(weights, gradient, state, self.optimizer)
-            losses.append(loss.detach()[None])
-        return weights.detach(), state, torch.cat(losses)
+        inputs = self.images(task.support).to(weights.dtype)
+        targets = torch.from_numpy(task.support_targets).to(self.device)
+        batches = [torch.from_numpy(batch).to(self.device) for batch in task.batches]
+        return inner_loop(self.model, weights, state, inputs, targets, batches, self.optimizer)

@@ -1,40 +1,58 @@
-"""Which engine runs: the one that the settings name, or the fastest that runs here."""
+"""Which device and which engine: those that the settings name, or the fastest here."""
+
+import os
 
 import torch
 
 from reptile.data.dataset import Inputs
-from reptile.errors import InputError
+from reptile.errors import InputError, PlatformError
 from reptile.learn.engines.base import Engine
 from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.eager import EagerEngine
-from reptile.learn.engines.native import BuildError, NativeEngine
+from reptile.learn.engines.native import NETWORKS, BuildError, NativeEngine
 from reptile.models import Model
 from reptile.settings import OptimizerSettings
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device that the settings name; `auto` is CUDA where there is one.
+
+    Raises:
+        PlatformError: `cuda` is asked for, and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PlatformError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's, one a device
+
+
 def make_engine(
-    kind: str,
+    name: str,
     model: Model,
     optimizer: OptimizerSettings,
     inputs: Inputs,
     device: torch.device,
 ) -> Engine:
-    """Return the engine that the settings name; `auto` takes the fastest that runs here.
+    """Return the engine that the settings name; `auto` takes the fastest that runs this network.
 
     Raises:
-        InputError: `native` is asked for, and it does not run on this device or machine.
+        InputError: `native` is asked for, and it does not know this network or device.
+        PlatformError: `native` is asked for, and it cannot be built on this machine.
     """
-    if kind == "eager":
+    if name == "eager":
         return EagerEngine(model, optimizer, inputs, device)
-    if kind == "batched" or (kind == "auto" and device.type != "cpu"):
+    if name == "batched" or (name == "auto" and device.type != "cpu"):
         return BatchedEngine(model, optimizer, inputs, device)
-    if device.type != "cpu":
+    if name == "native" and device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
+    if name == "auto" and type(model) not in NETWORKS:
+        return EagerEngine(model, optimizer, inputs, device)
     try:
         return NativeEngine(model, optimizer, inputs)
     except BuildError as error:
-        if kind == "native":
-            raise InputError(f"train.engine = native: {error}; or use auto") from None
+        if name == "native":
+            raise PlatformError(f"train.engine = native: {error}; or use auto") from None
         eager = EagerEngine(model, optimizer, inputs, device)
         eager.name += f" (several times slower than native: {error})"
         return eager

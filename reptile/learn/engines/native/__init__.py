@@ -22,13 +22,14 @@ from reptile.learn.engines.base import Adapted, gather
 from reptile.learn.engines.native.build import BuildError, load_kernel
 from reptile.learn.optimizer import BETA2, EPSILON, OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import CONV_LAYERS, Model, size
+from reptile.models import CONV_LAYERS, MLP, Conv4, Model, Network, size
 from reptile.objectives import CLASSIFICATION, REGRESSION
 from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Targets, Task
 
-__all__ = ["BuildError", "NativeEngine"]
+__all__ = ["NETWORKS", "BuildError", "NativeEngine"]
 
+NETWORKS = (Conv4, MLP)  # what the kernel computes; a subclass may compute something else
 MAX_LAYERS = 4  # as in shape.h
 
 
@@ -119,7 +120,7 @@ class NativeEngine:
 
     Raises:
         BuildError: the kernel cannot be built or loaded here.
-        InputError: images that do not fit the model.
+        InputError: another network than conv4 and mlp, or images that do not fit it.
     """
 
     def __init__(
@@ -129,6 +130,11 @@ class NativeEngine:
         inputs: Inputs,
         threads: int | None = None,
     ) -> None:
+        if not isinstance(model, Conv4 | MLP) or type(model) not in NETWORKS:
+            raise InputError(
+                f"train.engine = native: knows conv4 and mlp, not {model.name}; use auto, eager or "
+                "batched"
+            )
         if inputs.dtype not in (np.uint8, np.float32) or inputs.shape[1:] != model.image_shape:
             raise InputError(
                 f"inputs are {inputs.dtype} {list(inputs.shape)}; this model takes uint8 or "
@@ -143,7 +149,6 @@ class NativeEngine:
             inputs
         )  # no copy of a contiguous array
         self._size = size(model)
-        self._has_batch_norm = model.settings.name == "conv4"
         self._kernel = _kernel()
         self._handle = self._kernel.reptile_create(_settings(model, optimizer, inputs))
         if not self._handle:
@@ -236,7 +241,7 @@ class NativeEngine:
         weights, stride = self._checked(weights, len(tasks), "weights")
         if not stride:
             weights = weights.expand(len(tasks), self._size).contiguous()
-        groups = _groups(tasks, mode if self._has_batch_norm else "transductive")
+        groups = _groups(tasks, mode if self.model.has_batch_norm else "transductive")
         _check_range(groups.rows, len(self._inputs), "row of the images")
         logits = torch.empty(*groups.rows.shape, self.model.outputs)
         call = _Prediction(
@@ -349,7 +354,7 @@ def _check_range(values: IntArray, end: int, what: str) -> None:
         raise InputError(f"{what} {bad}: must be in 0..{end - 1}")
 
 
-def _settings(model: Model, optimizer: OptimizerSettings, inputs: Inputs) -> _Settings:
+def _settings(model: Network, optimizer: OptimizerSettings, inputs: Inputs) -> _Settings:
     settings = model.settings
     mlp = settings.name == "mlp"
     units = settings.hidden if mlp else (settings.filters,) * CONV_LAYERS

@@ -1,0 +1,131 @@
+"""The library in one place: meta-train a network on tasks, evaluate it, save it, load it.
+
+Thin: each call is one call into a room. For bundles see `reptile.runtime`, which needs no torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from reptile.data.dataset import PreparedData
+from reptile.evaluate import Evaluation
+from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
+from reptile.learn.run import run_training
+from reptile.learn.train import Progress
+from reptile.models import ModuleNetwork, unflatten
+from reptile.settings import EvaluateSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """What meta-training learns: weights from which a few steps learn a new task.
+
+    Made by `train` or `load`; immutable.
+    """
+
+    checkpoint: Checkpoint
+
+    @property
+    def info(self) -> CheckpointInfo:
+        """Settings, data and code it was trained with, and its learning curve."""
+        return self.checkpoint.info
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The learnt weights by name."""
+        return unflatten(self.checkpoint.model, self.checkpoint.state.weights)
+
+    def module(self) -> nn.Module:
+        """Return a copy of the user's module with the learnt weights, in evaluation mode.
+
+        Its batch norm measures each batch, as it did in training.
+
+        Raises:
+            TypeError: it is one of the networks of the settings, which are no modules.
+        """
+        model = self.checkpoint.model
+        if not isinstance(model, ModuleNetwork):
+            raise TypeError(f"{model.name} is a function of its weights, not a torch module")
+        return model.with_weights(self.weights)
+
+    def evaluate(
+        self,
+        data: PreparedData,
+        settings: EvaluateSettings | None = None,
+        *,
+        cross_domain: Mapping[str, PreparedData] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Evaluation:
+        """Measure few-shot scores on held-out classes, beside a random start and a baseline.
+
+        Args:
+            data: what it was trained on; its test split makes tasks.
+            settings: the protocol.
+            cross_domain: further datasets of the same input shape, by name.
+            on_progress: called with the number of adaptations done, and of all.
+
+        Raises:
+            InputError: other data, or a split that cannot make the tasks.
+        """
+        self.checkpoint.info.check_data(data)
+        return evaluate_checkpoint(
+            settings or EvaluateSettings(), self.checkpoint, data, cross_domain or {}, on_progress
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint: a folder of safetensors and JSON, whole or not at all."""
+        save_checkpoint(Path(folder), self.checkpoint)
+
+
+def train(
+    data: PreparedData,
+    settings: TrainSettings | None = None,
+    module: nn.Module | None = None,
+    *,
+    work: str | Path | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Initialisation:
+    """Meta-train an initialisation.
+
+    Args:
+        data: from `from_arrays`, `from_torch` or `load_prepared`.
+        settings: the algorithm and its numbers; `ways` is the number of outputs.
+        module: any network that maps inputs [B, *shape] to [B, outputs]; it is copied, never
+            changed. Without one, the network that `settings.model` names.
+        work: folder for checkpoints on the way, of which `resume` takes the latest.
+        resume: go on from there, if the same training was interrupted.
+        on_progress: called after each meta-iteration.
+
+    Raises:
+        InputError: the data cannot make the tasks, or the module does not fit it.
+        DivergedError: the loss is no longer finite.
+        PlatformError: the device that the settings name is not there.
+    """
+    folder = Path(work) if work is not None else None
+    return Initialisation(
+        run_training(
+            settings or TrainSettings(),
+            data,
+            folder,
+            module=module,
+            resume=resume,
+            on_progress=on_progress,
+        )
+    )
+
+
+def load(folder: str | Path, module: nn.Module | None = None) -> Initialisation:
+    """Read a checkpoint.
+
+    Args:
+        folder: what `Initialisation.save` or `reptile train` wrote.
+        module: a network of the same structure, if it was trained as a user's module.
+
+    Raises:
+        InputError: missing or damaged, or it needs another module.
+    """
+    return Initialisation(load_checkpoint(Path(folder), module))

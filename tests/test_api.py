@@ -1,0 +1,130 @@
+"""The public surface: a module of the user's own, from data to a saved initialisation."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from patterns import make_data
+from torch import nn
+
+import reptile
+from reptile.data.dataset import PreparedData
+
+
+class Swish(nn.Module):
+    """An activation that no network of the library has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+def make_module(shape: tuple[int, ...], outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(shape[0], 8, 3, stride=2), nn.BatchNorm2d(8), Swish())
+    width = features(torch.zeros(1, *shape)).numel()
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(width, outputs))
+
+
+def settings_of(**changes: Any) -> reptile.TrainSettings:
+    values: dict[str, Any] = {
+        "engine": "eager",
+        "device": "cpu",
+        "ways": 3,
+        "train_shots": 4,
+        "inner_steps": 3,
+        "inner_batch": 4,
+        "meta_batch": 2,
+        "meta_iterations": 6,
+        "checkpoint_every": 2,
+        "validation_tasks": 2,
+    }
+    return reptile.TrainSettings.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    return make_data()
+
+
+@pytest.mark.parametrize("state", ["sequential", "parallel"])
+def test_a_module_is_trained_alike_on_both_engines(data: PreparedData, state: str) -> None:
+    module = make_module(data.image_shape, 3)
+    curves = [
+        reptile.train(
+            data, settings_of(engine=engine, optimizer={"name": "sgd", "state": state}), module
+        ).info.curve
+        for engine in ("eager", "batched", "auto")
+    ]
+    losses = np.array([[point.loss for point in curve] for curve in curves])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_array_equal(losses[2], losses[0])
+
+
+def test_a_saved_module_is_evaluated_as_before(data: PreparedData, tmp_path: Path) -> None:
+    module = make_module(data.image_shape, 3)
+    trained = reptile.train(data, settings_of(), module)
+    trained.save(tmp_path / "saved")
+    other = make_module(data.image_shape, 3)
+    nn.init.constant_(other[2].weight, 9.0)
+    loaded = reptile.load(tmp_path / "saved", other)
+    assert torch.equal(loaded.checkpoint.state.weights, trained.checkpoint.state.weights)
+    protocol = reptile.EvaluateSettings(tasks=4, shots=(1,), steps=5)
+    ours, theirs = (each.evaluate(data, protocol) for each in (trained, loaded))
+    for key, logits in ours.measurements[0].logits.items():
+        np.testing.assert_array_equal(theirs.measurements[0].logits[key], logits)
+    images = torch.rand(4, *data.image_shape)
+    torch.testing.assert_close(loaded.module()(images), trained.module()(images))
+
+
+def test_training_a_module_resumes_as_if_it_had_never_stopped(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    module = make_module(data.image_shape, 3)
+    whole = reptile.train(data, settings_of(), module)
+
+    def stop(progress: Any) -> None:
+        if progress.iteration == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reptile.train(data, settings_of(), module, work=tmp_path, on_progress=stop)
+    seen: list[int] = []
+    resumed = reptile.train(
+        data,
+        settings_of(),
+        module,
+        work=tmp_path,
+        resume=True,
+        on_progress=lambda progress: seen.append(progress.iteration),
+    )
+    assert seen == [3, 4, 5, 6]
+    assert torch.equal(resumed.checkpoint.state.weights, whole.checkpoint.state.weights)
+
+
+def test_what_cannot_be_done_with_a_module_is_one_sentence(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    module = make_module(data.image_shape, 3)
+    with pytest.raises(reptile.InputError, match="native: knows conv4 and mlp, not torch"):
+        reptile.train(data, settings_of(engine="native"), module)
+    trained = reptile.train(data, settings_of(meta_iterations=2), module)
+    trained.save(tmp_path / "saved")
+    with pytest.raises(reptile.InputError, match=r"give such a module, as in reptile\.load"):
+        reptile.load(tmp_path / "saved")
+    small = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(data.image_shape)), 3))
+    with pytest.raises(reptile.InputError, match="not the weights of"):
+        reptile.load(tmp_path / "saved", small)
+
+
+def test_every_public_name_exists_and_is_listed() -> None:
+    script = "import reptile; print(*(getattr(reptile, n).__name__ for n in reptile.__all__))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == reptile.__all__
+    assert set(reptile.__all__) <= set(dir(reptile))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = reptile.trian  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""The table of what each stage's result depends on, beside what the stage really imports."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import reptile.provenance
+from reptile.provenance import PACKAGE, STAGES, Stage, code_sha256, sources
+
+# Names that are read, and code that says where a result came from: they shape none.
+NEUTRAL = {PACKAGE / "__init__.py", PACKAGE / "provenance.py"}
+
+
+def modules(name: str) -> Iterator[Path]:
+    """The files that importing a dotted name runs: its packages, and itself."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = PACKAGE.parent.joinpath(*parts[:end])
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                yield file
+
+
+def run_nodes(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """All that may run, functions too, but not what only type checkers read."""
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from run_nodes(ast.iter_child_nodes(node))
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[Path]:
+    found: set[Path] = set()
+    for node in run_nodes(nodes):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found.update(file for name in names if name.startswith("reptile") for file in modules(name))
+    return found
+
+
+def closure(stage: Stage) -> set[Path]:
+    """The modules that a stage's function may import, directly or through others."""
+    stages = PACKAGE / "stages.py"
+    tree = ast.parse(stages.read_text(encoding="utf-8"))
+    run = [node for node in tree.body if getattr(node, "name", stage) == stage]
+    assert len(run) < len(tree.body)
+    seen = {stages}
+    todo = imported(run) - seen
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        todo |= imported(ast.parse(path.read_text(encoding="utf-8")).body) - seen
+    return seen - NEUTRAL
+
+
+def package_of(path: Path) -> Path:
+    """The nearest `__init__.py` at or above a file."""
+    folder = next(each for each in path.parents if (each / "__init__.py").is_file())
+    return folder / "__init__.py"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_modules_that_it_imports_and_no_others(stage: Stage) -> None:
+    covered = {path for path in sources(stage) if path.suffix == ".py"}
+    needed = closure(stage)
+    assert {str(path) for path in needed - covered} == set(), "missing in the table"
+    assert {str(path) for path in covered - needed} == set(), "in the table, never imported"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_imports_when_it_starts_is_in_its_table(stage: Stage) -> None:
+    """A second way, for imports that no `import` statement names."""
+    tree = ast.parse((PACKAGE / "stages.py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if getattr(node, "name", "") == stage)
+    lines = [
+        ast.unparse(node)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    lines += [
+        "import sys, reptile.stages",
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'reptile'))",
+    ]
+    program = "\n".join(lines)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {Path(name) for name in done.stdout.split()} - NEUTRAL
+    assert loaded <= set(sources(stage))
+
+
+def test_a_file_that_is_no_module_belongs_to_a_stage_that_imports_its_package() -> None:
+    for stage in STAGES:
+        others = {path for path in sources(stage) if path.suffix != ".py"}
+        assert {package_of(path) for path in others} <= closure(stage) | NEUTRAL, stage
+    read = {package_of(path) for path in PACKAGE.rglob("*.json")}
+    read |= {package_of(path) for path in PACKAGE.rglob("*.html")}
+    assert PACKAGE / "data/__init__.py" in read
+    assert {"block.h", "kernel.cpp"} <= {path.name for path in sources("train")}
+    assert "page.html" in {path.name for path in sources("evaluate")}
+    assert "cifar-fs.json" in {path.name for path in sources("prepare")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_depends_on_the_same_code(stage: Stage, root: Path) -> None:
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    code = [each for each in stages[stage]["deps"] if each.startswith("reptile/")]
+    assert code == [f"reptile/{path}" for path in STAGES[stage]]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package, whose sources a test may change."""
+    copy = tmp_path / "reptile"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "ort"))
+    monkeypatch.setattr(reptile.provenance, "PACKAGE", copy)
+    return copy
+
+
+def changed(package: Path, file: str) -> set[str]:
+    """The stages whose code is another one after a comment in a file."""
+    before = {stage: code_sha256(stage) for stage in STAGES}
+    path = package / file
+    path.write_text(path.read_text(encoding="utf-8") + "\n# a comment\n", encoding="utf-8")
+    return {stage for stage in STAGES if code_sha256(stage) != before[stage]}
+
+
+def test_the_server_and_the_command_line_are_no_part_of_any_stage(package: Path) -> None:
+    served = [path for path in package.rglob("*.py") if path.parent.name in {"serve", "cli"}]
+    assert len(served) > 10
+    for path in served:
+        assert changed(package, str(path.relative_to(package))) == set()
+
+
+def test_each_part_changes_the_stages_that_use_it(package: Path) -> None:
+    assert changed(package, "export/verify/parity.py") == {"verify"}
+    assert changed(package, "evaluate/gate.py") == {"export"}
+    assert changed(package, "learn/run.py") == {"train"}
+    assert changed(package, "data/readers/open.py") == {"prepare"}
+    assert changed(package, "settings.py") == set(STAGES)
+
+
+def test_only_sources_are_hashed(package: Path) -> None:
+    before = code_sha256("train")
+    (package / "learn/__pycache__").mkdir()
+    (package / "learn/__pycache__/train.cpython-311.pyc").write_bytes(b"byte-code")
+    (package / "learn/engines/native/kernel.so").write_bytes(b"compiled")
+    assert code_sha256("train") == before
+
+
+def test_the_code_of_more_stages_is_hashed_as_one() -> None:
+    assert code_sha256("train", "evaluate") == code_sha256("evaluate", "train")
+    assert (
+        len({code_sha256("train", "evaluate"), code_sha256("train"), code_sha256("evaluate")}) == 3
+    )
