@@ -57,7 +57,7 @@ page: setup
 		cp "$$ort/LICENSE" "$$ort/ThirdPartyNotices.txt" reptile/serve/ort/
 
 test-browser: page
-	cd clients/js/example && $(NPM)
+	cd clients/node && $(NPM)
 	pytest -m browser
 
 lint: setup

@@ -1,66 +1,77 @@
-"""Draw the README's picture from the artifacts: `python experiments/few_shot_picture.py`."""
+"""Draw docs/images/few_shot.png: a task of new classes, learnt by the exported bundle.
+
+    python -m experiments.few_shot_picture        # after `make repro`
+
+The task is the evaluation's first, not a chosen one.
+"""
 
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Annotated
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 
+matplotlib.use("Agg")  # no display is needed
+
+import typer
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from experiments import run
 from reptile.data.dataset import load_prepared
 from reptile.runtime import FewShotModel
 from reptile.settings import EvaluateSettings
 from reptile.tasks import FewShotProtocol, Purpose, held_out_task, random_stream
 
-ARTIFACTS = Path("artifacts")
-NAMES = "ABCDE"
 QUERIES = 4
+PICTURE = Path("docs/images/few_shot.png")
 
-data = load_prepared(ARTIFACTS / "prepared")
-model = FewShotModel.load(ARTIFACTS / "bundle")
-protocol = FewShotProtocol.of(EvaluateSettings(queries=QUERIES), model.ways, 1)
-# The first task of the stream, not one that was picked.
-task = held_out_task(random_stream(0, Purpose.EVALUATE, 0), data.split("test"), protocol)
-support = data.images[task.support]
-adapted = model.adapt(support, [NAMES[label] for label in task.support_targets])
-queries = data.images[task.query]
-prediction = adapted.predict(queries)
 
-figure, axes = plt.subplot_mosaic(
-    [
-        [f"s{w}", "gap", *(f"q{w}{q}" for q in range(QUERIES)), "gap2", "loss", "loss", "loss"]
-        for w in range(5)
-    ],
-    figsize=(11, 5),
-    width_ratios=[1, 0.35, 1, 1, 1, 1, 0.6, 1, 1, 1],
-    layout="constrained",
-)
-for name, axis in axes.items():
-    if name != "loss":
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-for way in range(5):
-    axes[f"s{way}"].imshow(support[way, 0], cmap="gray", vmin=0, vmax=255)
-    axes[f"s{way}"].set_ylabel(NAMES[way], rotation=0, labelpad=14, va="center", fontsize=14)
-    for query in range(QUERIES):
-        row = way * QUERIES + query
-        axis = axes[f"q{way}{query}"]
-        axis.imshow(queries[row, 0], cmap="gray", vmin=0, vmax=255)
-        right = prediction.labels[row] == NAMES[way]
-        axis.text(
-            26,
-            3,
-            prediction.labels[row],
-            fontsize=12,
-            weight="bold",
-            ha="right",
-            va="center",
-            color="#1a7f37" if right else "#cf222e",
-        )
-headings = {"s0": "one example each", "q00": "new images, and what they are taken for"}
-for name, heading in headings.items():
-    # Left out of the layout, or they would widen their columns.
-    axes[name].text(0, -3, heading, fontsize=11).set_in_layout(False)
-axes["loss"].plot(np.arange(1, len(adapted.losses) + 1), adapted.losses, color="#0969da")
-axes["loss"].set(xlabel="gradient step", ylabel="loss", title="learning, inside ONNX Runtime")
-axes["loss"].spines[["top", "right"]].set_visible(False)
-axes["loss"].set_yscale("log")
-figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+def main(
+    artifacts: Annotated[Path, typer.Option(help="Folder of the pipeline.")] = Path("artifacts"),
+    output: Annotated[Path, typer.Option(help="Where to draw; a PNG.")] = PICTURE,
+) -> None:
+    """Draw one example of each class, the predictions for new images, and the learning curve."""
+    data = load_prepared(artifacts / "prepared")
+    model = FewShotModel.load(artifacts / "bundle")
+    ways = model.ways
+    protocol = FewShotProtocol.of(EvaluateSettings(queries=QUERIES), ways, 1)
+    task = held_out_task(random_stream(1, Purpose.EVALUATE, 1, 0), data.split("test"), protocol)
+    images = data.images[task.support]
+    adapted = model.adapt(images, [ascii_uppercase[label] for label in task.support_targets])
+    queries = data.images[task.query].reshape(ways, QUERIES, *data.image_shape)
+    predictions = np.reshape(adapted.predict(data.images[task.query]).labels, (ways, QUERIES))
+
+    figure = pyplot.figure(figsize=(11, 5), layout="constrained")
+    support, query, curve = figure.subfigures(1, 3, width_ratios=[1.3, 4, 3], squeeze=False)[0]
+    support.suptitle("one example each", fontsize=11)
+    query.suptitle("new images and their predicted classes", fontsize=11)
+    for way, row in enumerate(support.subplots(ways, 1, squeeze=False)):
+        _show(row[0], images[way])
+        row[0].set_ylabel(ascii_uppercase[way], rotation=0, labelpad=14, va="center", fontsize=14)
+    for way, row in enumerate(query.subplots(ways, QUERIES, squeeze=False)):
+        for number, axes in enumerate(row):
+            _show(axes, queries[way, number])
+            label = predictions[way, number]
+            colour = "#1a7f37" if label == ascii_uppercase[way] else "#cf222e"
+            place = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+            axes.text(1, 1, label, fontsize=12, weight="bold", color=colour, **place)
+    axes = curve.subplots()
+    axes.plot(np.arange(1, len(adapted.losses) + 1), adapted.losses, color="#0969da")
+    axes.set(xlabel="gradient step", ylabel="loss", yscale="log")
+    axes.set_title("learning, inside ONNX Runtime", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=110)
+    pyplot.close(figure)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    pixels = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+if __name__ == "__main__":
+    run(main)

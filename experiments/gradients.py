@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from experiments import run
 from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.evaluate import Score
@@ -196,4 +197,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments import run
 from reptile.data.prepare import prepare
 from reptile.evaluate import evaluate
 from reptile.learn.run import run_training
@@ -53,4 +54,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

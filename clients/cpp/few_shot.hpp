@@ -6,8 +6,9 @@
 //     std::vector<float> logits = adapted.predict(queries);               // [queries, ways]
 //
 // Images are float32 pixels in 0..255, one after another, each [C, H, W]; labels are 0..ways-1.
-// ONNX Runtime checks none of the values, so this does. The files' hashes are not checked: compare
-// them with manifest.json where a bundle may have been damaged. Threads may share both classes.
+// ONNX Runtime does not validate these values, so this header does. The files' hashes are not
+// checked: compare them with manifest.json where a bundle may have been damaged. Both classes may be
+// shared by threads.
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
@@ -81,12 +82,12 @@ inline std::vector<Ort::Value> run(Ort::Session& session, const std::vector<cons
                      outputs.data(), outputs.size());
 }
 
-// What a model and all that it has adapted share.
+// Shared by a model and everything adapted from it.
 struct Bundle {
   Ort::Env env{ORT_LOGGING_LEVEL_WARNING, "few_shot"};
   Ort::Session adapt{nullptr};
   Ort::Session predict{nullptr};
-  std::vector<std::string> weights;  // names: what `adapt` hands to `predict_adapted`
+  std::vector<std::string> weights;  // names: outputs of `adapt`, inputs of `predict_adapted`
   std::vector<std::int64_t> image_shape;
   std::int64_t ways = 0;
 
@@ -118,8 +119,8 @@ class Adapted {
   const std::vector<float>& losses() const { return losses_; }
   const std::vector<Tensor>& weights() const { return weights_; }
 
-  // Logits [images, ways], row by row; leave out the classes you have not used before a softmax.
-  // Throws std::invalid_argument for images that are none, and Ort::Exception.
+  // Logits [images, ways], row by row; drop the outputs of unused classes before a softmax.
+  // Throws std::invalid_argument for invalid images, and Ort::Exception.
   std::vector<float> predict(const std::vector<float>& images) const {
     const std::int64_t count = bundle_->count(images);
     if (count == 0) return {};
@@ -147,7 +148,7 @@ class Adapted {
 // A bundle, ready to adapt to tasks.
 class Model {
  public:
-  // `threads`: how many one call may use. Throws Ort::Exception if a graph cannot be opened.
+  // `threads`: the most that one call uses. Throws Ort::Exception if a graph cannot be opened.
   explicit Model(const std::filesystem::path& bundle, int threads = 1)
       : bundle_(std::make_shared<detail::Bundle>()) {
     Ort::SessionOptions options;
@@ -165,7 +166,7 @@ class Model {
         bundle_->weights.push_back(name);
         continue;
       }
-      const auto type = predict.GetInputTypeInfo(i);  // owns what the next line only looks at
+      const auto type = predict.GetInputTypeInfo(i);  // owns the memory that the next line reads
       const auto shape = type.GetTensorTypeAndShapeInfo().GetShape();
       bundle_->image_shape.assign(shape.begin() + 1, shape.end());
     }
@@ -178,9 +179,9 @@ class Model {
   // Channels, height, width.
   const std::vector<std::int64_t>& image_shape() const { return bundle_->image_shape; }
 
-  // Learn a task from a label and an image each of a support set.
-  // Throws std::invalid_argument for what cannot be used, std::runtime_error if the numbers did
-  // not stay finite, and Ort::Exception.
+  // Adapt to a task, given a support set: images and one label for each.
+  // Throws std::invalid_argument for invalid arguments, std::runtime_error if the adaptation
+  // diverged, and Ort::Exception.
   Adapted adapt(const std::vector<float>& images, const std::vector<std::int64_t>& labels,
                 const MiniBatches& batches, float learning_rate) const {
     const std::int64_t count = bundle_->count(images);
@@ -211,18 +212,18 @@ class Model {
     values.push_back(detail::view(rate, {}));
     std::vector<const char*> outputs{"finite", "losses"};
     for (const std::string& name : bundle_->weights) outputs.push_back(name.c_str());
-    const auto found = detail::run(
+    const auto results = detail::run(
         bundle_->adapt, {"support_images", "support_labels", "batches", "learning_rate"}, values,
         outputs);
-    if (!*found[0].GetTensorData<bool>()) {
+    if (!*results[0].GetTensorData<bool>()) {
       throw std::runtime_error("adaptation diverged: use a lower learning rate or fewer steps");
     }
     std::vector<Tensor> weights;
-    for (std::size_t i = 2; i < found.size(); ++i) {
-      weights.push_back({outputs[i], found[i].GetTensorTypeAndShapeInfo().GetShape(),
-                         detail::floats(found[i])});
+    for (std::size_t i = 2; i < results.size(); ++i) {
+      weights.push_back({outputs[i], results[i].GetTensorTypeAndShapeInfo().GetShape(),
+                         detail::floats(results[i])});
     }
-    return {bundle_, detail::floats(found[1]), std::move(weights)};
+    return {bundle_, detail::floats(results[1]), std::move(weights)};
   }
 
  private:

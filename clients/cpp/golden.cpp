@@ -49,8 +49,8 @@ bool check(const few_shot::Model& model, const Task& task) {
   return right;
 }
 
-// Learns the task once more, with mini-batches drawn here, and names its own support set.
-void relearn(const few_shot::Model& model, const Task& task) {
+// Adapts to the task again, with mini-batches drawn here, and classifies its support set.
+void adapt_again(const few_shot::Model& model, const Task& task) {
   const auto batches =
       few_shot::mini_batches(task.labels.size(), task.batches.batch, task.batches.steps);
   const auto logits =
@@ -61,7 +61,7 @@ void relearn(const few_shot::Model& model, const Task& task) {
     const auto row = logits.begin() + static_cast<std::ptrdiff_t>(i) * ways;
     right += std::max_element(row, row + ways) - row == task.labels[i];
   }
-  std::printf("relearnt: %zu of %zu support images named right\n", right, task.labels.size());
+  std::printf("adapted again: %zu of %zu support images classified correctly\n", right, task.labels.size());
 }
 
 }  // namespace
@@ -83,7 +83,7 @@ int main(int argc, char** argv) {
     std::printf("%-10s %5s %7s  %9s\n", "task", "steps", "support", "deviation");
     bool right = true;
     for (const auto& folder : folders) right = check(model, read(folder)) && right;
-    relearn(model, read(*folders.rbegin()));
+    adapt_again(model, read(*folders.rbegin()));
     return right ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

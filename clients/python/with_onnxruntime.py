@@ -46,7 +46,7 @@ class FewShotModel:
     def adapt(
         self, images: Array, labels: Array, batches: Array, learning_rate: float
     ) -> dict[str, Array]:
-        """Learn a task: float32 images [N, C, H, W] in 0..255, int64 labels [N] → weights."""
+        """Adapt to a task: float32 images [N, C, H, W] in 0..255, int64 labels [N] → weights."""
         feeds = {
             "support_images": images,
             "support_labels": labels,
@@ -60,14 +60,14 @@ class FewShotModel:
         return dict(zip(names[1:], weights, strict=True))
 
     def predict(self, weights: dict[str, Array], images: Array) -> Array:
-        """Return logits [N, ways]; leave out the classes you have not used before a softmax."""
+        """Return logits [N, ways]; drop the outputs of unused classes before a softmax."""
         logits: Array = self.sessions["predict_adapted"].run(
             ["logits"], {"images": images, **weights}
         )[0]
         return logits
 
     def few_shot(self, feeds: dict[str, Array]) -> Array:
-        """Learn and predict in one call, as a server without memory of tasks does."""
+        """Adapt and predict in one call, as a stateless server does."""
         logits: Array = self.sessions["few_shot"].run(["logits"], feeds)[0]
         return logits
 
@@ -98,12 +98,13 @@ def main(bundle: Path) -> int:
                 f"{len(images):7}  {graphs:23}  {deviation.max():9.1e}  "
                 + ("ok" if right else "BEYOND THE TOLERANCE")
             )
-    # And with mini-batches drawn here, as for a task of one's own.
+    # And with mini-batches drawn here, as for a new task.
     inner = model.manifest["inner"]
     batches = mini_batches(np.random.default_rng(0), len(images), inner)
     weights = model.adapt(images, labels, batches, inner["learning_rate"])
-    named = model.predict(weights, images)[:, : labels.max() + 1].argmax(axis=1)
-    print(f"relearnt: {(named == labels).sum()} of {len(labels)} support images named right")
+    predicted = model.predict(weights, images)[:, : labels.max() + 1].argmax(axis=1)
+    right = (predicted == labels).sum()
+    print(f"adapted again: {right} of {len(labels)} support images classified correctly")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Learn a task with `reptile.runtime`, save it, load it again, predict.
+"""Adapt to a task with `reptile.runtime`, save it, load it again, predict.
 
     pip install 'reptile-fewshot[cpu]'
     python with_reptile.py path/to/bundle
@@ -16,7 +16,7 @@ from reptile.runtime import FewShotModel
 
 
 def main(bundle: Path) -> None:
-    """Learn the largest golden task and name its queries."""
+    """Adapt to the largest golden task and classify its queries."""
     model = FewShotModel.load(bundle)
     print(f"{model}: golden tensors within {model.check():.1e}")
 

@@ -128,9 +128,9 @@ def test_both_modes_teach_the_same_task(open_page: OpenPage) -> None:
     page = open_page()
     rows = page.evaluate(
         """async () => {
-          const { ServiceModel } = await import("/page/service.js");
-          const { BackgroundModel } = await import("/page/background.js");
-          const { drawingPixels } = await import("/page/pixels.js");
+          const { ServiceModel } = await import("/page/client/service.js");
+          const { BackgroundModel } = await import("/page/client/background.js");
+          const { drawingPixels } = await import("/page/client/pixels.js");
           const models = [
             await ServiceModel.load("/"),
             await BackgroundModel.load("/bundle/", "/ort/ort.wasm.bundle.min.mjs"),

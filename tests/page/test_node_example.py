@@ -21,8 +21,8 @@ RUN = """
 import { readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import ort from "onnxruntime-node";
-import { FewShotModel } from "../../reptile/serve/page/fewshot.js";
-import { checkGolden } from "../../reptile/serve/page/golden.js";
+import { FewShotModel } from "reptile-fewshot";
+import { checkGolden } from "reptile-fewshot/golden.js";
 const input = JSON.parse(readFileSync(0));
 const bundle = (path) => readFile(`${input.bundle}/${path}`);
 const print = (value) => console.log(JSON.stringify(value));
@@ -52,10 +52,10 @@ Node = Callable[..., Any]
 
 @pytest.fixture
 def example(root: Path) -> Path:
-    return root / "clients/js/example"
+    return root / "clients/node"
 
 
-def test_the_example_checks_the_golden_tensors_and_teaches_a_task(
+def test_the_example_checks_the_golden_tensors_and_adapts_to_a_task(
     example: Path, bundle: Path
 ) -> None:
     command = ["node", "main.js", str(bundle.resolve())]
@@ -64,7 +64,7 @@ def test_the_example_checks_the_golden_tensors_and_teaches_a_task(
     cases = json.loads((bundle / "golden/golden.json").read_text())["cases"]
     assert done.stdout.count("golden") == len(cases)
     for name in ("corner", "zigzag", "dash"):
-        assert f"a new {name} is taken for {name}" in done.stdout
+        assert f"a new {name} is classified as {name}" in done.stdout
 
 
 def test_node_gives_what_python_gives_for_the_same_arguments(

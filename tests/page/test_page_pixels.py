@@ -25,7 +25,7 @@ STROKES = {
 
 def call(node: Callable[..., Any], module: str, function: str, cases: list[Any]) -> list[Any]:
     return node(
-        f'import {{ {function} }} from "./reptile/serve/page/{module}"; {READ}'
+        f'import {{ {function} }} from "./clients/js/{module}"; {READ}'
         f"console.log(JSON.stringify(cases.map((args) => Array.from({function}(...args)))));",
         cases,
     )

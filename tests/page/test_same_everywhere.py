@@ -45,16 +45,16 @@ def test_the_golden_tasks_get_the_same_logits_in_python_over_http_in_node_and_in
         f"""
         import {{ readFile }} from "node:fs/promises";
         import ort from "onnxruntime-node";
-        import * as golden from "../../reptile/serve/page/golden.js";
+        import * as golden from "reptile-fewshot/golden.js";
         const bundle = (path) => readFile("{bundle.resolve()}/" + path);
         console.log(JSON.stringify(await {golden}));
         """,
-        folder=root / "clients/js/example",
+        folder=root / "clients/node",
     )
     in_chromium = open_page().evaluate(
         f"""async () => {{
           const ort = await import("/ort/ort.wasm.bundle.min.mjs");
-          const golden = await import("/page/golden.js");
+          const golden = await import("/page/client/golden.js");
           const bundle = "/bundle/";
           return {golden};
         }}"""
@@ -104,7 +104,8 @@ def own_site(root: Path, bundle: Path, tmp_path: Path) -> Iterator[tuple[Path, s
     assert example
     (site / "index.html").write_text(example[1])
     for name, folder in (
-        ("page", root / "reptile/serve/page"),
+        ("fewshot", root / "clients/js"),
+        ("page", root / "reptile/serve/page"),  # the paths of before
         ("ort", root / "reptile/serve/ort"),
         ("bundle", bundle),
     ):

@@ -1,12 +1,12 @@
 /** The page at /: symbols are drawn, learnt on the server or in the browser, and recognised. */
 
-import { BackgroundModel } from "./background.js";
+import { BackgroundModel } from "./client/background.js";
 import { curveInWords, drawCurve } from "./curve.js";
-import { InputError } from "./fewshot.js";
+import { InputError } from "./client/fewshot.js";
 import { Pad } from "./pad.js";
-import { acceptFiles, paint } from "./pictures.js";
-import { drawingPixels } from "./pixels.js";
-import { ServiceError, ServiceModel } from "./service.js";
+import { acceptFiles, paint } from "./files.js";
+import { drawingPixels } from "./client/pixels.js";
+import { ServiceError, ServiceModel } from "./client/service.js";
 import { SymbolCard } from "./symbols.js";
 
 const ROOT = new URL("..", import.meta.url);

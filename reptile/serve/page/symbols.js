@@ -1,8 +1,8 @@
 /** The cards on which symbols are named and drawn, and the examples kept on them. */
 
 import { Pad } from "./pad.js";
-import { drawingPixels } from "./pixels.js";
-import { acceptFiles, paint } from "./pictures.js";
+import { drawingPixels } from "./client/pixels.js";
+import { acceptFiles, paint } from "./files.js";
 
 /** One symbol; emits "change" on its card when its name or examples change. */
 export class SymbolCard {

@@ -1,13 +1,13 @@
-/** Check a bundle with its golden tensors, then teach it three symbols and name new ones. */
+/** Check a bundle with its golden tensors, adapt it to three symbols, and classify new ones. */
 
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 
 import ort from "onnxruntime-node";
 
-import { FewShotModel } from "../../reptile/serve/page/fewshot.js";
-import { checkGolden } from "../../reptile/serve/page/golden.js";
-import { drawingPixels } from "../../reptile/serve/page/pixels.js";
+import { FewShotModel } from "reptile-fewshot";
+import { checkGolden } from "reptile-fewshot/golden.js";
+import { drawingPixels } from "reptile-fewshot/pixels.js";
 
 const folder = process.argv[2] ?? "artifacts/bundle";
 const bundle = (path) => readFile(join(folder, path));
@@ -32,8 +32,8 @@ const labels = names.flatMap((name) => [name, name, name]);
 const adapted = await model.adapt(labels.map((name) => draw(symbols[name])), labels);
 console.log(`loss ${adapted.losses[0].toFixed(2)} -> ${adapted.losses.at(-1).toFixed(2)}`);
 
-const taken = await adapted.predict(names.map((name) => draw(symbols[name])));
+const answer = await adapted.predict(names.map((name) => draw(symbols[name])));
 names.forEach((name, i) => {
-  const percent = Math.round(100 * Math.max(...taken.probabilities[i]));
-  console.log(`a new ${name} is taken for ${taken.labels[i]} (${percent} %)`);
+  const percent = Math.round(100 * Math.max(...answer.probabilities[i]));
+  console.log(`a new ${name} is classified as ${answer.labels[i]} (${percent} %)`);
 });

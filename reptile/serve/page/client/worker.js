@@ -7,7 +7,8 @@ const tasks = new Map();
 
 const calls = {
   async load({ bundle, runtime, headers }) {
-    const ort = await import(runtime);
+    // Known only when it runs: bundlers are to leave this import to the browser.
+    const ort = await import(/* webpackIgnore: true */ /* @vite-ignore */ runtime);
     ort.env.wasm.numThreads = 1; // more would need the page to be cross-origin isolated
     model = await FewShotModel.load(bundleAt(bundle, headers), ort);
     return model.manifest;

@@ -1,0 +1,371 @@
+/**
+ * Use a bundle from JavaScript: adapt it to a new task from a few labelled images, then predict.
+ *
+ * For the browser (onnxruntime-web) and Node (onnxruntime-node) alike: the module is handed in.
+ * Not for drawing or reading image files (see pixels.js), nor for the service (see service.js).
+ *
+ *     import ort from "onnxruntime-node";
+ *     const model = await FewShotModel.load("https://example.org/bundle/", ort);
+ *     const adapted = await model.adapt(images, ["cat", "cat", "dog", "dog"]);
+ *     const { labels, probabilities } = await adapted.predict(moreImages);
+ */
+
+import { miniBatches } from "./minibatches.js";
+
+const FORMAT = 1;
+const MAX_LEARNING_RATE = 100; // as in the Python runtime
+const CHUNK = 256; // images a run: bounds memory; queries do not depend on one another
+
+/** Something the caller can mend; the message names the value, the limit and the way out. */
+export class InputError extends Error {
+  name = "InputError";
+}
+
+/** A bundle opened in ONNX Runtime, ready to adapt to tasks. */
+export class FewShotModel {
+  #ort;
+  #sessions;
+  #weights;
+
+  /** Use `FewShotModel.load`. */
+  constructor(manifest, ort, sessions) {
+    this.manifest = manifest;
+    this.#ort = ort;
+    this.#sessions = sessions;
+    this.#weights = Object.keys(manifest.adapted);
+  }
+
+  /**
+   * Open a bundle, each graph checked against its SHA-256 in manifest.json.
+   *
+   * @param {string | URL | ((path: string) => Promise<Uint8Array>)} bundle where manifest.json
+   *     lies: its folder's address, or a function from a file's path to its bytes.
+   * @param ort the module onnxruntime-web or onnxruntime-node.
+   * @param {object} options ONNX Runtime's session options.
+   * @throws {InputError} a missing, damaged or unknown bundle.
+   */
+  static async load(bundle, ort, options = {}) {
+    const files = await openBundle(bundle);
+    const open = async (graph) => {
+      const content = await files.read(files.manifest.graphs[graph].path);
+      return ort.InferenceSession.create(content, options);
+    };
+    // One after the other: onnxruntime-web does not start twice at a time.
+    const adapt = await open("adapt");
+    const predict = await open("predict_adapted");
+    return new FewShotModel(files.manifest, ort, { adapt, predict });
+  }
+
+  /** The most names one task may have. */
+  get ways() {
+    return this.manifest.task.ways;
+  }
+
+  /** Channels, height and width of every image. */
+  get imageShape() {
+    return this.manifest.task.image_shape;
+  }
+
+  /**
+   * Learn a new task. The same arguments give the same result, and the one that Python gives.
+   *
+   * @param {ArrayLike<ArrayLike<number>>} images the support set: for each image its C*H*W pixels
+   *     0..255, row by row, channel after channel.
+   * @param {Array} labels a name for each image; 2 to `ways` distinct ones.
+   * @param {object} options
+   * @param {number} [options.steps] inner steps; the bundle's if left out.
+   * @param {number} [options.learningRate] of the inner steps; the bundle's if left out.
+   * @param {number} [options.seed] chooses the mini-batches.
+   * @param {number[][]} [options.batches] the mini-batches themselves, instead of steps and seed:
+   *     one row of image numbers a step, all of one length.
+   * @returns {Promise<AdaptedModel>}
+   * @throws {InputError} an argument that cannot be used, or an adaptation that diverged.
+   */
+  async adapt(images, labels, { steps, learningRate, seed = 0, batches } = {}) {
+    const { inner, limits } = this.manifest;
+    const pixels = checkImages(images, this.imageShape);
+    const count = images.length;
+    if (count < 1 || count > limits.max_support) {
+      throw new InputError(
+        `the support set has ${count} images: this bundle adapts to 1..${limits.max_support}`,
+      );
+    }
+    const { names, targets } = checkLabels(labels, count, this.ways);
+    const rate = checkLearningRate(learningRate ?? inner.learning_rate);
+    let rows = batches;
+    if (rows === undefined) {
+      checkInteger(steps ?? inner.steps, "steps", 0, limits.max_steps);
+      checkInteger(seed, "seed", 0, Number.MAX_SAFE_INTEGER);
+      const batch = Math.min(inner.batch, count);
+      rows = miniBatches(seed, count, batch, steps ?? inner.steps, inner.replacement);
+    } else if (steps !== undefined) {
+      throw new InputError("give either steps or batches: a row of batches is a step");
+    } else {
+      checkBatches(rows, count, limits.max_steps);
+    }
+    const { Tensor } = this.#ort;
+    const int64 = (values, dims) => new Tensor("int64", BigInt64Array.from(values, BigInt), dims);
+    const outputs = await this.#sessions.adapt.run({
+      support_images: new Tensor("float32", pixels, [count, ...this.imageShape]),
+      support_labels: int64(targets, [count]),
+      batches: int64(rows.flatMap((row) => [...row]), [rows.length, rows[0]?.length ?? 1]),
+      learning_rate: new Tensor("float32", Float32Array.of(rate), []),
+    });
+    if (!outputs.finite.data[0]) {
+      throw new InputError(
+        `adaptation diverged: its numbers are no longer finite after ${rows.length} steps at ` +
+          `learning rate ${rate}; lower learningRate (this bundle was made for ` +
+          `${inner.learning_rate}) or steps`,
+      );
+    }
+    const weights = Object.fromEntries(this.#weights.map((name) => [name, outputs[name]]));
+    const losses = Float32Array.from(outputs.losses.data);
+    return new AdaptedModel(this, names, losses, (chunk) => {
+      const shape = [chunk.length / size(this.imageShape), ...this.imageShape];
+      const feeds = { images: new Tensor("float32", chunk, shape), ...weights };
+      return this.#sessions.predict.run(feeds);
+    });
+  }
+
+  /** Free the sessions' memory; nothing adapted from this model can predict after that. */
+  async release() {
+    await this.#sessions.adapt.release();
+    await this.#sessions.predict.release();
+  }
+}
+
+/** A bundle adapted to one task; made by `FewShotModel.adapt`. */
+export class AdaptedModel {
+  #model;
+  #run;
+
+  constructor(model, labels, losses, run) {
+    /** The task's names, in the order of the columns of probabilities. */
+    this.labels = labels;
+    /** The loss of each inner step's mini-batch before that step. */
+    this.losses = losses;
+    this.#model = model;
+    this.#run = run;
+  }
+
+  /**
+   * Name each image; each answer depends on its own image only.
+   *
+   * @param {ArrayLike<ArrayLike<number>>} images as in `FewShotModel.adapt`.
+   * @returns {Promise<{labels: Array, probabilities: Float32Array[]}>} the likeliest name of each
+   *     image, and each image's probabilities in the order of `labels`; they sum to 1.
+   * @throws {InputError} images of another size or range.
+   */
+  async predict(images) {
+    const logits = await this.logits(images);
+    const probabilities = logits.map((row) => softmax(row.subarray(0, this.labels.length)));
+    const labels = probabilities.map((row) => this.labels[row.indexOf(Math.max(...row))]);
+    return { labels, probabilities };
+  }
+
+  /** The head's raw outputs for each image, its spare ones included: `ways` numbers each. */
+  async logits(images) {
+    const pixels = checkImages(images, this.#model.imageShape);
+    const step = CHUNK * size(this.#model.imageShape);
+    const rows = [];
+    for (let start = 0; start < pixels.length; start += step) {
+      const { logits } = await this.#run(pixels.subarray(start, start + step));
+      for (let i = 0; i < logits.data.length; i += this.#model.ways) {
+        rows.push(Float32Array.from(logits.data.subarray(i, i + this.#model.ways)));
+      }
+    }
+    return rows;
+  }
+}
+
+/**
+ * Read a bundle's manifest and return it with a reader of the files it lists.
+ *
+ * @param bundle as in `FewShotModel.load`.
+ * @returns {Promise<{manifest: object, read: (path: string) => Promise<Uint8Array>}>} `read`
+ *     gives a file's bytes if they match their SHA-256.
+ */
+export async function openBundle(bundle) {
+  const fetchBytes = typeof bundle === "function" ? bundle : bundleAt(bundle);
+  const content = await fetchBytes("manifest.json");
+  let manifest;
+  try {
+    manifest = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(content));
+  } catch (error) {
+    throw new InputError(`manifest.json is not JSON: ${error.message}`);
+  }
+  checkManifest(manifest);
+  const read = async (path) => {
+    const expected = manifest.files[path];
+    if (typeof expected !== "string") {
+      throw new InputError(`manifest.json does not list the file ${path}`);
+    }
+    const bytes = await fetchBytes(path, expected);
+    // Absent on pages from plain http, where only the browser's own check in `bundleAt` is left.
+    if (globalThis.crypto?.subtle && (await sha256(bytes)) !== expected) {
+      throw new InputError(
+        `${path} does not match its SHA-256 in manifest.json: ` +
+          "the file was damaged or changed; fetch the bundle again",
+      );
+    }
+    return bytes;
+  };
+  return { manifest, read };
+}
+
+/**
+ * Return a reader of the files of a bundle's folder at an address, for `load` and `openBundle`.
+ *
+ * @param {string | URL} address of the folder that holds manifest.json.
+ * @param {object} headers to send along, such as an Authorization.
+ */
+export function bundleAt(address, headers = {}) {
+  const folder = new URL(address, globalThis.location?.href);
+  folder.pathname = folder.pathname.replace(/\/*$/, "/");
+  return async (path, expected) => {
+    const url = new URL(path, folder);
+    const secure = globalThis.crypto?.subtle !== undefined;
+    const integrity = secure || expected === undefined ? "" : `sha256-${base64(expected)}`;
+    let response;
+    try {
+      // Asked for anew each time, or a replaced bundle's graphs would not match its manifest.
+      response = await fetch(url, { headers, integrity, cache: "no-cache" });
+    } catch (error) {
+      const damaged = integrity ? " or does not match its SHA-256 in manifest.json" : "";
+      throw new InputError(`${url} cannot be fetched${damaged}`, { cause: error });
+    }
+    if (!response.ok) {
+      throw new InputError(`${url} answers ${response.status}: give the address of a bundle`);
+    }
+    return new Uint8Array(await response.arrayBuffer());
+  };
+}
+
+function base64(hex) {
+  return btoa(hex.replace(/../g, (byte) => String.fromCharCode(Number.parseInt(byte, 16))));
+}
+
+async function sha256(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function checkManifest(manifest) {
+  if (manifest?.format !== FORMAT) {
+    throw new InputError(
+      `manifest.json: format ${manifest?.format} is not the format ${FORMAT} this version reads: ` +
+        "update this module or export the bundle again",
+    );
+  }
+  const whole = (value, low) => Number.isSafeInteger(value) && value >= low;
+  const { task, inner, limits, graphs, adapted, files } = manifest;
+  const sound =
+    task?.layout === "NCHW" &&
+    task.dtype === "float32" &&
+    String(task.pixel_range) === "0,255" &&
+    whole(task.ways, 2) &&
+    task.image_shape?.length === 3 &&
+    task.image_shape.every((n) => whole(n, 1)) &&
+    whole(inner?.steps, 0) &&
+    whole(inner.batch, 1) &&
+    typeof inner.replacement === "boolean" &&
+    whole(limits?.max_steps, 1) &&
+    whole(limits.max_support, 1) &&
+    typeof graphs?.adapt?.path === "string" &&
+    typeof graphs.predict_adapted?.path === "string" &&
+    [adapted, files].every((part) => typeof part === "object" && part !== null);
+  if (!sound) {
+    throw new InputError("manifest.json is not that of a bundle: export the bundle again");
+  }
+}
+
+const size = (shape) => shape.reduce((product, n) => product * n, 1);
+
+/** Return all pixels in one Float32Array: ONNX Runtime itself checks next to nothing. */
+function checkImages(images, shape) {
+  if (typeof images?.length !== "number" || typeof images === "string") {
+    throw new InputError("images must be a list with the pixels of each image");
+  }
+  const each = size(shape);
+  const pixels = new Float32Array(images.length * each);
+  let highest = 0;
+  let scaled = images.length > 0;
+  for (let i = 0; i < images.length; i++) {
+    const image = images[i];
+    if (image?.length !== each) {
+      throw new InputError(
+        `image ${i} has ${image?.length ?? "no"} numbers, expected the ${each} pixels of ` +
+          `(${shape.join(", ")}): one flat list, channel after channel; resize before`,
+      );
+    }
+    for (const value of image) {
+      if (!(value >= 0 && value <= 255)) {
+        throw new InputError(`image ${i} holds the pixel ${value}: pixels are numbers, 0..255`);
+      }
+      highest = Math.max(highest, value);
+    }
+    scaled &&= !(image instanceof Uint8Array || image instanceof Uint8ClampedArray);
+    pixels.set(image, i * each);
+  }
+  if (scaled && highest > 0 && highest <= 1) {
+    throw new InputError(
+      `images hold numbers of at most ${highest} and look scaled to 0..1, expected 0..255: ` +
+        "multiply by 255 (or pass a Uint8Array if the images really are that dark)",
+    );
+  }
+  return pixels;
+}
+
+/** Return the distinct names in order of first appearance, and each label's place among them. */
+function checkLabels(labels, images, ways) {
+  if (!Array.isArray(labels) || labels.length !== images) {
+    throw new InputError(`${images} images but ${labels?.length} labels: give each image one`);
+  }
+  if (labels.some((label) => label === undefined || label === null || Number.isNaN(label))) {
+    throw new InputError("a label is missing or NaN: drop the unlabelled images");
+  }
+  const names = [...new Set(labels)];
+  if (names.length < 2 || names.length > ways) {
+    const wayOut =
+      names.length < 2
+        ? "with one name there is nothing to tell apart, add images of another"
+        : `this bundle's head has ${ways} ways, use fewer or a bundle with more`;
+    throw new InputError(`labels have ${names.length} distinct names: ${wayOut}`);
+  }
+  return { names, targets: labels.map((label) => names.indexOf(label)) };
+}
+
+function checkBatches(rows, images, maxSteps) {
+  if (!Array.isArray(rows) || rows.length > maxSteps) {
+    throw new InputError(`batches must be a list of at most ${maxSteps} rows, one a step`);
+  }
+  for (const row of rows) {
+    if (!(row.length >= 1) || row.length !== rows[0].length) {
+      throw new InputError("the rows of batches must all hold the same number of image numbers");
+    }
+    Array.from(row, (place) => checkInteger(Number(place), "a number in batches", 0, images - 1));
+  }
+}
+
+function checkInteger(value, what, low, high) {
+  if (!Number.isSafeInteger(value) || value < low || value > high) {
+    throw new InputError(`${what} must be an integer in ${low}..${high}, got ${value}`);
+  }
+}
+
+function checkLearningRate(value) {
+  if (typeof value !== "number" || !(Math.fround(value) > 0 && value <= MAX_LEARNING_RATE)) {
+    throw new InputError(
+      `learningRate must be above 0 and at most ${MAX_LEARNING_RATE}, got ${value}`,
+    );
+  }
+  return value;
+}
+
+/** Share out probability among the outputs in use; the head's spare ones never get any. */
+function softmax(logits) {
+  const highest = Math.max(...logits);
+  const exponentials = Array.from(logits, (logit) => Math.exp(logit - highest));
+  const sum = exponentials.reduce((total, value) => total + value, 0);
+  return Float32Array.from(exponentials, (value) => value / sum);
+}
