@@ -202,3 +202,6 @@ def test_data_that_dvc_does_not_follow_is_refused_under_dvc_alone(
     for source in ("fish", "datasets/../fish", "/datasets/fish"):
         with pytest.raises(InputError, match="DVC would not see"):
             check("digits", source)
+    check_data(PrepareSettings(source="birds", cross_domain=(), held_out="datasets/split.json"))
+    with pytest.raises(InputError, match=r"prepare.held_out = split.json"):
+        check_data(PrepareSettings(source="birds", cross_domain=(), held_out="split.json"))

@@ -10,7 +10,7 @@ from reptile.settings import PrepareSettings
 NAMED_SOURCES = ("digits", "glyphs", "sinusoid")
 """Sources without files; the project has a file of each name, for DVC to depend on."""
 FOLLOWED = Path("datasets")
-"""What dvc.yaml depends on for `prepare.cross_domain`, a list, which DVC cannot depend on."""
+"""What dvc.yaml depends on besides `prepare.source`: DVC cannot depend on what a list names."""
 
 
 def check_code() -> None:
@@ -33,15 +33,18 @@ def check_data(settings: PrepareSettings) -> None:
     """Refuse sources whose changes DVC would not see.
 
     Raises:
-        InputError: `cross_domain` names a path outside the folder that dvc.yaml depends on.
+        InputError: `cross_domain` or `held_out` names a path that dvc.yaml does not depend on.
     """
     if "DVC_STAGE" not in os.environ:
         return
+    used = {f"prepare.cross_domain = {source}": source for source in settings.cross_domain}
+    if settings.held_out.endswith(".json"):
+        used[f"prepare.held_out = {settings.held_out}"] = settings.held_out
     followed = [FOLLOWED.resolve(), Path(settings.source).resolve()]
-    for source in settings.cross_domain:
-        path = Path(source).resolve()
-        if source not in NAMED_SOURCES and not any(path.is_relative_to(each) for each in followed):
+    for setting, name in used.items():
+        path = Path(name).resolve()
+        if name not in NAMED_SOURCES and not any(path.is_relative_to(each) for each in followed):
             raise InputError(
-                f"prepare.cross_domain = {source}: DVC would not see its changes; put it into "
-                f"{FOLLOWED}/, or run `reptile prepare` without DVC"
+                f"{setting}: DVC would not see its changes; put it into {FOLLOWED}/, or run "
+                "`reptile prepare` without DVC"
             )
