@@ -27,7 +27,7 @@ from reptile.evaluate.write import metrics
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.train import Progress
-from reptile.objectives import objective_scored
+from reptile.objectives import objective_named
 from reptile.provenance import settings_sha256
 from reptile.settings import (
     BATCH_NORM_MODES,
@@ -139,12 +139,12 @@ def evaluate(
     chosen = parse_settings(EvaluateSettings, settings)
     folder = Path(evaluation.path)
     stages.evaluate(chosen, Path(prepared.path), Path(checkpoint.path), folder)
-    scores = flatten(read_metrics(folder))
-    # The first is of the held-out data, at the fewest shots, transductive: as the curve's points.
-    name, score = next(iter(scores.items()))
-    own = {"evaluate_settings_sha256": _hash(chosen), name.rpartition("/")[2]: score}
+    metrics = read_metrics(folder)
+    # Of the held-out data, at the fewest shots, transductive: as the curve's points.
+    headline = metrics.score(metrics.held_out, metrics.fewest_shots, "trained", "transductive")
+    own = {"evaluate_settings_sha256": _hash(chosen), metrics.metric: headline.mean}
     lineage = _inherit(checkpoint) | finite(own)
-    evaluation.metadata |= lineage | finite(scores)
+    evaluation.metadata |= lineage | finite(metrics.flat())
     if (folder / "confusion.csv").is_file():  # a regressor has none
         categories, matrix = confusion_matrix(folder / "confusion.csv")
         confusion.log_confusion_matrix(categories, matrix)
@@ -171,7 +171,8 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
     if not found:
         modes = ", ".join(BATCH_NORM_MODES)
         raise InputError(f"point {point!r}: write it as `5-way 1-shot frozen`; modes are {modes}")
-    ways, shots, mode = int(found[1]), int(found[2]), found[3]
+    ways, shots = int(found[1]), int(found[2])
+    mode = next(mode for mode in BATCH_NORM_MODES if mode == found[3])
     chosen = parse_settings(EvaluateSettings, settings).model_copy(update={"shots": (shots,)})
     try:
         trained_on = load_prepared(Path(prepared.path))
@@ -180,14 +181,12 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
         scores = metrics(evaluate_checkpoint(chosen, trained, trained_on, {}, ways=ways))
     except InputError as error:
         return f"| {point} | {error} | |"
-    (by_shots,) = scores.values()
-    score = by_shots[f"{shots}-shot"][mode]
-    objective = objective_scored(score)
-    initialised, random = (
-        objective.show(score[f"{start}{objective.metric}"], score[f"{start}interval"])
-        for start in ("", "random_")
-    )
-    return f"| {point} | {initialised} | {random} |"
+    objective = objective_named(scores.objective)
+    cells = [
+        objective.show(*scores.score(scores.held_out, shots, method, mode))
+        for method in ("trained", "random")
+    ]
+    return f"| {point} | {cells[0]} | {cells[1]} |"
 
 
 def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifact) -> Verdict:
@@ -212,16 +211,15 @@ def export(
     chosen = parse_settings(ExportSettings, settings)
     folder = Path(bundle.path)
     stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
-    info = load_checkpoint(Path(checkpoint.path)).info
-    metric, point = info.objective.metric, chosen.gate
-    scores = read_metrics(Path(evaluation.path))[info.dataset]
-    gated = scores[f"{point.shots}-shot"][point.mode]
+    point = chosen.gate
+    metrics = read_metrics(Path(evaluation.path))
+    gated = metrics.score(metrics.held_out, point.shots, "trained", point.mode)
     own = {
         "export_settings_sha256": _hash(chosen),
         "name": chosen.name,
         "manifest_sha256": sha256_file(folder / "manifest.json"),
-        metric: gated[metric],
-        "interval": gated["interval"],
+        metrics.metric: gated.mean,
+        "interval": gated.interval,
     }
     bundle.metadata |= _inherit(evaluation) | finite(own)
 
@@ -254,18 +252,6 @@ def publish(bundle: Artifact, remote: str, pointer: Artifact) -> None:
         "remote": remote,
         "manifest_sha256": bundle.metadata["manifest_sha256"],
     }
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return nested scores under names such as `glyphs/1-shot/frozen/accuracy`."""
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}/")
-            if isinstance(value, Mapping)
-            else {prefix + name: float(value)}
-        )
-    return flat
 
 
 def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:

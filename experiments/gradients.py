@@ -8,6 +8,7 @@ algorithms, with as many inner steps, and a meta-step that gives each the same s
 of plain Reptile after all four.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -111,7 +112,7 @@ def main(
     untrained = measure(settings.evaluate, start, images)
     result = {
         "settings": settings.model_dump(mode="json", include={"prepare", "train", "evaluate"}),
-        "random_start": untrained._asdict(),
+        "random_start": asdict(untrained),
         "combinations": rows,
     }
     write_json(output / "gradients.json", result)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from kfp import local
 from kfp.components import load_component_from_text
 
-from components.artifacts import flatten
 from components.fetch import content_md5
 from pipeline.document import for_this_machine
 from pipeline.revisions import data_md5
@@ -142,8 +141,10 @@ def _trained(folder: Path) -> str:
 def _evaluated(folder: Path) -> str:
     for name in ("confusion", "report"):
         _output(folder, "evaluate", "artifacts", name)
-    name, value = next(iter(flatten(read_metrics(folder / "evaluate/evaluation")).items()))
-    return f"{name} {value:.3f}"
+    metrics = read_metrics(folder / "evaluate/evaluation")
+    shots = metrics.fewest_shots
+    score = metrics.score(metrics.held_out, shots, "trained", "transductive")
+    return f"{metrics.held_out}, {shots}-shot transductive {metrics.metric} {score.mean:.3f}"
 
 
 def _measured(folder: Path) -> str:

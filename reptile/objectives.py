@@ -4,7 +4,7 @@ What a network's outputs are for, their loss, how they are scored and what a val
 like. The rooms ask here instead of asking which objective it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,16 +129,9 @@ REGRESSION = Objective(
 )
 
 
-def objective_scored(scores: Mapping[str, Any]) -> Objective:
-    """Return the objective whose metric is among these scores of metrics.json.
-
-    Raises:
-        KeyError: they hold no such metric.
-    """
-    for objective in (CLASSIFICATION, REGRESSION):
-        if objective.metric in scores:
-            return objective
-    raise KeyError(CLASSIFICATION.metric)
+def objective_named(name: str) -> Objective:
+    """Return the objective of this name, `classification` or `regression`."""
+    return next(each for each in (CLASSIFICATION, REGRESSION) if each.name == name)
 
 
 def objective_of(values: int) -> Objective:

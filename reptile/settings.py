@@ -34,6 +34,8 @@ BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
+REMOVED = {"evaluate": {"ways"}}
+"""Settings by stage that had no use; they are accepted and have no effect."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -44,7 +46,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _under_new_names(cls, values: Any) -> Any:
+    def _of_earlier_versions(cls, values: Any) -> Any:
         stage = cls.__name__.removesuffix("Settings").lower()
         for old, new in RENAMED.get(stage, {}).items():
             if isinstance(values, dict) and old in values:
@@ -52,6 +54,10 @@ class Section(BaseModel):
                     raise ValueError(f"{old} is the old name of {new}: give one of them")
                 values = {new if key == old else key: value for key, value in values.items()}
                 log.warning("%s.%s is called %s.%s now", stage, old, stage, new)
+        for name in REMOVED.get(stage, ()):
+            if isinstance(values, dict) and name in values:
+                values = {key: value for key, value in values.items() if key != name}
+                log.warning("%s.%s is gone and has no effect; remove it", stage, name)
         return values
 
 
@@ -183,8 +189,6 @@ class EvaluateSettings(Section):
     seed: Seed = 1
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
-    ways: tuple[Annotated[int, Field(ge=2, le=1000)], ...] = ()
-    """Further numbers of classes a task, fewer than the head has; measured at the fewest shots."""
     queries: Positive = 1
     """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50

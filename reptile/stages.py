@@ -126,7 +126,7 @@ def export(
     data = load_prepared(prepared)
     trained.info.check_data(data)
     if not ignore_gate:
-        check_gate(settings.gate, data.name, metrics)
+        check_gate(settings.gate, metrics)
     export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
 
 

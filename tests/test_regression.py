@@ -7,7 +7,6 @@ docs/training.md.
 import csv
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -23,7 +22,7 @@ from reptile.data.readers import sinusoid
 from reptile.errors import DivergedError, InputError
 from reptile.evaluate import Evaluation, evaluate
 from reptile.evaluate.gate import refusal
-from reptile.evaluate.metrics import read_metrics
+from reptile.evaluate.metrics import Metrics, Score, read_metrics
 from reptile.export import reference
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.minibatches import mini_batches
@@ -54,9 +53,11 @@ class Run(NamedTuple):
     folder: Path
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = read_metrics(self.folder / "evaluation")["sinusoid"]
-        return found
+    def metrics(self) -> Metrics:
+        return read_metrics(self.folder / "evaluation")
+
+    def score(self, method: str) -> Score:
+        return self.metrics.score("sinusoid", 10, method, "frozen")
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +98,10 @@ def test_the_curve_of_training_is_of_the_error(run: Run) -> None:
 
 
 def test_meta_training_beats_zero_the_random_start_and_joint_training(run: Run) -> None:
-    scores = run.metrics["10-shot"]["frozen"]
-    zero = run.metrics["10-shot"]["zero"]
-    assert zero["mean_squared_error"] == pytest.approx(ZERO, abs=3 * zero["interval"])
-    for other in (
-        zero["mean_squared_error"],
-        scores["random_mean_squared_error"],
-        scores["joint_mean_squared_error"],
-    ):
-        assert scores["mean_squared_error"] + scores["interval"] < other
+    zero, trained = run.score("zero"), run.score("trained")
+    assert zero.mean == pytest.approx(ZERO, abs=3 * zero.interval)
+    for other in (zero, run.score("random"), run.score("joint")):
+        assert trained.mean + trained.interval < other.mean
 
 
 def test_the_error_is_that_of_a_float64_loop_written_out(run: Run) -> None:
@@ -181,27 +177,20 @@ def test_the_curves_drawn_are_those_of_the_adapted_network(run: Run) -> None:
 
 
 def test_the_gate_wants_the_error_to_be_small(run: Run) -> None:
-    metrics = {"sinusoid": run.metrics}
-    gate = run.settings.export.gate
-    error = run.metrics["10-shot"]["frozen"]["mean_squared_error"]
-    assert refusal(gate, "sinusoid", metrics) is None
+    metrics, gate = run.metrics, run.settings.export.gate
+    error = run.score("trained").mean
+    assert refusal(gate, metrics) is None
     strict = gate.model_copy(update={"mean_squared_error": error / 2})
-    reason = refusal(strict, "sinusoid", metrics)
+    reason = refusal(strict, metrics)
     assert reason is not None and "mean squared error" in reason and "above the gate" in reason
-    better = {
-        "sinusoid": {
-            "10-shot": {
-                "frozen": {
-                    "mean_squared_error": error / 9,
-                    "interval": 0.01,
-                    "random_mean_squared_error": 4.0,
-                }
-            }
-        }
+    methods = {
+        "trained": {"frozen": Score(error / 9, 0.01)},
+        "random": {"frozen": Score(4.0, 0.1)},
     }
-    reason = refusal(gate, "sinusoid", metrics, better)
+    better = metrics.model_copy(update={"scores": {"sinusoid": {10: methods}}})
+    reason = refusal(gate, metrics, better)
     assert reason is not None and "wholly above the champion's" in reason
-    assert refusal(gate, "sinusoid", better, metrics) is None
+    assert refusal(gate, better, metrics) is None
 
 
 def test_the_bundle_is_verified(run: Run) -> None:

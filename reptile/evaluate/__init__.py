@@ -1,11 +1,21 @@
 """Few-shot evaluation: measured accuracy with honest intervals, and a report of it.
 
-`measure` runs the tasks, `outputs` writes the files that DVC reads, `report` the page for people.
-Not for choosing a checkpoint: that is the validation split's business in `learn`.
+`measure` runs the tasks, `metrics` describes the scores, `write` writes the files that DVC reads,
+`report` the page for people, `gate` says what may be exported. A checkpoint is chosen by the
+validation split, in `learn`.
 """
 
-from reptile.evaluate.measure import Evaluation, Measurement, Score, evaluate
+from reptile.evaluate.measure import Evaluation, Measurement, evaluate
+from reptile.evaluate.metrics import Metrics, Score
 from reptile.evaluate.report.summary import summary_table
 from reptile.evaluate.write import write_evaluation
 
-__all__ = ["Evaluation", "Measurement", "Score", "evaluate", "summary_table", "write_evaluation"]
+__all__ = [
+    "Evaluation",
+    "Measurement",
+    "Metrics",
+    "Score",
+    "evaluate",
+    "summary_table",
+    "write_evaluation",
+]

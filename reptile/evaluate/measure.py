@@ -19,11 +19,12 @@ from reptile.data.dataset import Inputs, PreparedData
 from reptile.errors import InputError
 from reptile.evaluate.baselines import train_jointly
 from reptile.evaluate.fits import Fit, fit_curves
+from reptile.evaluate.metrics import Score
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import Engine, choose_device, make_engine
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
-from reptile.learn.validate import TASKS_AT_ONCE, adapted_in_chunks
+from reptile.learn.validate import TASKS_AT_ONCE
 from reptile.minibatches import IntArray
 from reptile.models import initialise, mask_absent_outputs
 from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
@@ -52,18 +53,6 @@ PATH_TASKS = 3 * TASKS_AT_ONCE  # whose score is also taken on the way, at these
 PATH_STEPS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800)
 FITS = 6  # tasks whose functions are drawn
 PATH_MODES: tuple[BatchNormMode, ...] = ("transductive", "frozen")
-
-
-class Score(NamedTuple):
-    """A mean over tasks, and half the width of its 95 % interval."""
-
-    mean: float
-    interval: float
-
-    @classmethod
-    def of(cls, values: FloatArray) -> "Score":
-        """Score one value a task, [T] with T >= 2: 1.96·s/√T, s with T - 1 in its denominator."""
-        return cls(float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True)
@@ -99,16 +88,6 @@ class Measurement:
         return Score.of(self.baseline)
 
 
-class FewerWays(NamedTuple):
-    """Accuracy on tasks of fewer classes than the head has outputs, batch norm frozen."""
-
-    shots: int
-    ways: int
-    silenced: Score  # the other outputs take no part in adapting, as in the bundle
-    left_out: Score  # they do, and are left out of the answer only
-    gain: Score  # task by task
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """All that was measured, and what the report needs to show it."""
@@ -119,14 +98,12 @@ class Evaluation:
     measurements: tuple[Measurement, ...]  # by dataset, then by shots
     skipped: Mapping[str, str]  # cross-domain datasets that cannot make these tasks, and why
     has_batch_norm: bool
-    fewer_ways: tuple[FewerWays, ...] = ()
     fits: tuple[Fit, ...] = ()  # of the first tasks, where inputs are single numbers
 
     @property
     def adaptations(self) -> int:
         """How many tasks were adapted to, from each start."""
-        starts = len(self.starts) * sum(len(measured.tasks) for measured in self.measurements)
-        return starts + 2 * self.settings.tasks * len(self.fewer_ways)
+        return len(self.starts) * sum(len(measured.tasks) for measured in self.measurements)
 
     @property
     def objective(self) -> Objective:
@@ -189,13 +166,11 @@ def evaluate(
     """
     head, objective = checkpoint.info.settings.ways, checkpoint.info.objective
     ways, shots = ways or head, sorted(set(settings.shots))
-    few = sorted(set(settings.ways))
     least = 2 if objective is CLASSIFICATION else 1
-    for wanted in (ways, *few):
-        if not least <= wanted <= head:
-            raise InputError(
-                f"{wanted}-way tasks: the checkpoint is for {least} to {head} ways; train another"
-            )
+    if not least <= ways <= head:
+        raise InputError(
+            f"{ways}-way tasks: the checkpoint is for {least} to {head} ways; train another"
+        )
     classes, needed = data.split("test"), shots[-1] + settings.queries
     check_classes(classes, ways, needed, f"test split of {data.name}")
     sources = {data.name: data}
@@ -215,7 +190,7 @@ def evaluate(
         else:
             sources[name] = source
 
-    total = (len(sources) * len(shots) * len(STARTS[objective]) + 2 * len(few)) * settings.tasks
+    total = len(sources) * len(shots) * len(STARTS[objective]) * settings.tasks
     done = 0
 
     def count(tasks: int) -> None:
@@ -237,8 +212,7 @@ def evaluate(
         sources,
         tuple(measurements),
         skipped,
-        any(name.startswith("norm") for name in checkpoint.model.shapes),
-        tuple(held_out.fewer_ways(shots[0], each) for each in few),
+        checkpoint.model.has_batch_norm,
         held_out.fits(measurements[0].tasks),
     )
 
@@ -305,22 +279,6 @@ class _Runner:
         baseline = BASELINES[objective].score
         without = np.array([baseline(self._data.images, task, ways) for task in tasks])
         return Measurement(name, objective, shots, tuple(tasks), logits, without, path, by_step)
-
-    def fewer_ways(self, shots: int, ways: int) -> FewerWays:
-        """Compare the two ways to use part of the head, on the same tasks."""
-        tasks, state = self._tasks(shots, ways), self._starts["trained"]
-        targets = np.stack([task.query_targets for task in tasks])
-
-        def scores(state: MetaState) -> FloatArray:
-            logits = []
-            for chunk, weights in adapted_in_chunks(self._engine, state, tasks):
-                logits.append(self._predict(weights, chunk, "frozen", ways))
-                self._count(len(chunk))
-            return self._objective.scores(np.concatenate(logits), targets)
-
-        silenced, left_out = scores(self._silenced(state, ways)), scores(state)
-        gain = Score.of(silenced - left_out)
-        return FewerWays(shots, ways, Score.of(silenced), Score.of(left_out), gain)
 
     def fits(self, tasks: Sequence[Task]) -> tuple[Fit, ...]:
         """Return the functions that the first tasks make of the meta-trained network."""

@@ -1,15 +1,176 @@
-"""metrics.json: what an evaluation leaves for whoever reads it."""
+"""metrics.json: every score of an evaluation, typed; the one description of that file.
+
+Its JSON Schema, reptile/schemas/metrics.schema.json, is made from these classes.
+"""
 
 import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reptile.errors import InputError
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, describe
+
+METRICS_FILE = "metrics.json"
+DIGITS = 5  # finer than any interval, coarser than rounding errors
+
+Mode = BatchNormMode | Literal["none"]
+"""What batch norm sees; `none` for a method that has no network."""
+Shots = Annotated[int, Field(ge=1)]
 
 
-def read_metrics(evaluation: Path) -> dict[str, Any]:
-    """Read metrics.json of an evaluation folder."""
-    return read_json(evaluation / "metrics.json")
+@dataclass(frozen=True)
+class Score:
+    """A mean over tasks, and half the width of its 95 % interval."""
+
+    mean: float
+    interval: float
+
+    @classmethod
+    def of(cls, values: npt.NDArray[np.float64]) -> "Score":
+        """Score one value a task, [T] with T >= 2: 1.96·s/√T, s with T - 1 in its denominator."""
+        return cls(float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values)))
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (self.mean, self.interval)
+
+    def rounded(self) -> "Score":
+        """Return it with as many digits as are kept in files."""
+        return Score(round(self.mean, DIGITS), round(self.interval, DIGITS))
+
+
+class Metrics(BaseModel):
+    """All scores of an evaluation.
+
+    A method is an initialisation that is adapted (`trained`, `random`, `joint`) or a way without a
+    network (`nearest_mean`, `zero`); readers take any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[2] = 2
+    objective: Literal["classification", "regression"]
+    metric: Literal["accuracy", "mean_squared_error"]
+    ways: Annotated[int, Field(ge=1)]
+    """Classes of a task; 1 for a regressor."""
+    held_out: str
+    """The dataset that was trained on: its scores are of held-out classes."""
+    scores: dict[str, dict[Shots, dict[str, dict[Mode, Score]]]]
+    """By dataset, shots, method and what batch norm sees."""
+
+    def find(self, dataset: str, shots: int, method: str, mode: Mode) -> Score | None:
+        """Return a score, or None if it was not measured; a method without network has one."""
+        modes = self.scores.get(dataset, {}).get(shots, {}).get(method, {})
+        return modes.get(mode, modes.get("none"))
+
+    def score(self, dataset: str, shots: int, method: str, mode: Mode) -> Score:
+        """Return a score.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        score = self.find(dataset, shots, method, mode)
+        if score is None:
+            raise InputError(f"{method}, {shots}-shot {mode} on {dataset} was not measured")
+        return score
+
+    @property
+    def fewest_shots(self) -> int:
+        """The least number of shots that the held-out classes were measured at."""
+        return min(self.scores[self.held_out])
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All methods: `trained`, the other initialisations, those without a network."""
+        each = [methods for by_shots in self.scores.values() for methods in by_shots.values()]
+        every = {(name, "none" in modes) for methods in each for name, modes in methods.items()}
+        order = sorted(every, key=lambda method: (method[0] != "trained", method[1], method[0]))
+        return tuple(name for name, _ in order)
+
+    @property
+    def modes(self) -> tuple[BatchNormMode, ...]:
+        """What is worth showing of batch norm: without one all modes give the same."""
+        return BATCH_NORM_MODES if self._batch_norm_matters() else ("frozen",)
+
+    def _batch_norm_matters(self) -> bool:
+        each = [m for s in self.scores.values() for methods in s.values() for m in methods.values()]
+        return any(len(set(modes.values())) > 1 for modes in each)
+
+    def flat(self) -> dict[str, float]:
+        """Return all numbers under names such as `glyphs/1-shot/trained/frozen/accuracy`."""
+        flat: dict[str, float] = {}
+        for dataset, shots, method, mode, score in self.rows():
+            name = "/".join([dataset, f"{shots}-shot", method, *([mode] * (mode != "none"))])
+            flat |= {f"{name}/{self.metric}": score.mean, f"{name}/interval": score.interval}
+        return flat
+
+    def rows(self) -> Iterator[tuple[str, int, str, Mode, Score]]:
+        """Yield every score as (dataset, shots, method, mode, score)."""
+        for dataset, by_shots in self.scores.items():
+            for shots, methods in by_shots.items():
+                for method, modes in methods.items():
+                    for mode, score in modes.items():
+                        yield dataset, shots, method, mode, score
+
+
+def read_metrics(evaluation: Path) -> Metrics:
+    """Read metrics.json of an evaluation folder.
+
+    Raises:
+        InputError: missing, or not such a file.
+    """
+    path = evaluation / METRICS_FILE
+    values = read_json(path)
+    if "format" not in values:
+        raise InputError(f"{path}: of an earlier version; run `reptile evaluate` again")
+    try:
+        return Metrics.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {describe(error)[0]}; run `reptile evaluate` again") from None
+
+
+def upgrade(values: Mapping[str, Any], ways: int, held_out: str) -> Metrics:
+    """Read what format 1 held, as in the manifest of a bundle of format 1.
+
+    Args:
+        values: dataset, then `N-shot`, then batch norm's mode or the method without a network, to
+            numbers whose names start with the method's.
+        ways: classes of a task.
+        held_out: the dataset that was trained on.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: not such values.
+    """
+    metric = "accuracy" if "accuracy" in json.dumps(values) else "mean_squared_error"
+    scores: dict[str, dict[int, dict[str, dict[str, Score]]]] = {}
+    for dataset, by_shots in values.items():
+        for shots, entries in by_shots.items():
+            methods = scores.setdefault(dataset, {}).setdefault(int(shots.split("-")[0]), {})
+            for entry, numbers in entries.items():
+                for name, mean in numbers.items():
+                    if not name.endswith(metric):
+                        continue
+                    prefix = name.removesuffix(metric)
+                    score = Score(mean, numbers[f"{prefix}interval"])
+                    if entry in BATCH_NORM_MODES:
+                        methods.setdefault(prefix.rstrip("_") or "trained", {})[entry] = score
+                    else:
+                        methods[entry] = {"none": score}
+    return Metrics.model_validate(
+        {
+            "objective": "classification" if metric == "accuracy" else "regression",
+            "metric": metric,
+            "ways": ways,
+            "held_out": held_out,
+            "scores": scores,
+        }
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ already: a finished seed is not trained again, an interrupted one goes on. No ex
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,11 +19,12 @@ from reptile import stages
 from reptile.cpus import available_cpus
 from reptile.data.dataset import INDEX_FILE, PreparedData, load_prepared
 from reptile.errors import InputError
-from reptile.evaluate.metrics import read_metrics
+from reptile.evaluate.metrics import Metrics, Score, read_metrics
 from reptile.experiments.presets import Preset, changes
 from reptile.files import atomic_file, write_json
 from reptile.learn.checkpoint import CurvePoint, load_checkpoint
 from reptile.learn.train import Progress
+from reptile.objectives import objective_named
 from reptile.provenance import code_sha256, versions
 from reptile.settings import (
     BATCH_NORM_MODES,
@@ -61,7 +62,7 @@ class Seed:
     seed: int
     training: Training
     curve: tuple[CurvePoint, ...]
-    metrics: Mapping[str, Any]  # as metrics.json: dataset, then shots, then method
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,18 @@ def reproduce(
     return result
 
 
-def over_seeds(means: Sequence[float]) -> tuple[float, float]:
+def over_seeds(means: Sequence[float]) -> Score:
     """Return the mean and half its 95 % interval: Student's t with n - 1 degrees, n >= 2."""
     number = len(means)
     mean = sum(means) / number
     variance = sum((value - mean) ** 2 for value in means) / (number - 1)
-    return mean, float(stats.t.ppf(0.975, number - 1)) * math.sqrt(variance / number)
+    return Score(mean, float(stats.t.ppf(0.975, number - 1)) * math.sqrt(variance / number))
 
 
 def markdown(result: Reproduction) -> str:
     """Return the table for people, beside the published row, and what it was made with."""
-    seeds, paper, metric = result.seeds, result.preset.paper, _metric(result)
+    seeds, paper = result.seeds, result.preset.paper
+    show = objective_named(seeds[0].metrics.objective).show
     several = len(seeds) > 1
     ours = f"mean of {len(seeds)} seeds ± 95 %" if several else f"seed {seeds[0].seed} ± 95 %"
     head = ["data", "batch norm", f"{ours}{', scaled down' * result.scaled_down}"]
@@ -165,15 +167,18 @@ def markdown(result: Reproduction) -> str:
     head += ["random start", "published"]
     lines = [_row(head), _row(["---"] * len(head))]
     for dataset, shots, mode, scores in _rows(result):
-        first = dataset == result.data.name and shots == next(iter(seeds[0].metrics[dataset]))
-        start = scores[0][f"random_{metric}"], scores[0]["random_interval"]
+        metrics = seeds[0].metrics
+        published = (dataset, shots) == (metrics.held_out, metrics.fewest_shots)
         cells = [
-            f"{dataset}, {shots}",
+            f"{dataset}, {shots}-shot",
             mode.replace("_", "-") if len(result.modes) > 1 else "none",
-            f"**{_shown(metric, *_joint(metric, scores))}**",
+            f"**{show(*_joint(scores))}**",
         ]
-        cells += [_shown(metric, s[metric], s["interval"]) for s in scores if several]
-        cells += [_shown(metric, *start), (first and paper.show(mode)) or "–"]
+        cells += [show(*score) for score in scores if several]
+        cells += [
+            show(*metrics.score(dataset, shots, "random", mode)),
+            (published and paper.show(mode)) or "–",
+        ]
         lines.append(_row(cells))
     title = f"### {result.preset.name}" + (f": {paper.row}" if paper.row else "")
     return "\n".join([title, "", *lines, "", *_notes(result)]) + "\n"
@@ -181,12 +186,10 @@ def markdown(result: Reproduction) -> str:
 
 def as_json(result: Reproduction) -> dict[str, Any]:
     """Return everything as plain values."""
-    metric = _metric(result)
     joint: dict[str, Any] = {}
     for dataset, shots, mode, scores in _rows(result):
-        mean, interval = _joint(metric, scores)
-        by_mode = joint.setdefault(dataset, {}).setdefault(shots, {})
-        by_mode[mode] = {metric: mean, "interval": interval}
+        by_mode = joint.setdefault(dataset, {}).setdefault(str(shots), {})
+        by_mode[mode] = asdict(_joint(scores))
     stages_run = {"prepare", "train", "evaluate"}
     return {
         "preset": result.preset.name,
@@ -206,26 +209,20 @@ def as_json(result: Reproduction) -> dict[str, Any]:
                 "seed": seed.seed,
                 "training": seed.training.model_dump(mode="json"),
                 "curve": [point.model_dump(mode="json") for point in seed.curve],
-                "metrics": seed.metrics,
+                "metrics": seed.metrics.model_dump(mode="json"),
             }
             for seed in result.seeds
         ],
     }
 
 
-def _rows(
-    result: Reproduction,
-) -> Iterator[tuple[str, str, BatchNormMode, list[Mapping[str, float]]]]:
+def _rows(result: Reproduction) -> Iterator[tuple[str, int, BatchNormMode, list[Score]]]:
     """Yield dataset, shots, mode and the scores of every seed."""
-    for dataset, by_shots in result.seeds[0].metrics.items():
+    for dataset, by_shots in result.seeds[0].metrics.scores.items():
         for shots in by_shots:
             for mode in result.modes:
-                yield (
-                    dataset,
-                    shots,
-                    mode,
-                    [seed.metrics[dataset][shots][mode] for seed in result.seeds],
-                )
+                scores = [s.metrics.score(dataset, shots, "trained", mode) for s in result.seeds]
+                yield dataset, shots, mode, scores
 
 
 def _prepare(settings: Settings, prepared: Path, on_progress: Reported) -> None:
@@ -321,7 +318,7 @@ def _train(
 def _notes(result: Reproduction) -> list[str]:
     """Return what a reader of the table must know."""
     train, test, seeds = result.settings.train, result.settings.evaluate, result.seeds
-    what = "Accuracy in per cent" if _metric(result) == "accuracy" else "Mean squared error"
+    what = "Accuracy in per cent" if seeds[0].metrics.metric == "accuracy" else "Mean squared error"
     queries = "query" if test.queries == 1 else "queries"
     notes = [
         f"{what}. Each seed: {test.tasks:,} test tasks of {test.queries} {queries} a class, "
@@ -352,23 +349,9 @@ def _notes(result: Reproduction) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def _metric(result: Reproduction) -> str:
-    """Return the name of the score in metrics.json: a classifier's accuracy, or an error."""
-    _, _, _, (scores, *_) = next(_rows(result))
-    return next(name for name in scores if not name.endswith("interval"))
-
-
-def _joint(metric: str, scores: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+def _joint(scores: Sequence[Score]) -> Score:
     """Return the score over all seeds; of a single seed, its own."""
-    if len(scores) == 1:
-        return scores[0][metric], scores[0]["interval"]
-    return over_seeds([score[metric] for score in scores])
-
-
-def _shown(metric: str, mean: float, interval: float) -> str:
-    if metric == "accuracy":
-        return f"{100 * mean:.1f} ± {100 * interval:.1f}"
-    return f"{mean:.3f} ± {interval:.3f}"
+    return scores[0] if len(scores) == 1 else over_seeds([score.mean for score in scores])
 
 
 def _plain(value: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
-from reptile.evaluate.measure import Measurement, Score, Start, evaluate
+from reptile.evaluate.measure import Measurement, Start, evaluate
+from reptile.evaluate.metrics import Score
 from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings

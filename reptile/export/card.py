@@ -3,11 +3,12 @@
 Says only what the manifest and the checkpoint know.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import CheckpointInfo
-from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
+from reptile.objectives import CLASSIFICATION, REGRESSION, objective_named
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
@@ -93,7 +94,7 @@ TEXTS = {
 }
 
 
-def model_card(manifest: Mapping[str, Any], info: CheckpointInfo) -> str:
+def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metrics | None) -> str:
     """Return the card as Markdown."""
     task, inner, limits = manifest["task"], manifest["inner"], manifest["limits"]
     channels, height, width = task["image_shape"]
@@ -149,7 +150,7 @@ split took no part.
 
 {texts.measured}
 
-{_table(manifest["metrics"], info.objective)}
+{_table(metrics)}
 
 ## Provenance
 
@@ -161,24 +162,19 @@ split took no part.
 """
 
 
-def _table(metrics: Mapping[str, Any], objective: Objective) -> str:
-    rows = list(_rows(metrics, objective))
-    if not rows:
+def _table(metrics: Metrics | None) -> str:
+    """Return a row for each dataset, shots and mode, and a column for each method."""
+    if metrics is None:
         return "No evaluation was given."
-    head = f"| data | shots | batch norm | {objective.title} | random |\n|---|---|---|---|---|"
-    return "\n".join([head, *rows])
-
-
-def _rows(metrics: Mapping[str, Any], objective: Objective) -> Iterator[str]:
-    """Read dataset, then shots, then method; see the evaluation's metrics.json."""
-    for dataset, by_shots in metrics.items():
-        for shots, methods in by_shots.items():
-            for method, scores in methods.items():
-                trained, random = (_shown(scores, objective, prefix) for prefix in ("", "random_"))
-                label = method.replace("_", " ")
-                yield f"| {dataset} | {shots} | {label} | {trained} | {random} |"
-
-
-def _shown(scores: Mapping[str, float], objective: Objective, prefix: str) -> str:
-    name = f"{prefix}{objective.metric}"
-    return objective.show(scores[name], scores[f"{prefix}interval"]) if name in scores else "-"
+    objective, methods = objective_named(metrics.objective), metrics.methods
+    titles = [method.replace("_", " ") for method in methods]
+    head = ["data", "shots", "batch norm", *titles]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for dataset, by_shots in metrics.scores.items():
+        for shots in by_shots:
+            for mode in metrics.modes:
+                scores = [metrics.find(dataset, shots, method, mode) for method in methods]
+                cells = [objective.show(*score) if score else "-" for score in scores]
+                label = mode.replace("_", " ")
+                lines.append(f"| {dataset} | {shots} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ import torch
 from reptile import __version__
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
+from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
 from reptile.export.graphs import build_graphs, exportable
@@ -52,7 +53,7 @@ def export_bundle(
     settings: ExportSettings,
     checkpoint: Checkpoint,
     data: PreparedData,
-    metrics: Mapping[str, Any],
+    metrics: Metrics | None,
     folder: Path,
     *,
     protocol: EvaluateSettings,
@@ -63,7 +64,7 @@ def export_bundle(
         settings: the bundle's name and limits.
         checkpoint: the meta-trained initialisation.
         data: what it was trained on; its test split gives the golden tensors their images.
-        metrics: of the evaluation, embedded as they are.
+        metrics: of the evaluation, embedded as they are; None if there was none.
         folder: replaced as a whole.
         protocol: the evaluation's settings, whose steps and batch become the bundle's defaults.
 
@@ -83,7 +84,7 @@ def export_bundle(
             path.write_bytes(graph.SerializeToString(deterministic=True))
         _write_golden(temporary / GOLDEN_FOLDER, checkpoint, data, settings, protocol)
         manifest = _manifest(settings, checkpoint, metrics, protocol, graphs)
-        card = model_card(manifest, checkpoint.info)
+        card = model_card(manifest, checkpoint.info, metrics)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest["files"] = {
@@ -100,7 +101,7 @@ def graph_path(name: str) -> str:
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
-    metrics: Mapping[str, Any],
+    metrics: Metrics | None,
     protocol: EvaluateSettings,
     graphs: Mapping[str, onnx.ModelProto],
 ) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def _manifest(
             for name, graph in graphs.items()
         },
         "adapted": {tensor["name"]: tensor["shape"] for tensor in adapted},
-        "metrics": metrics,
+        "metrics": metrics and metrics.model_dump(mode="json"),
         "provenance": {
             "dataset": info.dataset,
             "data_sha256": info.data_sha256,

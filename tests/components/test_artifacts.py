@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.artifacts import confusion_matrix, finite, flatten, measure, prepare
+from components.artifacts import confusion_matrix, finite, measure, prepare
 from reptile.errors import InputError
 
 
@@ -23,14 +23,6 @@ def test_scores_that_are_not_finite_are_named_but_not_kept() -> None:
     kept = finite({"a": 1.0, "b": math.nan, "c": -math.inf, "d": "text", "e": 3})
     assert kept == {"a": 1.0, "d": "text", "e": 3, "not_finite": "b, c"}
     assert finite({"a": 0.0}) == {"a": 0.0}
-
-
-def test_nested_scores_are_flattened_in_their_order() -> None:
-    nested = {"letters": {"1-shot": {"frozen": {"accuracy": 0.5}}, "5-shot": {"mean": 1}}}
-    assert list(flatten(nested).items()) == [
-        ("letters/1-shot/frozen/accuracy", 0.5),
-        ("letters/5-shot/mean", 1.0),
-    ]
 
 
 def test_a_confusion_matrix_counts_every_query(tmp_path: Path) -> None:

@@ -2,26 +2,35 @@
 
 import json
 import math
-from typing import Any
 
 import pytest
 
 from reptile.errors import GateError, InputError
 from reptile.evaluate.gate import check_gate, read_champion, refusal
+from reptile.evaluate.metrics import Metrics, Score, upgrade
 from reptile.settings import GateSettings
 
 FLOOR = GateSettings(shots=1, mode="frozen", accuracy=0.6, above_random=0.2)
 
 
-def scores(accuracy: float, interval: float = 0.02, random: float = 0.3) -> dict[str, Any]:
-    frozen = {"accuracy": accuracy, "interval": interval, "random_accuracy": random}
-    return {"letters": {"1-shot": {"frozen": frozen}}}
+def scores(accuracy: float, interval: float = 0.02, random: float = 0.3) -> Metrics:
+    methods = {
+        "trained": {"frozen": Score(accuracy, interval)},
+        "random": {"frozen": Score(random, 0.02)},
+    }
+    return Metrics(
+        objective="classification",
+        metric="accuracy",
+        ways=5,
+        held_out="letters",
+        scores={"letters": {1: methods}},
+    )
 
 
 @pytest.mark.parametrize(("accuracy", "random"), [(0.6, 0.3), (0.5 + 0.25, 0.5), (1.0, 0.79)])
 def test_at_both_floors_or_above_passes(accuracy: float, random: float) -> None:
-    assert refusal(FLOOR, "letters", scores(accuracy, random=random)) is None
-    check_gate(FLOOR, "letters", scores(accuracy, random=random))
+    assert refusal(FLOOR, scores(accuracy, random=random)) is None
+    check_gate(FLOOR, scores(accuracy, random=random))
 
 
 @pytest.mark.parametrize(
@@ -37,11 +46,11 @@ def test_at_both_floors_or_above_passes(accuracy: float, random: float) -> None:
 def test_below_a_floor_or_not_a_number_is_refused(
     accuracy: float, random: float, words: str
 ) -> None:
-    reason = refusal(FLOOR, "letters", scores(accuracy, random=random))
+    reason = refusal(FLOOR, scores(accuracy, random=random))
     assert reason
     assert words in reason
     with pytest.raises(GateError, match=r"export\.gate"):
-        check_gate(FLOOR, "letters", scores(accuracy, random=random))
+        check_gate(FLOOR, scores(accuracy, random=random))
 
 
 @pytest.mark.parametrize(
@@ -58,29 +67,85 @@ def test_below_a_floor_or_not_a_number_is_refused(
     ],
 )
 def test_only_an_interval_wholly_below_the_champions_is_worse(
-    champion: dict[str, Any], passes: bool
+    champion: Metrics, passes: bool
 ) -> None:
-    reason = refusal(FLOOR, "letters", scores(0.70, 0.02), champion)
+    reason = refusal(FLOOR, scores(0.70, 0.02), champion)
     assert (reason is None) == passes
     assert passes or "champion" in str(reason)
 
 
 def test_beating_the_champion_is_not_enough_below_the_floor() -> None:
-    assert "gate of 0.6" in str(refusal(FLOOR, "letters", scores(0.5), scores(0.1)))
+    assert "gate of 0.6" in str(refusal(FLOOR, scores(0.5), scores(0.1)))
 
 
 def test_an_interval_that_is_not_a_number_loses_to_any_champion() -> None:
-    assert refusal(FLOOR, "letters", scores(0.9, math.nan), scores(0.1)) is not None
+    assert refusal(FLOOR, scores(0.9, math.nan), scores(0.1)) is not None
 
 
-@pytest.mark.parametrize("missing", ["letters", "1-shot", "frozen", "accuracy", "interval"])
-@pytest.mark.parametrize("whose", ["challenger", "champion"])
-def test_a_missing_metric_is_an_error_not_a_verdict(missing: str, whose: str) -> None:
-    spoilt = json.loads(json.dumps(scores(0.9)).replace(f'"{missing}"', '"other"'))
-    metrics = (spoilt, None) if whose == "challenger" else (scores(0.9), spoilt)
-    with pytest.raises(InputError, match="1-shot frozen on letters") as error:
-        refusal(FLOOR, "letters", *metrics)
-    assert (whose == "champion") == ("champion" in str(error.value))
+def without(metrics: Metrics, missing: str) -> Metrics:
+    """The metrics with this dataset, number of shots, method or mode under another name."""
+    other = {"letters": "digits", "1": "2", "trained": "joint", "random": "zero"}
+    text = metrics.model_dump_json(include={"scores"})
+    spoilt = text.replace(f'"{missing}"', f'"{other.get(missing, "transductive")}"')
+    return metrics.model_copy(
+        update={
+            "scores": Metrics.model_validate(
+                metrics.model_dump(mode="json") | json.loads(spoilt)
+            ).scores
+        }
+    )
+
+
+@pytest.mark.parametrize("missing", ["letters", "1", "frozen", "trained", "random"])
+def test_a_score_that_was_not_measured_is_an_error_not_a_verdict(missing: str) -> None:
+    with pytest.raises(InputError, match="1-shot frozen on letters, which was not evaluated"):
+        refusal(FLOOR, without(scores(0.9), missing))
+
+
+@pytest.mark.parametrize("missing", ["letters", "1", "frozen", "trained"])
+def test_a_champion_measured_otherwise_is_an_error_not_a_verdict(missing: str) -> None:
+    with pytest.raises(InputError, match="not measured for the champion"):
+        refusal(FLOOR, scores(0.9), without(scores(0.9), missing))
+
+
+def test_a_champion_of_format_1_is_compared_by_the_same_scores() -> None:
+    numbers = {
+        "accuracy": 0.74,
+        "interval": 0.02,
+        "random_accuracy": 0.3,
+        "random_interval": 0.01,
+    }
+    nearest = {"accuracy": 0.5, "interval": 0.03}
+    old = {
+        "format": 1,
+        "name": "old",
+        "task": {"ways": 5},
+        "provenance": {"dataset": "letters", "data_sha256": "d", "splits_sha256": "s"},
+        "metrics": {"letters": {"1-shot": {"frozen": numbers, "nearest_mean": nearest}}},
+    }
+    metrics = read_champion(json.dumps(old)).metrics
+    assert metrics.ways == 5
+    assert metrics.score("letters", 1, "trained", "frozen") == Score(0.74, 0.02)
+    assert metrics.score("letters", 1, "random", "frozen") == Score(0.3, 0.01)
+    assert metrics.score("letters", 1, "nearest_mean", "transductive") == Score(0.5, 0.03)
+    assert refusal(FLOOR, scores(0.70, 0.02), metrics) is None
+    assert "champion" in str(refusal(FLOOR, scores(0.69, 0.02), metrics))
+
+
+def test_a_regressor_of_format_1_keeps_its_errors() -> None:
+    numbers = {
+        "mean_squared_error": 0.4,
+        "interval": 0.1,
+        "random_mean_squared_error": 4.0,
+        "random_interval": 0.2,
+        "joint_mean_squared_error": 2.0,
+        "joint_interval": 0.3,
+    }
+    zero = {"mean_squared_error": 3.0, "interval": 0.5}
+    metrics = upgrade({"sinusoid": {"10-shot": {"frozen": numbers, "zero": zero}}}, 1, "sinusoid")
+    assert metrics.metric == "mean_squared_error"
+    assert metrics.score("sinusoid", 10, "joint", "frozen") == Score(2.0, 0.3)
+    assert metrics.methods == ("trained", "joint", "random", "zero")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "x", "provenance": 3}', "null"])

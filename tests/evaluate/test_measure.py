@@ -321,34 +321,9 @@ def test_with_fewer_ways_the_rest_of_the_head_might_as_well_not_be_there(
             )
 
 
-def test_fewer_ways_are_measured_silenced_and_merely_left_out(
-    data: PreparedData, checkpoint: Checkpoint
-) -> None:
-    told: list[tuple[int, int]] = []
-    settings = SETTINGS.model_copy(update={"ways": (2,)})
-    evaluation = evaluate(
-        settings, checkpoint, data, {}, lambda done, total: told.append((done, total))
-    )
-    assert told[-1] == (36, 36)
-    assert evaluation.adaptations == 36
-    silenced = evaluate(SETTINGS, checkpoint, data, {}, ways=2).held_out[:1]
-    engine = EagerEngine(checkpoint.model, checkpoint.info.settings.optimizer, data.images, CPU)
-    assert [(few.shots, few.ways) for few in evaluation.fewer_ways] == [(1, 2)]
-    for few, measured in zip(evaluation.fewer_ways, silenced, strict=True):
-        assert few.silenced == measured.score("trained", "frozen")
-        weights = engine.adapt(*checkpoint.state, measured.tasks).weights
-        whole = engine.predict(weights, measured.tasks, "frozen")[..., :2].argmax(-1).numpy()
-        labels = np.stack([task.query_targets for task in measured.tasks])
-        assert few.left_out.mean == pytest.approx((whole == labels).mean())
-        assert few.gain.mean == pytest.approx(few.silenced.mean - few.left_out.mean)
-
-
 @pytest.mark.parametrize("ways", [1, 4])
 def test_ways_that_the_head_has_not_are_refused(
     data: PreparedData, checkpoint: Checkpoint, ways: int
 ) -> None:
     with pytest.raises(InputError, match=f"{ways}-way tasks: the checkpoint is for 2 to 3 ways"):
         evaluate(SETTINGS, checkpoint, data, {}, ways=ways)
-    further = SETTINGS.model_copy(update={"ways": (2, ways)})
-    with pytest.raises(InputError, match=f"{ways}-way tasks: the checkpoint is for 2 to 3 ways"):
-        evaluate(further, checkpoint, data, {})

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from reptile.data.dataset import PreparedData
+from reptile.errors import InputError
 from reptile.evaluate import Evaluation, evaluate, summary_table, write_evaluation
+from reptile.evaluate.metrics import read_metrics
 from reptile.evaluate.report.charts import LABEL_HEIGHT, Line, _spread, axis, line_chart
 from reptile.evaluate.write import metrics
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint
@@ -87,16 +89,48 @@ def test_metrics_hold_every_method_in_plain_rounded_numbers(
     evaluation: Evaluation, folder: Path
 ) -> None:
     nested = json.loads((folder / "metrics.json").read_text())
-    assert list(nested) == ["patterns", "other"]
+    assert nested["held_out"] == "patterns"
+    assert set(nested["scores"]) == {"patterns", "other"}
     for measured in evaluation.measurements:
-        methods = nested[measured.dataset][f"{measured.shots}-shot"]
-        assert list(methods) == [*BATCH_NORM_MODES, "nearest_mean"]
-        for mode in BATCH_NORM_MODES:
-            mean, interval = measured.score("trained", mode)
-            assert methods[mode]["accuracy"] == round(mean, 5)
-            assert methods[mode]["interval"] == round(interval, 5)
-            assert methods[mode]["random_accuracy"] == round(measured.score("random", mode)[0], 5)
-        assert methods["nearest_mean"]["accuracy"] == round(measured.baseline_score()[0], 5)
+        methods = nested["scores"][measured.dataset][str(measured.shots)]
+        assert set(methods) == {"trained", "random", "nearest_mean"}
+        for start in ("trained", "random"):
+            assert set(methods[start]) == set(BATCH_NORM_MODES)
+            for mode in BATCH_NORM_MODES:
+                mean, interval = measured.score(start, mode)
+                expected = {"mean": round(mean, 5), "interval": round(interval, 5)}
+                assert methods[start][mode] == expected
+        assert methods["nearest_mean"]["none"]["mean"] == round(measured.baseline_score().mean, 5)
+
+
+def test_metrics_read_what_they_write(evaluation: Evaluation, folder: Path) -> None:
+    read = read_metrics(folder)
+    assert read == metrics(evaluation)
+    assert read.fewest_shots == 1
+    assert len(list(read.rows())) == 2 * 2 * (3 + 3 + 1)
+    flat = read.flat()
+    assert (
+        flat["patterns/2-shot/trained/frozen/accuracy"]
+        == read.score("patterns", 2, "trained", "frozen").mean
+    )
+    assert "other/1-shot/nearest_mean/interval" in flat
+    assert len(flat) == 2 * len(list(read.rows()))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"patterns": {}}', "of an earlier version; run `reptile evaluate` again"),
+        ('{"format": 3}', "format"),
+        ('{"format": 2}', "objective"),
+        ("[]", "not a JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_other_metrics_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        read_metrics(tmp_path)
 
 
 def test_accuracy_by_step_starts_unadapted_and_ends_adapted(
@@ -160,21 +194,6 @@ def test_the_same_inputs_give_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_fewer_ways_get_a_table_and_a_file(data: PreparedData, tmp_path: Path) -> None:
-    evaluation = run(data, settings=SETTINGS.model_copy(update={"ways": (2,)}))
-    write_evaluation(evaluation, tmp_path)
-    (few,) = evaluation.fewer_ways
-    with (tmp_path / "accuracy_by_ways.csv").open() as file:
-        (row,) = csv.DictReader(file)
-    assert (row["shots"], row["ways"]) == ("1", "2")
-    assert float(row["silenced"]) == pytest.approx(few.silenced.mean, abs=1e-5)
-    assert float(row["left_out_interval"]) == pytest.approx(few.left_out.interval, abs=1e-5)
-    text = (tmp_path / "report.html").read_text()
-    Balance(text)
-    assert "Fewer classes than the head has" in text
-    assert f"{100 * few.silenced.mean:.1f} ± {100 * few.silenced.interval:.1f}" in text
-
-
 def test_names_from_folders_cannot_write_html(data: PreparedData, tmp_path: Path) -> None:
     evil = "<b onclick=x>&\"'"
     classes = tuple(c.model_copy(update={"name": c.name + evil}) for c in data.classes)
@@ -200,10 +219,7 @@ def test_a_network_without_batch_norm_gets_one_row_and_an_explanation(
     text = (tmp_path / "report.html").read_text()
     assert "no batch norm" in text
     assert "<dt>transductive" not in text
-    assert list(json.loads((tmp_path / "metrics.json").read_text())["other"]["1-shot"]) == [
-        *BATCH_NORM_MODES,
-        "nearest_mean",
-    ]
+    assert read_metrics(tmp_path).modes == ("frozen",)
 
 
 def test_colour_images_can_be_shown(tmp_path: Path, data: PreparedData) -> None:

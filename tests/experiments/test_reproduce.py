@@ -9,6 +9,7 @@ import pytest
 from patterns import draw_letters
 
 from reptile import cli
+from reptile.evaluate.metrics import read_metrics
 from reptile.experiments.presets import load_preset, preset_path
 from reptile.experiments.reproduce import Reproduction, markdown, over_seeds, reproduce
 from reptile.settings import load_settings
@@ -70,7 +71,9 @@ def test_the_interval_over_seeds_is_students() -> None:
     mean, interval = over_seeds([0.80, 0.82, 0.87])
     assert mean == pytest.approx(0.83)
     assert interval == pytest.approx(4.3027 * math.sqrt(0.0013) / math.sqrt(3), rel=1e-4)
-    assert over_seeds([1, 2, 3, 4, 5])[1] == pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-4)
+    assert over_seeds([1, 2, 3, 4, 5]).interval == pytest.approx(
+        2.7764 * math.sqrt(2.5 / 5), rel=1e-4
+    )
 
 
 def test_the_table_has_every_mode_beside_the_published_row_and_says_that_it_is_scaled_down(
@@ -96,9 +99,9 @@ def test_the_table_has_every_mode_beside_the_published_row_and_says_that_it_is_s
         "–",
     )
     scores = [
-        json.loads((folder / f"seed-{seed}/evaluation/metrics.json").read_text())["letters"][
-            "1-shot"
-        ]["frozen"]["accuracy"]
+        read_metrics(folder / f"seed-{seed}/evaluation")
+        .score("letters", 1, "trained", "frozen")
+        .mean
         for seed in (0, 1)
     ]
     assert scores[0] != scores[1] or result.seeds[0].curve != result.seeds[1].curve
@@ -107,9 +110,7 @@ def test_the_table_has_every_mode_beside_the_published_row_and_says_that_it_is_s
     assert "train.checkpoint_every" not in text, "this makes no other experiment"
     written = json.loads((folder / "result.json").read_text())
     assert [seed["seed"] for seed in written["seeds"]] == [0, 1]
-    assert written["over_seeds"]["letters"]["1-shot"]["frozen"]["accuracy"] == pytest.approx(
-        sum(scores) / 2
-    )
+    assert written["over_seeds"]["letters"]["1"]["frozen"]["mean"] == pytest.approx(sum(scores) / 2)
 
 
 def test_what_is_finished_is_not_done_again_and_one_more_seed_is(

@@ -58,7 +58,7 @@ def test_manifest_describes_task_model_and_inner_loop(
         "replacement": False,
     }
     assert manifest["limits"] == {"max_steps": 60, "max_support": 50}
-    assert manifest["metrics"]["patterns"]["1-shot"]["frozen"]["accuracy"] == 0.75
+    assert manifest["metrics"]["scores"]["patterns"]["1"]["trained"]["frozen"]["mean"] == 0.75
     assert manifest["provenance"]["data_sha256"] == checkpoint.info.data_sha256
 
 
@@ -126,7 +126,8 @@ def test_the_runtime_adapts_and_predicts(exported: Path, data: PreparedData) -> 
 def test_model_card_tells_what_it_is_and_how_well_it_does(exported: Path) -> None:
     card = (exported / "MODEL_CARD.md").read_text()
     assert card.startswith("# patterns\n")
-    assert "| patterns | 1-shot | frozen | 75.0 ± 1.0 | 25.0 ± 2.0 |" in card
+    assert "| data | shots | batch norm | trained | random | nearest mean |" in card
+    assert "| patterns | 1 | frozen | 75.0 ± 1.0 | 25.0 ± 2.0 | 50.0 ± 2.0 |" in card
     assert "| patterns | 1-shot | nearest mean | 50.0 ± 2.0 | - |" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(code, "card", "exec")
@@ -142,7 +143,7 @@ def test_a_failed_export_leaves_the_old_bundle(
     before = sha256_file(bundle / "manifest.json")
     monkeypatch.setattr(module, "build_graphs", lambda *_: {})
     with pytest.raises(KeyError):  # there is no graph to describe
-        export_bundle(ExportSettings(), checkpoint, data, {}, bundle, protocol=EvaluateSettings())
+        export_bundle(ExportSettings(), checkpoint, data, None, bundle, protocol=EvaluateSettings())
     assert sha256_file(bundle / "manifest.json") == before
     assert list(bundle.parent.iterdir()) == [bundle]
 

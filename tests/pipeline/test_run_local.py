@@ -88,8 +88,8 @@ def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended)
     found = left_by(folder, "evaluate")
     evaluation = folder / "evaluate/evaluation"
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    score = metrics["letters"]["2-shot"]["frozen"]["interval"]
-    assert found["evaluation"]["letters/2-shot/frozen/interval"] == score
+    score = metrics["scores"]["letters"]["2"]["trained"]["frozen"]["interval"]
+    assert found["evaluation"]["letters/2-shot/trained/frozen/interval"] == score
     lines = (evaluation / "confusion.csv").read_text().splitlines()[1:]
     matrix = found["confusion"]["confusionMatrix"]
     names = [spec["displayName"] for spec in matrix["annotationSpecs"]]
@@ -108,8 +108,9 @@ def test_points_are_measured_and_collected(delivered: Ended) -> None:
     assert easier[0].strip() == "2-way 1-shot frozen"
     assert same[0].strip() == "5-way 2-shot frozen"
     metrics = json.loads((folder / "evaluate/evaluation/metrics.json").read_text())
-    score = metrics["letters"]["2-shot"]["frozen"]
-    expected = f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}"
+    methods = metrics["scores"]["letters"]["2"]
+    score = methods["trained"]["frozen"]
+    expected = f"{100 * score['mean']:.1f} ± {100 * score['interval']:.1f}"
     assert same[1].strip() == expected, "the same tasks as the whole evaluation's"
     assert easier[1].strip() in printed
 

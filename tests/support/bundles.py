@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from reptile.data.dataset import PreparedData
+from reptile.evaluate.metrics import Metrics
 from reptile.export.write import export_bundle
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import EagerEngine
@@ -22,19 +23,23 @@ from reptile.tasks import training_tasks
 
 WAYS, FILTERS, MAX_STEPS = 3, 8, 60
 PROTOCOL = EvaluateSettings(steps=10, batch=4)
-METRICS = {
-    "patterns": {
-        "1-shot": {
-            "frozen": {
-                "accuracy": 0.75,
-                "interval": 0.01,
-                "random_accuracy": 0.25,
-                "random_interval": 0.02,
-            },
-            "nearest_mean": {"accuracy": 0.5, "interval": 0.02},
-        }
+METRICS = Metrics.model_validate(
+    {
+        "objective": "classification",
+        "metric": "accuracy",
+        "ways": WAYS,
+        "held_out": "patterns",
+        "scores": {
+            "patterns": {
+                1: {
+                    "trained": {"frozen": {"mean": 0.75, "interval": 0.01}},
+                    "random": {"frozen": {"mean": 0.25, "interval": 0.02}},
+                    "nearest_mean": {"none": {"mean": 0.5, "interval": 0.02}},
+                }
+            }
+        },
     }
-}
+)
 
 
 def make_checkpoint(

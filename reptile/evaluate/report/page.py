@@ -21,9 +21,9 @@ from reptile.evaluate.measure import (
     PATH_MODES,
     Evaluation,
     Measurement,
-    Score,
     Start,
 )
+from reptile.evaluate.metrics import Score
 from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
 from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import code_sha256, versions
