@@ -178,9 +178,10 @@ def test_each_source_that_is_a_name_has_a_file_for_dvc_to_depend_on(root: Path) 
 def test_code_that_dvc_did_not_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(PACKAGE.parent))
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.chdir(PACKAGE.parent)
     check_code()
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     check_code()  # a project that only uses the installed package
     (tmp_path / "reptile").mkdir()
     with pytest.raises(InputError, match="PYTHONSAFEPATH"):

@@ -19,10 +19,8 @@ def check_code() -> None:
     Raises:
         InputError: another checkout or an installed package would run.
     """
-    root = os.environ.get("DVC_ROOT")
-    if root is None or not (hashed := Path(root, "reptile")).is_dir():
-        return
-    if hashed.resolve() != PACKAGE.resolve():
+    hashed = Path.cwd() / "reptile"  # a stage runs beside its dvc.yaml
+    if "DVC_STAGE" in os.environ and hashed.is_dir() and hashed.resolve() != PACKAGE.resolve():
         raise InputError(
             f"DVC knows the code in {hashed}, but {PACKAGE} would run; unset PYTHONSAFEPATH and "
             "PYTHONPATH, and let dvc.yaml run `python -m reptile`"
