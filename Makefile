@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 repro: setup
 	dvc pull --quiet data.dvc
 	dvc repro
-	@reptile show
+	@python -m reptile show
 
 test: setup
 	pytest -m "not slow and not browser"

@@ -11,7 +11,10 @@ import pytest
 import yaml
 
 import reptile.provenance
+from reptile.cli.under_dvc import NAMED_SOURCES, check_code, check_data
+from reptile.errors import InputError
 from reptile.provenance import PACKAGE, STAGES, Stage, code_sha256, sources
+from reptile.settings import PrepareSettings
 
 # Names that are read, and code that says where a result came from: they shape none.
 NEUTRAL = {PACKAGE / "__init__.py", PACKAGE / "provenance.py"}
@@ -165,3 +168,41 @@ def test_the_code_of_more_stages_is_hashed_as_one() -> None:
     assert (
         len({code_sha256("train", "evaluate"), code_sha256("train"), code_sha256("evaluate")}) == 3
     )
+
+
+def test_each_source_that_is_a_name_has_a_file_for_dvc_to_depend_on(root: Path) -> None:
+    for name in NAMED_SOURCES:
+        assert f"`{name}`" in (root / name).read_text()
+
+
+def test_code_that_dvc_did_not_hash_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.chdir(PACKAGE.parent)
+    check_code()
+    monkeypatch.chdir(tmp_path)
+    check_code()  # a project that only uses the installed package
+    (tmp_path / "reptile").mkdir()
+    with pytest.raises(InputError, match="PYTHONSAFEPATH"):
+        check_code()
+
+
+def test_data_that_dvc_does_not_follow_is_refused_under_dvc_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def check(*cross_domain: str) -> None:
+        check_data(PrepareSettings(source="birds.zip", cross_domain=cross_domain))
+
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    check("fish")
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    check("digits", "datasets/fish", "birds.zip")
+    for source in ("fish", "datasets/../fish", "/datasets/fish"):
+        with pytest.raises(InputError, match="DVC would not see"):
+            check("digits", source)
+    check_data(PrepareSettings(source="birds", cross_domain=(), held_out="datasets/split.json"))
+    with pytest.raises(InputError, match=r"prepare.held_out = split.json"):
+        check_data(PrepareSettings(source="birds", cross_domain=(), held_out="split.json"))

@@ -34,6 +34,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.settings import BatchNormMode, Settings, load_settings
@@ -96,6 +97,7 @@ def prepare(
     Example: reptile prepare -S prepare.source=letters.zip -S prepare.held_out=classes
     """
     settings = read_settings(params, preset, changes)
+    check_data(settings.prepare)
     from reptile import stages
 
     folder = artifacts / "prepared"
@@ -533,6 +535,7 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
     try:
+        check_code()
         app()
     except ReptileError as error:
         _fail(str(error), error.exit_code)

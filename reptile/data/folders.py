@@ -4,6 +4,7 @@ What it is given is not trusted: no link leads out, nothing is unpacked to disk,
 """
 
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -39,7 +40,7 @@ def list_folder(root: Path) -> Listing:
     """List all files and folders below `root`, except for what systems leave behind.
 
     Raises:
-        InputError: something cannot be read, or a link leads elsewhere than to a file in `root`.
+        InputError: something cannot be read, or a link leads to no file in `root` or DVC's cache.
     """
 
     def unreadable(error: OSError) -> None:
@@ -53,7 +54,7 @@ def list_folder(root: Path) -> Listing:
         file_names = [name for name in file_names if not _is_junk(name)]
         for name in (*folder_names, *file_names):
             path = Path(base, name)
-            if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(inside)):
+            if path.is_symlink() and not _may_be_followed(path, inside):
                 raise InputError(
                     f"{str(path)!r}: a link may only lead to a file in {root}; put a copy there"
                 )
@@ -61,6 +62,13 @@ def list_folder(root: Path) -> Listing:
         folders += [(place / name).as_posix() for name in folder_names]
         files += [(place / name).as_posix() for name in file_names]
     return Listing(files, folders)
+
+
+def _may_be_followed(link: Path, inside: Path) -> bool:
+    """Say whether a link leads to a file in the folder, or in a cache of DVC, which links to it."""
+    target = link.resolve()
+    cached = re.search(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$", target.as_posix())
+    return target.is_file() and (target.is_relative_to(inside) or cached is not None)
 
 
 def from_folder(root: Path) -> Source:

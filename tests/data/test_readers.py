@@ -1,3 +1,5 @@
+import hashlib
+import shutil
 import stat
 import struct
 import zipfile
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patterns import draw_letters
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -228,6 +231,34 @@ def test_a_name_with_a_hidden_end_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"a/1.pngX.exe", b"a/1.png\0.exe"))
     with pytest.raises(InputError, match="unsafe path"):
         classes_of(path)
+
+
+def test_links_of_dvc_into_its_cache_are_followed_and_others_out_of_the_folder_not(
+    tmp_path: Path,
+) -> None:
+    """With `cache.type = symlink` a folder that DVC tracks is a folder of links."""
+    draw_letters(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "linked")
+    cache = tmp_path / "shared/files/md5"
+    for path in (tmp_path / "linked").rglob("*.png"):
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        target = cache / digest[:2] / digest[2:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        path.symlink_to(target)
+    with (
+        open_source(str(tmp_path / "plain")) as plain,
+        open_source(str(tmp_path / "linked")) as linked,
+    ):
+        assert linked.classes == plain.classes
+    link = next((tmp_path / "linked").rglob("*.png"))
+    link.unlink()
+    link.symlink_to("/etc/hostname")
+    with (
+        pytest.raises(InputError, match="a link may only lead"),
+        open_source(str(tmp_path / "linked")),
+    ):
+        pass
 
 
 def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
