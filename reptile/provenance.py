@@ -34,6 +34,17 @@ _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "learn/validate.py",
 )
 
+_EVALUATED = (  # all but the gate
+    "evaluate/__init__.py",
+    "evaluate/baselines.py",
+    "evaluate/confusions.py",
+    "evaluate/fits.py",
+    "evaluate/measure.py",
+    "evaluate/metrics.py",
+    "evaluate/report",
+    "evaluate/write.py",
+)
+
 STAGES: dict[Stage, tuple[str, ...]] = {
     "prepare": (
         *_ALL,
@@ -60,13 +71,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "evaluate": (
         *_ALL,
         *_TRAINED,
-        "evaluate/__init__.py",
-        "evaluate/baselines.py",
-        "evaluate/confusions.py",
-        "evaluate/fits.py",
-        "evaluate/measure.py",
-        "evaluate/report",
-        "evaluate/write.py",
+        *_EVALUATED,
     ),
     "export": (
         *_ALL,
@@ -81,7 +86,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "export/rows.py",
         "export/write.py",
     ),
-    "verify": (*_ALL, *_TRAINED, "export", "runtime"),
+    "verify": (*_ALL, *_TRAINED, *_EVALUATED, "export", "runtime"),
 }
 """The files and folders of this package that a stage's result depends on."""
 
