@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reptile.data.dataset import PreparedData
-from reptile.evaluate import Evaluation
+from reptile.evaluate import Metrics, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
+from reptile.evaluate.write import metrics
+from reptile.files import atomic_directory
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from reptile.learn.run import run_training
 from reptile.learn.train import Progress
@@ -57,23 +59,29 @@ class Initialisation:
         settings: EvaluateSettings | None = None,
         *,
         cross_domain: Mapping[str, PreparedData] | None = None,
+        report: str | Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Evaluation:
+    ) -> Metrics:
         """Measure few-shot scores on held-out classes, beside a random start and a baseline.
 
         Args:
             data: what it was trained on; its test split makes tasks.
             settings: the protocol.
             cross_domain: further datasets of the same input shape, by name.
+            report: folder for report.html, metrics.json and the plots' tables; replaced as a whole.
             on_progress: called with the number of adaptations done, and of all.
 
         Raises:
             InputError: other data, or a split that cannot make the tasks.
         """
-        self.checkpoint.info.check_data(data)
-        return evaluate_checkpoint(
+        self.info.check_data(data)
+        evaluation = evaluate_checkpoint(
             settings or EvaluateSettings(), self.checkpoint, data, cross_domain or {}, on_progress
         )
+        if report is not None:
+            with atomic_directory(Path(report)) as folder:
+                write_evaluation(evaluation, folder)
+        return metrics(evaluation)
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint: a folder of safetensors and JSON, whole or not at all."""

@@ -131,6 +131,7 @@ def train(
     from reptile import stages
 
     folder = artifacts / "checkpoint"
+    stages.check_later_stages(settings, artifacts / "prepared")
     with _training(settings) as observe:
         result = stages.train(
             settings.train,

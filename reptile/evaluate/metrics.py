@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reptile.errors import InputError
+from reptile.objectives import objective_named
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, describe
 
 METRICS_FILE = "metrics.json"
@@ -101,6 +102,17 @@ class Metrics(BaseModel):
     def _batch_norm_matters(self) -> bool:
         each = [m for s in self.scores.values() for methods in s.values() for m in methods.values()]
         return any(len(set(modes.values())) > 1 for modes in each)
+
+    def __str__(self) -> str:
+        """Return a line for each dataset, shots and mode, with the score of each method."""
+        show, lines = objective_named(self.objective).show, []
+        for dataset, by_shots in self.scores.items():
+            for shots in by_shots:
+                for mode in self.modes:
+                    scores = {name: self.find(dataset, shots, name, mode) for name in self.methods}
+                    cells = [f"{name} {show(*score)}" for name, score in scores.items() if score]
+                    lines.append(f"{dataset}, {shots}-shot, {mode}: {', '.join(cells)}")
+        return "\n".join(lines)
 
     def flat(self) -> dict[str, float]:
         """Return all numbers under names such as `glyphs/1-shot/trained/frozen/accuracy`."""

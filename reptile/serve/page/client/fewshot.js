@@ -12,7 +12,7 @@
 
 import { miniBatches } from "./minibatches.js";
 
-const FORMAT = 1;
+const FORMATS = [1, 2]; // they differ in the metrics alone
 const MAX_LEARNING_RATE = 100; // as in the Python runtime
 const CHUNK = 256; // images a run: bounds memory; queries do not depend on one another
 
@@ -251,9 +251,9 @@ async function sha256(bytes) {
 }
 
 function checkManifest(manifest) {
-  if (manifest?.format !== FORMAT) {
+  if (!FORMATS.includes(manifest?.format)) {
     throw new InputError(
-      `manifest.json: format ${manifest?.format} is not the format ${FORMAT} this version reads: ` +
+      `manifest.json: format ${manifest?.format} is not a format this version reads (1 and 2): ` +
         "update this module or export the bundle again",
     );
   }
