@@ -9,7 +9,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
-import components
+from components import control, stages
 from components.image import IMAGE
 from pipeline.revisions import DATA_FILE, data_md5
 from reptile.settings import load_settings
@@ -96,12 +96,12 @@ def reptile(
         node_selector: labels of the nodes to train on.
         tolerations: taints that training tolerates.
     """
-    summary = components.summarise(
+    summary = control.summarise(
         data_revision=data_revision, data_md5=data_md5, git_commit=git_commit, image=image
     )
     _place(summary, image).set_caching_options(enable_caching=False)
     with dsl.ExitHandler(summary, name="run"):
-        prepared = components.prepare(
+        prepared = stages.prepare(
             settings=prepare_settings,
             repository=repository,
             revision=data_revision,
@@ -114,7 +114,7 @@ def reptile(
         _give_secret(prepared, data_secret)
         dataset = prepared.outputs["prepared"]
 
-        trained = components.train(settings=train_settings, work=work, prepared=dataset)
+        trained = stages.train(settings=train_settings, work=work, prepared=dataset)
         _place(trained, image, hours=24)
         trained.set_retry(5, backoff_duration="60s", backoff_factor=2.0)
         trained.set_accelerator_type(accelerator).set_accelerator_limit(accelerators)
@@ -125,7 +125,7 @@ def reptile(
         kubernetes.add_toleration_json(trained, tolerations)
         checkpoint = trained.outputs["checkpoint"]
 
-        evaluated = components.evaluate(
+        evaluated = stages.evaluate(
             settings=evaluate_settings, prepared=dataset, checkpoint=checkpoint
         )
         _place(evaluated, image, hours=6)
@@ -136,14 +136,14 @@ def reptile(
         evaluation = evaluated.outputs["evaluation"]
 
         with dsl.ParallelFor(points, name="points") as point:
-            measured = components.measure(
+            measured = stages.measure(
                 settings=evaluate_settings, point=point, prepared=dataset, checkpoint=checkpoint
             )
             _place(measured, image, hours=6)
-        table = components.tabulate(rows=dsl.Collected(measured.output))
+        table = control.tabulate(rows=dsl.Collected(measured.output))
         _place(table, image)
 
-        verdict = components.gate(
+        verdict = control.gate(
             settings=export_settings,
             champion=champion,
             checkpoint=checkpoint,
@@ -152,14 +152,14 @@ def reptile(
         _place(verdict, image)
         # Builds a condition; is no comparison.
         with dsl.If(verdict.outputs["passed"] == True, name="passed"):  # noqa: E712
-            exported = components.export(
+            exported = stages.export(
                 settings=export_settings,
                 prepared=dataset,
                 checkpoint=checkpoint,
                 evaluation=evaluation,
             )
             _place(exported, image)
-            verified = components.verify(
+            verified = stages.verify(
                 settings=verify_settings,
                 prepared=dataset,
                 checkpoint=checkpoint,
@@ -167,14 +167,14 @@ def reptile(
             )
             _place(verified, image)
             with dsl.If(bundle_remote != "", name="publish"):
-                published = components.publish(
+                published = stages.publish(
                     bundle=exported.outputs["bundle"], remote=bundle_remote
                 ).after(verified)
                 _place(published, image)
                 published.set_retry(3, backoff_duration="30s", backoff_factor=2.0)
                 _give_secret(published, data_secret)
         with dsl.Else(name="refused"):
-            refused = components.refuse(reason=verdict.outputs["reason"])
+            refused = control.refuse(reason=verdict.outputs["reason"])
             _place(refused, image)
-        end = components.conclude(verified=dsl.OneOf(verified.outputs["Output"], refused.output))
+        end = control.conclude(verified=dsl.OneOf(verified.outputs["Output"], refused.output))
         _place(end, image)
