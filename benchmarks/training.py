@@ -76,7 +76,7 @@ def overhead(effort: Effort) -> Row:
             def timed_engine(*arguments: Any) -> Engine:
                 return _timed(make_engine(*arguments), seconds)
 
-            with patch("reptile.learn.train.make_engine", timed_engine):
+            with patch("reptile.learn.run.make_engine", timed_engine):
                 total, inner = _train(settings, data, iterations, seconds)
             alone.append(inner)
             return total

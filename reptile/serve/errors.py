@@ -1,5 +1,6 @@
 """How the server refuses: its errors as answers, and how the document tells of them."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from starlette.routing import compile_path
 from reptile.errors import DivergedError, InputError
 from reptile.serve.service import UnknownError
 from reptile.serve.workers import BusyError
+
+log = logging.getLogger(__name__)
 
 FAULT = "the server has a fault; its log says more"
 
@@ -32,8 +35,13 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         return JSONResponse({"error": text}, status, headers)
 
     async def bad_input(request: Request, error: InputError) -> Response:
-        if isinstance(error, DivergedError):
-            diverged.inc()
+        if isinstance(error.__cause__, OSError):  # the server's own disk, whose paths stay here
+            log.error("%s", error)
+            return answer(507, "the server cannot store this now; its log says why")
+        return answer(422, str(error))
+
+    async def not_finite(request: Request, error: DivergedError) -> Response:
+        diverged.inc()
         return answer(422, str(error))
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -59,6 +67,7 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
 
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
         InputError: bad_input,
+        DivergedError: not_finite,
         RequestValidationError: invalid,
         BusyError: busy,
         TimeoutError: late,
