@@ -69,7 +69,7 @@ def test_a_saved_module_is_evaluated_as_before(data: PreparedData, tmp_path: Pat
     trained = reptile.train(data, settings_of(), module)
     trained.save(tmp_path / "saved")
     other = make_module(data.image_shape, 3)
-    nn.init.constant_(other[2].weight, 9.0)
+    nn.init.constant_(other.get_parameter("2.weight"), 9.0)
     loaded = reptile.load(tmp_path / "saved", other)
     assert torch.equal(loaded.checkpoint.state.weights, trained.checkpoint.state.weights)
     protocol = reptile.EvaluateSettings(tasks=4, shots=(1,), steps=5)
@@ -153,4 +153,4 @@ def test_every_public_name_exists_and_is_listed() -> None:
     assert done.stdout.split() == reptile.__all__
     assert set(reptile.__all__) <= set(dir(reptile))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = reptile.trian  # type: ignore[attr-defined]
+        _ = reptile.trian

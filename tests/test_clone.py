@@ -156,8 +156,8 @@ def test_a_comment_in_the_server_leaves_a_killed_training_to_be_resumed(clone: P
     assert "removed: other code" in listed
 
 
-def prepared(clone: Path, *path: str) -> np.ndarray:  # type: ignore[type-arg]
-    array: np.ndarray = np.load(clone.joinpath("artifacts/prepared", *path))  # type: ignore[type-arg]
+def prepared(clone: Path, *path: str) -> np.ndarray:
+    array: np.ndarray = np.load(clone.joinpath("artifacts/prepared", *path))
     return array
 
 

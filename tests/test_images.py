@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -82,7 +83,7 @@ def image(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def settings_of(image: str) -> dict:
+def settings_of(image: str) -> dict[str, Any]:
     return json.loads(engine("image", "inspect", image))[0]["Config"]
 
 
@@ -272,7 +273,7 @@ def health(container: str) -> str:
     return engine("inspect", "--format", "{{.State.Health.Status}}", container).strip()
 
 
-def ask(container: str, path: str, body: dict) -> dict:
+def ask(container: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Post to a container once it is ready."""
     address = engine("port", container, "8080").splitlines()[0]
     url, until = f"http://{address}", time.monotonic() + 60

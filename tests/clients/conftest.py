@@ -33,7 +33,7 @@ def taught(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(shares, probabilities, atol=1e-6)
 
-    inputs = {
+    inputs: dict[str, np.ndarray] = {
         "support_images": support.astype(np.float32),
         "support_labels": labels,
         "batches": mini_batches(

@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorData
 from torchvision.datasets import ImageFolder
 
 from reptile.data.arrays import from_arrays, from_torch
-from reptile.data.dataset import PreparedData
+from reptile.data.dataset import PreparedData, Split
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings
@@ -56,7 +56,7 @@ def test_an_image_folder_of_torchvision_is_what_prepare_makes_of_the_folder(
         images_per_class=IMAGES,
     )
     prepared = prepare(settings, tmp_path / "out")
-    splits = {"validation": 0.2, "test": 3}
+    splits: dict[Split, float] = {"validation": 0.2, "test": 3}
     data = from_torch(ImageFolder(str(folder)), splits=splits, split_seed=seed, name="images")
     assert data.classes == prepared.classes
     assert data.name == prepared.name and data.image_shape == prepared.image_shape
@@ -179,14 +179,15 @@ class Pairs(Dataset[Any]):
 
 def test_any_torch_dataset_of_pairs() -> None:
     inputs = torch.from_numpy(numbers(len(LABELS), 2, 5))
-    tensors = TensorDataset(inputs, torch.from_numpy(LABELS))
+    tensors: Any = TensorDataset(inputs, torch.from_numpy(LABELS))
     wanted = from_arrays(inputs, LABELS)
-    for dataset in (
+    datasets: list[Any] = [
         tensors,
         ConcatDataset([tensors]),
         Pairs(*((np.asarray(x), int(y)) for x, y in tensors)),
         Pairs(*((x, str(int(y))) for x, y in tensors)),
-    ):
+    ]
+    for dataset in datasets:
         data = from_torch(dataset)
         assert data.content_sha256 == wanted.content_sha256
         assert data.splits_sha256 == wanted.splits_sha256
@@ -257,7 +258,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "no test": (lambda: from_arrays(numbers(40, 3), LABELS, splits={"validation": 1}), "test = 0"),
     "unknown split": (
-        lambda: from_arrays(numbers(40, 3), LABELS, splits={"val": 1}),
+        lambda: from_arrays(numbers(40, 3), LABELS, splits={"val": 1}),  # type: ignore[dict-item]
         "'val' is none of train, validation, test",
     ),
     "share for training": (

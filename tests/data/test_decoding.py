@@ -41,6 +41,10 @@ def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
+def pixels_of(content: bytes) -> np.ndarray:
+    return np.asarray(decode("x", content))
+
+
 def photo(*segments: bytes) -> bytes:
     return PHOTO[:2] + b"".join(segments) + PHOTO[2:]
 
@@ -65,7 +69,7 @@ def test_no_other_entry_of_exif_spoils_a_photograph(tag: int, type_: int) -> Non
         for value in (bytes(SIZES[type_] * count), b"\xff" * (SIZES[type_] * count), None):
             content = rng.bytes(SIZES[type_] * count) if value is None else value
             entry = segment(0xE1, b"Exif\0\0" + exif(6, tag, type_, count, content))
-            assert np.array_equal(decode("x", photo(entry)), upright)
+            assert np.array_equal(pixels_of(photo(entry)), upright)
 
 
 def test_every_orientation_turns_as_pillow_turns_it() -> None:
@@ -73,7 +77,7 @@ def test_every_orientation_turns_as_pillow_turns_it() -> None:
         content = photo(segment(0xE1, b"Exif\0\0" + exif(orientation, 0x10E, 2, 2, b"a\0")))
         with Image.open(BytesIO(content)) as image:
             expected = np.asarray(ImageOps.exif_transpose(image))
-        assert np.array_equal(decode("x", content), expected)
+        assert np.array_equal(pixels_of(content), expected)
 
 
 ODD_PHOTOS = {
@@ -93,7 +97,7 @@ ODD_PHOTOS = {
 @pytest.mark.parametrize("case", ODD_PHOTOS)
 def test_broken_metadata_spoils_no_photograph(case: str) -> None:
     expected = np.asarray(Image.open(BytesIO(PHOTO)))
-    assert np.array_equal(decode("x", photo(ODD_PHOTOS[case])), expected)
+    assert np.array_equal(pixels_of(photo(ODD_PHOTOS[case])), expected)
 
 
 def test_what_else_is_broken_leaves_the_orientation() -> None:
@@ -124,13 +128,13 @@ ODD_DRAWINGS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ODD_DRAWINGS)
 def test_broken_metadata_spoils_no_png(case: str) -> None:
-    assert np.array_equal(decode("x", drawing(ODD_DRAWINGS[case])), PIXELS)
+    assert np.array_equal(pixels_of(drawing(ODD_DRAWINGS[case])), PIXELS)
 
 
 def test_a_png_beside_broken_text_stays_upright_and_transparent() -> None:
     entry = chunk(b"eXIf", exif(8, 0x10E, 2, 2, b"a\0"))
     content = drawing(ODD_DRAWINGS["much text"], entry)
-    assert np.array_equal(decode("x", content), np.rot90(PIXELS))
+    assert np.array_equal(pixels_of(content), np.rot90(PIXELS))
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([0, 0, 0])
     plain = encoded(palette, "PNG", transparency=0)
@@ -146,7 +150,7 @@ def test_cmyk_is_read_as_pillow_converts_it() -> None:
     with Image.open(BytesIO(content)) as image:
         assert image.mode == "CMYK"
         expected = np.asarray(image.convert("RGB"))
-    assert np.array_equal(decode("x", content), expected)
+    assert np.array_equal(pixels_of(content), expected)
     assert np.abs(expected.astype(int) - PIXELS).mean() < 10  # not inverted
 
 

@@ -64,7 +64,8 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             if server.status != 200:
                 self.send_error(server.status)
                 return
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.ranges else 0
+            wanted = re.fullmatch(r"bytes=(\d+)-", asked) if asked and server.ranges else None
+            start = int(wanted[1]) if wanted else 0
             if start and start >= len(server.content):
                 self.send_error(416)
                 return

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -146,7 +147,9 @@ def test_images_come_in_one_order_however_their_names_are_spelt(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_a_list_of_splits_may_spell_names_in_either_way(tmp_path: Path, form: str) -> None:
+def test_a_list_of_splits_may_spell_names_in_either_way(
+    tmp_path: Path, form: Literal["NFC", "NFD"]
+) -> None:
     chosen = tmp_path / "mine.json"
     chosen.write_text(json.dumps({"test": [unicodedata.normalize(form, "café")]}))
     source = write_zip(tmp_path / "birds.zip", images(NAMES), decomposed)
@@ -158,8 +161,10 @@ def test_a_list_of_splits_may_spell_names_in_either_way(tmp_path: Path, form: st
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_list_files_beside_images_may_spell_names_in_either_way(tmp_path: Path, form: str) -> None:
-    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+def test_list_files_beside_images_may_spell_names_in_either_way(
+    tmp_path: Path, form: Literal["NFC", "NFD"]
+) -> None:
+    other: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
     root = write_folder(
         tmp_path / "images",
         {unicodedata.normalize(form, n): c for n, c in images(["café", "Öl", "b"]).items()},

@@ -175,7 +175,7 @@ def spoil(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]
 
 
 IMAGES, TEST_LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-BAD_IDX: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD_IDX: dict[str, tuple[Callable[[Path], object], str]] = {
     "no labels": (lambda root: (root / f"{TEST_LABELS}.gz").unlink(), "no such file"),
     "not gzipped": (lambda root: (root / f"{IMAGES}.gz").write_bytes(b"hello"), "cannot be read"),
     "cut gzip": (
@@ -298,7 +298,7 @@ def promise_terabytes(root: Path) -> None:
         archive.write(member.tobuf() + bytes(5000))
 
 
-BAD_CIFAR: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD_CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
     "the Python version": (
         lambda root: (root / "cifar-100-python.tar.gz").write_bytes(b""),
         "pickle, which can run code.*reptile data download cifar-fs",
@@ -380,7 +380,7 @@ def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return edit_list
 
 
-BAD_LISTS: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD_LISTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "class in two splits": (
         edit("val.csv", ",n01530448", ",n01530000"),
         "n01530000 is in train and in validation",

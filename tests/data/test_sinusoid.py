@@ -46,9 +46,9 @@ def test_every_class_is_one_sinusoid_drawn_from_the_published_ranges(
     # Means of uniform draws, within four standard errors of 400.
     assert amplitudes.mean() == pytest.approx(2.55, abs=4 * 4.9 / np.sqrt(12 * 400))
     assert phases.mean() == pytest.approx(np.pi, abs=4 * 2 * np.pi / np.sqrt(12 * 400))
-    x = np.asarray(sinusoids.images)
-    assert np.abs(x).max() <= 5
-    assert x.std() == pytest.approx(10 / np.sqrt(12), rel=0.01)
+    inputs = np.asarray(sinusoids.images)
+    assert np.abs(inputs).max() <= 5
+    assert inputs.std() == pytest.approx(10 / np.sqrt(12), rel=0.01)
 
 
 def test_splits_have_the_sizes_asked_for_and_share_no_sinusoid(sinusoids: PreparedData) -> None:

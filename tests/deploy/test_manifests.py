@@ -156,7 +156,7 @@ def test_images_are_the_one_that_is_built_and_that_components_name() -> None:
 
 
 def test_volume_and_secret_are_those_that_the_pipeline_asks_for() -> None:
-    defaults = {
+    defaults: dict[str, Any] = {
         name: definition.get("defaultValue")
         for name, definition in load_package(ROOT / "pipeline/reptile.yaml").parameters.items()
     }
@@ -177,7 +177,7 @@ def test_nightly_parameters_are_those_of_the_compiled_pipeline(folder: str) -> N
 def test_the_cron_job_s_command_is_one_that_the_program_takes() -> None:
     container = cron_container()
     assert container["command"] == ["python", "-m", "pipeline", "schedule"]
-    command = typer.main.get_command(app).commands["schedule"]
+    command = typer.main.get_group(app).commands["schedule"]
     options = command.make_context("schedule", list(container["args"])).params
     assert parse_cron(options["cron"]).words
     assert "image=$(IMAGE)" in options["param"]
@@ -223,7 +223,7 @@ def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
     program, *arguments = container["args"]
     assert program == "reptile"
     command, *options = arguments
-    taken = typer.main.get_command(reptile_app).commands[command]
+    taken = typer.main.get_group(reptile_app).commands[command]
     values = taken.make_context(command, options).params
     assert values["host"] == "0.0.0.0"
     assert str(values["tasks"]) == container["volumeMounts"][0]["mountPath"]

@@ -7,14 +7,14 @@ import pytest
 
 from reptile.errors import GateError, InputError
 from reptile.evaluate.gate import check_gate, read_champion, refusal
-from reptile.evaluate.metrics import Metrics, Score, upgrade
+from reptile.evaluate.metrics import Metrics, Mode, Score, upgrade
 from reptile.settings import GateSettings
 
 FLOOR = GateSettings(shots=1, mode="frozen", accuracy=0.6, above_random=0.2)
 
 
 def scores(accuracy: float, interval: float = 0.02, random: float = 0.3) -> Metrics:
-    methods = {
+    methods: dict[str, dict[Mode, Score]] = {
         "trained": {"frozen": Score(accuracy, interval)},
         "random": {"frozen": Score(random, 0.02)},
     }

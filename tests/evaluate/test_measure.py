@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 SETTINGS = EvaluateSettings(tasks=6, shots=(1, 2), queries=2, steps=4, batch=3)
 
 
-def make_checkpoint(data: PreparedData, name: str = "conv4", ways: int = 3) -> Checkpoint:
+def make_checkpoint(
+    data: PreparedData, name: Literal["conv4", "mlp"] = "conv4", ways: int = 3
+) -> Checkpoint:
     """Weights that no training made, with a warm optimiser state."""
     model_settings = ModelSettings(name=name, filters=4, hidden=(16,))
     settings = TrainSettings(model=model_settings, ways=ways, engine="eager", device="cpu")

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
@@ -29,7 +30,9 @@ VOID = {"meta", "img", "hr", "br", "link", "input"}
 
 
 def run(
-    data: PreparedData, name: str = "conv4", settings: EvaluateSettings = SETTINGS
+    data: PreparedData,
+    name: Literal["conv4", "mlp"] = "conv4",
+    settings: EvaluateSettings = SETTINGS,
 ) -> Evaluation:
     model_settings = ModelSettings(name=name, filters=4, hidden=(8,))
     training = TrainSettings(model=model_settings, ways=3, engine="eager", device="cpu")

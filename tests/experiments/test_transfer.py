@@ -50,7 +50,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
     draw_letters(folder / "letters")
     shutil.copytree(folder / "letters", folder / "signs")
-    return tuple(make_run(folder / name, folder / f"run-{name}") for name in ("letters", "signs"))
+    letters, signs = (
+        make_run(folder / name, folder / f"run-{name}") for name in ("letters", "signs")
+    )
+    return letters, signs
 
 
 def cells(output: Path) -> dict[tuple[str, str, str, str], float]:

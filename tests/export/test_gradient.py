@@ -1,6 +1,7 @@
 """The traced gradient against autograd, both in float64."""
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from reptile.export.gradient import trace_gradient
 from reptile.export.reference import SupportSet
 from reptile.export.rows import Layout, indices
-from reptile.models import Model, build_model, initialise, unflatten
+from reptile.models import Network, build_model, initialise, unflatten
 from reptile.objectives import to_unit
 from reptile.settings import ModelSettings
 
@@ -35,7 +36,7 @@ MODELS = {
 Gradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def traced_gradient(model: Model) -> Gradient:
+def traced_gradient(model: Network) -> Gradient:
     """The traced graph with weights, images, labels and gradient as autograd has them."""
     layout = Layout(model)
     graph = trace_gradient(model, layout)
@@ -53,6 +54,7 @@ def traced_gradient(model: Model) -> Gradient:
 def test_traced_gradient_equals_autograd(name: str, make_task: Callable[..., SupportSet]) -> None:
     settings, shape = MODELS[name]
     model = build_model(settings, 3, shape)
+    assert isinstance(model, Network)
     traced = traced_gradient(model)
     for size in (1, 2, 7):  # none is the size it was traced with
         task = make_task(shape, size, 0)
@@ -70,8 +72,11 @@ def test_traced_gradient_equals_autograd(name: str, make_task: Callable[..., Sup
 
 
 @pytest.mark.parametrize("downsampling", ["stride", "pool"])
-def test_ties_and_dead_units_have_the_gradients_of_autograd(downsampling: str) -> None:
+def test_ties_and_dead_units_have_the_gradients_of_autograd(
+    downsampling: Literal["stride", "pool"],
+) -> None:
     model = build_model(ModelSettings(filters=4, downsampling=downsampling), 3, (1, 9, 9))
+    assert isinstance(model, Network)
     traced = traced_gradient(model)
     weights = initialise(model, 0).double().requires_grad_()
     for images in (torch.zeros(6, 1, 9, 9), torch.ones(6, 1, 9, 9)):
@@ -86,6 +91,7 @@ def test_ties_and_dead_units_have_the_gradients_of_autograd(downsampling: str) -
 def test_packing_loses_nothing(name: str) -> None:
     settings, shape = MODELS[name]
     model = build_model(settings, 3, shape)
+    assert isinstance(model, Network)
     layout, weights = Layout(model), initialise(model, 0)
     packed = layout.pack(weights)
     assert torch.equal(layout.unpack(packed), weights)

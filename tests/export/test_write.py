@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,11 +22,11 @@ GRAPHS = {"predict", "adapt", "predict_adapted", "few_shot"}
 
 
 @pytest.fixture
-def manifest(exported: Path) -> dict:
+def manifest(exported: Path) -> dict[str, Any]:
     return json.loads((exported / "manifest.json").read_text())
 
 
-def test_every_file_is_listed_with_its_hash(exported: Path, manifest: dict) -> None:
+def test_every_file_is_listed_with_its_hash(exported: Path, manifest: dict[str, Any]) -> None:
     found = {
         path.relative_to(exported).as_posix(): sha256_file(path)
         for path in exported.rglob("*")
@@ -38,7 +39,7 @@ def test_every_file_is_listed_with_its_hash(exported: Path, manifest: dict) -> N
 
 
 def test_manifest_describes_task_model_and_inner_loop(
-    manifest: dict, checkpoint: Checkpoint
+    manifest: dict[str, Any], checkpoint: Checkpoint
 ) -> None:
     assert manifest["format"] == 2 and manifest["name"] == "patterns"
     assert manifest["task"] == {
@@ -62,7 +63,9 @@ def test_manifest_describes_task_model_and_inner_loop(
     assert manifest["provenance"]["data_sha256"] == checkpoint.info.data_sha256
 
 
-def test_tensors_have_the_names_types_and_free_sizes_of_the_format(manifest: dict) -> None:
+def test_tensors_have_the_names_types_and_free_sizes_of_the_format(
+    manifest: dict[str, Any],
+) -> None:
     graphs = manifest["graphs"]
     assert set(graphs) == GRAPHS
     task = [
@@ -153,5 +156,5 @@ def test_fewer_steps_than_the_bundle_takes_by_default_are_refused(
     settings = ExportSettings(max_steps=9)
     with pytest.raises(InputError, match=r"export.max_steps = 9 .* evaluate.steps = 10"):
         export_bundle(
-            settings, checkpoint, data, {}, tmp_path / "b", protocol=EvaluateSettings(steps=10)
+            settings, checkpoint, data, None, tmp_path / "b", protocol=EvaluateSettings(steps=10)
         )

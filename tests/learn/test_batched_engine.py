@@ -11,7 +11,7 @@ from reptile.learn.engines.batched import BatchedEngine, patches
 from reptile.learn.optimizer import OptimizerState
 from reptile.models import Model, build_model, initialise
 from reptile.objectives import REGRESSION
-from reptile.settings import BATCH_NORM_MODES, ModelSettings, OptimizerSettings
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, ModelSettings, OptimizerSettings
 from reptile.tasks import FewShotProtocol, Purpose, Task, held_out_task, random_stream
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_regressors_adapt_side_by_side_too() -> None:
 
 @pytest.mark.parametrize("mode", BATCH_NORM_MODES)
 def test_predictions_equal_the_eager_engines(
-    mode: str, case: tuple[Model, np.ndarray, list[Task]]
+    mode: BatchNormMode, case: tuple[Model, np.ndarray, list[Task]]
 ) -> None:
     model, pixels, tasks = case
     weights = torch.stack([initialise(model, seed) for seed in range(3)]).double()

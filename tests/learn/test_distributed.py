@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from patterns import make_data
+from torch.multiprocessing.spawn import spawn
 
 from reptile.data.dataset import PreparedData
 from reptile.files import write_json
@@ -36,8 +37,7 @@ SETTINGS = {
     "device": "cpu",
 }
 CASES: dict[str, dict[str, object]] = {
-    state: {"optimizer": {"state": state}} for state in ("parallel", "reset", "sequential")
-} | {
+    **{state: {"optimizer": {"state": state}} for state in ("parallel", "reset", "sequential")},
     "fomaml": {"algorithm": "fomaml", "optimizer": {"state": "reset"}},
     "sgd": {"optimizer": {"name": "sgd", "learning_rate": 0.1, "state": "parallel"}},
     "eager": {"engine": "eager", "optimizer": {"state": "parallel"}},
@@ -67,7 +67,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_all, (2, port, folder), nprocs=2)
+    spawn(train_all, (2, port, folder), nprocs=2)
     return folder
 
 

@@ -38,7 +38,7 @@ TRAJECTORY_TOLERANCE = 1e-5
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
-def images(shape: tuple[int, int, int]) -> np.ndarray:
+def images(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
 
 
@@ -390,7 +390,7 @@ def test_bad_input_is_refused_before_the_kernel_sees_it() -> None:
     refused("integers", weights, state, good._replace(support_targets=good.support_targets[1:]))
     for wrong in (images((3, 15, 15)), images((1, 15, 15)).astype(np.float64)):
         with pytest.raises(InputError, match="takes uint8 or float32"):
-            NativeEngine(model, SGD, wrong)
+            NativeEngine(model, SGD, wrong)  # type: ignore[arg-type]
 
     regressor = build_model(MLP, 5, (1, 15, 15), REGRESSION)
     engine = NativeEngine(regressor, SGD, images(model.image_shape), 1)

@@ -72,7 +72,7 @@ class Transcription:
         o = self.settings.optimizer
         with torch.no_grad():
             for p in self.params:
-                p *= o.weight_decay
+                p.mul_(o.weight_decay)
         self.net.zero_grad()
         loss = F.cross_entropy(self.net(self.images[rows]), torch.from_numpy(labels))
         loss.backward()
@@ -82,11 +82,11 @@ class Transcription:
                 g = p.grad
                 assert g is not None
                 if o.name == "sgd":
-                    p -= o.learning_rate * g
+                    p.sub_(o.learning_rate * g)
                     continue
                 v *= BETA2
                 v += (1 - BETA2) * g**2
-                p -= o.learning_rate * g / ((v / (1 - BETA2**self.t)).sqrt() + EPSILON)
+                p.sub_(o.learning_rate * g / ((v / (1 - BETA2**self.t)).sqrt() + EPSILON))
 
     def meta_step(self, tasks: list[Task], step_size: float) -> None:
         start = [p.detach().clone() for p in self.params]
@@ -144,7 +144,7 @@ def settings_of(**changes: Any) -> TrainSettings:
     return TrainSettings(**(values | changes))
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": {"name": "sgd", "learning_rate": 0.05}},
     "sgd with weight decay": {
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 0.9}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def plain_conv4(params: dict[str, np.ndarray], x: np.ndarray, downsampling: str)
 @pytest.mark.parametrize("downsampling", ["stride", "pool"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 21, 21), (1, 10, 13), (1, 5, 5)])
 def test_conv4_equals_its_definition_in_numpy(
-    downsampling: str, shape: tuple[int, int, int]
+    downsampling: Literal["stride", "pool"], shape: tuple[int, int, int]
 ) -> None:
     model = build_model(ModelSettings(filters=4, downsampling=downsampling), 3, shape)
     weights = initialise(model, 0).double()
@@ -64,7 +65,7 @@ def test_conv4_equals_its_definition_in_numpy(
 
 
 @pytest.mark.parametrize("downsampling", ["stride", "pool"])
-def test_own_statistics_given_back_change_nothing(downsampling: str) -> None:
+def test_own_statistics_given_back_change_nothing(downsampling: Literal["stride", "pool"]) -> None:
     model = build_model(ModelSettings(filters=4, downsampling=downsampling), 3, (1, 14, 14))
     params = unflatten(model, initialise(model, 0).double())
     images = torch.rand(6, 1, 14, 14, dtype=torch.float64)
@@ -175,6 +176,7 @@ def test_silenced_outputs_get_no_probability_and_no_gradient() -> None:
         loss = model.objective.loss(logits, labels)
         torch.testing.assert_close(loss, heard)
         loss.backward()
+        assert weights.grad is not None
         gradient = unflatten(model, weights.grad)
         for name in ("head.weight", "head.bias"):
             assert (gradient[name][~present] == 0).all()

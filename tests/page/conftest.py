@@ -64,7 +64,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ExportSettings(name="tiny"),
         checkpoint,
         data,
-        {},
+        None,
         folder / "bundle",
         protocol=EvaluateSettings(steps=50, batch=5),
     )
@@ -164,7 +164,9 @@ def open_page(chromium: Any, server: str) -> Iterator[Callable[..., Any]]:
         page.on(
             "request",
             lambda request: (
-                request.url.startswith(address) or problems.append(f"asks for {request.url}")
+                None
+                if request.url.startswith(address)
+                else problems.append(f"asks for {request.url}")
             ),
         )
         page.goto(address)

@@ -39,8 +39,9 @@ def test_mini_batches_are_those_of_python_for_the_same_seed(node: Callable[..., 
         for replacement in (False, True)
     ]
     for case, rows in zip(cases, call(node, "minibatches.js", "miniBatches", cases), strict=True):
-        seed, *rest = case
-        assert rows == mini_batches(np.random.default_rng(seed), *rest).tolist(), case
+        seed, size, batch, steps, replacement = case
+        drawn = mini_batches(np.random.default_rng(seed), size, batch, steps, bool(replacement))
+        assert rows == drawn.tolist(), case
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])

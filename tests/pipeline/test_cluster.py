@@ -53,8 +53,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seed: int = 1,
         rate: float = 0.5,
         deep: bool = False,
-        shots: list = [1, 5],
-        selector: dict = {},
+        shots: list[int] = [1, 5],
+        selector: dict[str, str] = {},
     ) -> None:
         task = train(seed=seed)
         with dsl.If(task.output > 0.5):
@@ -198,7 +198,7 @@ def test_the_deadline_holds_for_a_server_that_does_not_answer(
     run: Callable[..., Result], server: KubeflowServer
 ) -> None:
     released = threading.Event()
-    server.before["run_service_get_run"] = lambda: released.wait(20) and None
+    server.before["run_service_get_run"] = lambda: released.wait(20)
     start = time.monotonic()
     result = run(*submitted("--wait", "--timeout", "0.5"))
     assert (result.code, time.monotonic() - start < 10) == (5, True)

@@ -192,7 +192,7 @@ def write_golden(folder: Path, images: np.ndarray) -> None:
     targets = np.arange(len(images)) % WAYS
     batches = mini_batches(np.random.default_rng(1), len(images), 3, 6)
     losses, weights = numpy_adapt(images, targets, batches, 0.5)
-    inputs = {
+    inputs: dict[str, Any] = {
         "support_images": images,
         "support_labels": targets,
         "batches": batches,

@@ -289,6 +289,7 @@ assert all(n.startswith("reptile.runtime") for n in ours - {
 def test_the_runtime_needs_numpy_and_onnxruntime_only(
     bundle: Path, root: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", ONLY_NUMPY_AND_ONNXRUNTIME, bundle, tmp_path / "task"]
+    script = ONLY_NUMPY_AND_ONNXRUNTIME
+    command = [sys.executable, "-c", script, str(bundle), str(tmp_path / "task")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

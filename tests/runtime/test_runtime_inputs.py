@@ -72,7 +72,7 @@ def test_black_images_are_images(model: FewShotModel, images: np.ndarray) -> Non
     assert len(adapted.predict((images > 100).astype(np.uint8)).labels) == 8
 
 
-BAD_LABELS = {
+BAD_LABELS: dict[str, tuple[Any, str]] = {
     "too few": (LABELS[:7], "8 images but 7 labels"),
     "too many": ([*LABELS, "a"], "8 images but 9 labels"),
     "unhashable": ([["a"]] * 8, "hashable names.*unhashable type: 'list'"),
@@ -129,4 +129,9 @@ def test_an_empty_or_huge_support_set_is_refused(model: FewShotModel, images: np
 
 
 def test_numpy_settings_are_taken(model: FewShotModel, images: np.ndarray) -> None:
-    model.adapt(images, LABELS, steps=np.int64(3), learning_rate=np.float32(0.1), seed=np.uint8(1))
+    settings: dict[str, Any] = {
+        "steps": np.int64(3),
+        "learning_rate": np.float32(0.1),
+        "seed": np.uint8(1),
+    }
+    model.adapt(images, LABELS, **settings)

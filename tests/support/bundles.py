@@ -44,7 +44,7 @@ METRICS = Metrics.model_validate(
 
 def make_checkpoint(
     model: ModelSettings,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     optimizer: OptimizerSettings | None = None,
 ) -> Checkpoint:
     """A checkpoint of random weights, with a second moment of the size of real gradients."""

@@ -6,6 +6,7 @@ import random
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -112,7 +113,7 @@ def animated(kind: str) -> bytes:
 
 def refused(rng: random.Random) -> tuple[str, bytes]:
     """A name, and a file that is no single still image of this server's two formats."""
-    makers = {
+    makers: dict[str, Callable[[], bytes]] = {
         "pixel bomb": pixel_bomb,
         "50,000 x 50,000 with no data": lambda: PNG + header(50_000, 50_000),
         "2 billion wide": lambda: PNG + header(2**31 - 1, 1) + chunk(b"IDAT", zeros(100)),
@@ -140,7 +141,7 @@ def refused(rng: random.Random) -> tuple[str, bytes]:
 
 def odd(rng: random.Random) -> tuple[str, bytes]:
     """A name, and a file that may be taken or refused, but must do no harm."""
-    makers = {
+    makers: dict[str, Callable[[], bytes]] = {
         "JPEG in four colours": lambda: encoded(Image.new("CMYK", (28, 28)), "JPEG"),
         "profile bomb": profile_bomb,
         "text bomb": text_bomb,

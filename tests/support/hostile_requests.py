@@ -62,7 +62,7 @@ class Attacker:
 
     def __init__(self, target: Target, seed: int) -> None:
         self._target, self._seed = target, seed
-        kinds: list[tuple[int, Callable[[random.Random], Case]]] = [
+        kinds: list[tuple[float, Callable[[random.Random], Case]]] = [
             (20, self._task),
             (20, self._inference),
             (12, self._binary),
@@ -143,7 +143,17 @@ class Attacker:
                 labels = rng.choice((["a", "a", "b", "b"], [0, 0, 1, 1]))
                 for _ in range(rng.randrange(1, 5)):
                     labels[rng.randrange(4)] = rng.choice(LABELS)
-                chosen = (labels, labels[:3], labels * 2, [labels], "abab", None, {}, [], 4)
+                chosen: tuple[Any, ...] = (
+                    labels,
+                    labels[:3],
+                    labels * 2,
+                    [labels],
+                    "abab",
+                    None,
+                    {},
+                    [],
+                    4,
+                )
                 body[name] = rng.choice([labels] * 6 + [*chosen])
                 what = f"labels {str(body[name])[:80]!a}"
             case "more":
@@ -232,9 +242,9 @@ class Attacker:
         if rng.random() < 0.3:
             body["parameters"] = {"binary_data_output": rng.choice((True, *NUMBERS))}
         told = json.dumps(body).encode()
-        length = len(told)
+        length: int | str = len(told)
         if rng.random() < 0.2:
-            length = rng.choice((0, 1, -1, length - 1, length + 1, 10**9, 10**30, "x"))
+            length = rng.choice((0, 1, -1, len(told) - 1, len(told) + 1, 10**9, 10**30, "x"))
         return self._post(
             f"{model[:8]} binary",
             f"/v2/models/{model}/infer",

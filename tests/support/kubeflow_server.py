@@ -101,10 +101,10 @@ class KubeflowServer:
         self.heard: list[str] = []  # whole request lines and headers
         self.broken: list[str] = []  # contracts
         self.awake: list[int] = []  # number of enabled schedules after each request
-        self.before: dict[str, Callable[[], None]] = {}
+        self.before: dict[str, Callable[[], object]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that hangs up
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # hangs up
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         if certificate:
             self.address = self.address.replace("http:", "https:")
@@ -158,7 +158,7 @@ class KubeflowServer:
         self.heard.append(f"{request.requestline}\n{request.headers}")
         parts = urlsplit(request.path)
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
-        here = [
+        here: list[Any] = [
             (m, *route)
             for verb, path, *route in ROUTES
             if verb == request.command and (m := path.fullmatch(parts.path))
@@ -191,7 +191,8 @@ class KubeflowServer:
         message = BytesParser().parsebytes(
             f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode() + body
         )
-        (part,) = message.get_payload()
+        parts: Any = message.get_payload()
+        (part,) = parts
         if part.get_param("name", header="content-disposition") != "uploadfile":
             raise ContractError("the file's field is uploadfile")
         return bytes(part.get_payload(decode=True))
@@ -286,7 +287,7 @@ class KubeflowServer:
         given = body["runtime_config"]["parameters"]
         if set(given) - set(known):
             raise RefusedError(400, "parameter not found")
-        types = {
+        types: dict[str, Any] = {
             "STRING": str,
             "NUMBER_INTEGER": int,
             "NUMBER_DOUBLE": (int, float),

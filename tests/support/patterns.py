@@ -1,5 +1,6 @@
 """Small synthetic data for all rooms: classes of noisy copies of a random pattern."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,22 @@ from reptile.data.dataset import (
     DatasetIndex,
     PreparedClass,
     PreparedData,
+    Split,
     splits_digest,
 )
 
 
 def make_data(
     shape: tuple[int, int, int] = (1, 12, 12),
-    classes: dict[str, int] | None = None,
+    classes: Mapping[Split, int] | None = None,
     images: int = 20,
     seed: int = 0,
 ) -> PreparedData:
     """Classes that can be told apart: each image is its class's pattern with pixels flipped."""
     rng = np.random.default_rng(seed)
-    splits = classes or {"train": 12, "validation": 6, "test": 8}
-    table, blocks = [], []
+    splits: Mapping[Split, int] = classes or {"train": 12, "validation": 6, "test": 8}
+    table: list[PreparedClass] = []
+    blocks: list[np.ndarray] = []
     for split, count in splits.items():
         for number in range(count):
             pattern = rng.random(shape) < 0.3
