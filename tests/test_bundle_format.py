@@ -1,6 +1,7 @@
 """Bundles hold to their JSON Schemas, and what the schemas refuse, the readers refuse too."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,12 @@ def test_a_manifest_without_a_kind_of_task_is_a_classifiers(manifest: Any) -> No
     del (old := spoil(manifest, "format", 2))["task"]["kind"]
     validator("manifest").validate(old)
     assert parse_manifest(json.dumps(old), "here").kind == "classification"
+
+
+def test_the_examples_in_the_docs_hold_to_the_schemas(root: Path) -> None:
+    text = (root / "docs/bundle.md").read_text(encoding="utf-8")
+    metrics, golden = map(json.loads, re.findall(r"```json\n(.*?)```", text, re.DOTALL))
+    validator("metrics").validate(metrics)
+    validator("golden").validate(golden)
+    for name in re.findall(r"\]\(\.\./reptile/schemas/(.*?)\)", text):
+        assert (SCHEMAS / name).is_file()
