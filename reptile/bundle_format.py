@@ -185,6 +185,12 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         outputs, ways = _whole(manifest, "task.outputs", where), 1
     graphs = {name: _graph(manifest, name, where) for name in _get(manifest, "graphs", dict, where)}
     max_steps = _whole(manifest, "limits.max_steps", where)
+    weights = _adapted_weights(graphs, kind, outputs, shape, where)
+    if _get(manifest, "adapted", dict, where) != {name: [*size] for name, size in weights.items()}:
+        raise InputError(
+            f"{where}: adapted must hold the shapes of predict_adapted's inputs but images: "
+            f"{weights}; export the bundle again"
+        )
     files = _get(manifest, "files", dict, where)
     if not all(isinstance(digest, str) for digest in files.values()):
         raise InputError(f"{where}: files must map paths to SHA-256 sums")
@@ -201,7 +207,7 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         max_steps=max_steps,
         max_support=_whole(manifest, "limits.max_support", where),
         graphs=graphs,
-        weights=_adapted_weights(graphs, kind, outputs, shape, where),
+        weights=weights,
         files=files,
     )
 
@@ -227,7 +233,11 @@ def parse_golden(content: bytes | str, where: str) -> list[GoldenCase]:
         paths = [_get(case, key, dict, again) for key in ("inputs", "outputs")]
         if not all(isinstance(path, str) for each in paths for path in each.values()):
             raise InputError(f"{again}: inputs and outputs must map names to paths")
+        if not paths[1]:
+            raise InputError(f"{again} has no outputs; export the bundle again")
         tolerance = [_get(case, key, (int, float), again) for key in ("atol", "rtol")]
+        if not all(0 <= each <= 1 for each in tolerance):
+            raise InputError(f"{again}: atol and rtol must lie in 0..1, got {tolerance}")
         found.append(GoldenCase(_get(case, "graph", str, again), *paths, *tolerance))
     return found
 
@@ -328,8 +338,10 @@ def _adapted_weights(
     shapes = {
         name: tuple(n for n in tensor.shape if n is not None) for name, tensor in weights.items()
     }
-    if any(len(shapes[name]) < len(tensor.shape) for name, tensor in weights.items()):
-        raise InputError(f"{where}: adapted weights need fixed shapes, got {show_tensors(weights)}")
+    if any(tensor != ("float32", shapes[name]) for name, tensor in weights.items()):
+        raise InputError(
+            f"{where}: adapted weights must be float32 of fixed shapes, got {show_tensors(weights)}"
+        )
     return shapes
 
 

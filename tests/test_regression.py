@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from schemas import validate_bundle
 
 from reptile import stages
 from reptile.data.dataset import PreparedData, load_prepared
@@ -194,6 +195,7 @@ def test_the_gate_wants_the_error_to_be_small(run: Run) -> None:
 
 
 def test_the_bundle_is_verified(run: Run) -> None:
+    validate_bundle(run.folder / "bundle")
     report = stages.verify(
         run.settings.verify,
         run.folder / "prepared",

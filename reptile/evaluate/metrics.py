@@ -53,7 +53,7 @@ class Metrics(BaseModel):
     network (`nearest_mean`, `zero`); readers take any.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     format: Literal[2] = 2
     objective: Literal["classification", "regression"]

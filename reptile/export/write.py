@@ -30,7 +30,7 @@ from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
 from reptile.export.graphs import build_graphs, describe, exportable
-from reptile.export.reference import SupportSet, Tensors
+from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
 from reptile.provenance import settings_sha256, versions
@@ -44,6 +44,7 @@ from reptile.tasks import (
 
 GOLDEN_STEPS = (0, 5, 50)
 ATOL, RTOL = 1e-4, 1e-4  # well above float32 rounding, well below any fault's effect
+_PRECISIONS = (torch.float32, torch.float64)
 MAX_TOLERANCE = 1e-2  # a tolerance this wide says nothing
 
 
@@ -140,7 +141,10 @@ def _write_golden(
     settings: ExportSettings,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write inputs and outputs of every graph for one small task of the test split.
+    """Write inputs and outputs of every graph for two small tasks of the test split.
+
+    `adapt` has as many classes as the head, and is run for 0, 5 and 50 steps. `crossing` has no
+    images of label 0, and mini-batches that go on from one shuffle of the support set in the next.
 
     The outputs are eager PyTorch's in float64. Each case's tolerance is ten times what eager
     float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
@@ -151,38 +155,53 @@ def _write_golden(
     small = info.objective.validation._replace(
         ways=info.settings.ways, steps=steps[-1], batch=protocol.batch
     )
-    check_classes(classes, small.ways, small.shots + small.queries, f"test split of {data.name}")
-    task = held_out_task(random_stream(0, Purpose.EXPORT), classes, small)
-    support = SupportSet(
-        np.asarray(data.images[task.support]), task.support_targets, np.stack(task.batches)
-    )
-    images = np.asarray(data.images[task.query])
-    queries = {"images": images.astype(np.float32)}
-    single, double = torch.float32, torch.float64
+    each = small.shots + small.queries
+    check_classes(classes, small.ways, each, f"test split of {data.name}")
+    rng = random_stream(0, Purpose.EXPORT)
+    task = held_out_task(rng, classes, small)
+    absent = 1 if small.ways > 2 else 0  # a classifier's task has two classes; a regressor's is one
+    few = small._replace(ways=small.ways - absent, shots=each, queries=0, steps=min(5, steps[-1]))
+    crossing = held_out_task(rng, classes, few._replace(batch=few.ways * each - 1))
+    crossing = crossing._replace(support_targets=crossing.support_targets + absent)
 
     golden = _Golden(folder)
-    logits = [
-        {"logits": reference.predict(checkpoint, images, dtype)} for dtype in (single, double)
-    ]
-    golden.add("predict", "predict", queries, *logits)
-    for number in steps:
-        first = support.first(number)
-        adapted = [reference.adapt(checkpoint, first, dtype) for dtype in (single, double)]
-        predicted = [
-            {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
-            for tensors, dtype in zip(adapted, (single, double), strict=True)
-        ]
-        feeds = first.feeds(checkpoint)
-        task_folder = f"adapt-{number}"
-        golden.add("adapt", task_folder, feeds, *adapted)
-        weights = {name: value for name, value in adapted[1].items() if name != "losses"}
-        golden.add("predict_adapted", task_folder, queries | weights, *predicted)
-        feeds["query_images"] = queries["images"]
-        losses = [{"losses": tensors["losses"]} for tensors in adapted]
-        golden.add(
-            "few_shot", task_folder, feeds, predicted[0] | losses[0], predicted[1] | losses[1]
+    images = np.asarray(data.images[task.query])
+    logits = [{"logits": reference.predict(checkpoint, images, dtype)} for dtype in _PRECISIONS]
+    golden.add("predict", "predict", {"images": images.astype(np.float32)}, *logits)
+    for name, each_task, numbers in (("crossing", crossing, [few.steps]), ("adapt", task, steps)):
+        support = SupportSet(
+            np.asarray(data.images[each_task.support]),
+            each_task.support_targets,
+            np.array(each_task.batches, dtype=np.int64),
         )
+        for number in numbers:
+            first = support.first(number)
+            _add_adaptation(golden, f"{name}-{number}", checkpoint, first, images)
     golden.close()
+
+
+def _add_adaptation(
+    golden: "_Golden", folder: str, checkpoint: Checkpoint, support: SupportSet, images: Array
+) -> None:
+    """Add a case of each graph that adapts or predicts with adapted weights."""
+    queries = images.astype(np.float32)
+    adapted = [reference.adapt(checkpoint, support, dtype) for dtype in _PRECISIONS]
+    predicted = [
+        {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
+        for tensors, dtype in zip(adapted, _PRECISIONS, strict=True)
+    ]
+    feeds = support.feeds(checkpoint)
+    golden.add("adapt", folder, feeds, *adapted)
+    weights = {name: value for name, value in adapted[1].items() if name != "losses"}
+    golden.add("predict_adapted", folder, {"images": queries} | weights, *predicted)
+    losses = [{"losses": tensors["losses"]} for tensors in adapted]
+    golden.add(
+        "few_shot",
+        folder,
+        feeds | {"query_images": queries},
+        predicted[0] | losses[0],
+        predicted[1] | losses[1],
+    )
 
 
 class _Golden:
@@ -193,7 +212,11 @@ class _Golden:
         self._cases: list[GoldenCase] = []
 
     def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
-        deviation = max(float(np.abs(single[key] - double[key]).max(initial=0)) for key in double)
+        # Relative where values are large, as masked outputs are: there `rtol` allows for rounding.
+        deviation = max(
+            float((np.abs(single[key] - want) / np.maximum(1, np.abs(want))).max(initial=0))
+            for key, want in double.items()
+        )
         tolerance = max(ATOL, 10.0 ** math.ceil(math.log10(10 * deviation + 1e-30)))
         if tolerance > MAX_TOLERANCE:
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from schemas import validate_bundle
 
 from reptile.data.dataset import PreparedData
 from reptile.minibatches import mini_batches
@@ -56,6 +57,7 @@ def taught(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
         "rtol": 0.0,
     }
     (bundle / "golden/golden.json").write_text(json.dumps({"cases": [case]}))
+    validate_bundle(bundle)
     return bundle
 
 

@@ -118,6 +118,19 @@ def test_golden_tensors_cover_every_graph_and_stay_small(exported: Path) -> None
     assert sum(path.stat().st_size for path in exported.rglob("*")) < 1_000_000
 
 
+def test_a_golden_task_lacks_a_class_and_crosses_shuffles(exported: Path) -> None:
+    folder = exported / "golden/crossing-5"
+    labels, batches, logits = (
+        np.load(folder / f"{name}.npy") for name in ("support_labels", "batches", "logits")
+    )
+    assert set(labels) == {1, 2}
+    assert (logits[:, 0] < -1e8).all()
+    assert batches.shape == (5, len(labels) - 1)
+    assert any(len(set(row)) < len(row) for row in batches.tolist())
+    whole = batches.reshape(-1)[: batches.size // len(labels) * len(labels)]
+    assert (np.sort(whole.reshape(-1, len(labels))) == np.arange(len(labels))).all()
+
+
 def test_the_runtime_adapts_and_predicts(exported: Path, data: PreparedData) -> None:
     model = FewShotModel.load(exported)
     assert model.check() < 1e-4

@@ -18,6 +18,7 @@ from urllib.request import urlopen
 import pytest
 from bundles import make_checkpoint, write_bundle
 from patterns import make_data
+from schemas import validate_bundle
 
 from reptile.data.prepare import prepare
 from reptile.data.readers.glyphs import write_glyphs
@@ -68,6 +69,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "bundle",
         protocol=EvaluateSettings(steps=50, batch=5),
     )
+    validate_bundle(folder / "bundle")
     return folder / "bundle"
 
 

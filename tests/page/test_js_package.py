@@ -1,4 +1,4 @@
-"""The npm package of clients/js: its files, its place in the wheel, and two bundlers on it."""
+"""The npm package of clients/js: its files, what the wheel holds of it, and two bundlers on it."""
 
 import functools
 import http.server
@@ -102,7 +102,7 @@ def test_the_package_holds_every_module_that_it_exports(packed: Path, root: Path
                 assert (packed / imported).is_file(), (module, imported)
 
 
-def test_the_wheel_holds_the_page_and_the_package(root: Path, tmp_path: Path) -> None:
+def test_the_wheel_holds_the_page_the_package_and_the_schemas(root: Path, tmp_path: Path) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "pyproject.toml", "README.md", "LICENSE", "reptile"],
         cwd=root,
@@ -120,11 +120,12 @@ def test_the_wheel_holds_the_page_and_the_package(root: Path, tmp_path: Path) ->
         check=True,
     )
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        held = {name for name in wheel.namelist() if name.startswith("reptile/serve/page/")}
+        folders = ("reptile/serve/page/", "reptile/schemas/")
+        held = {name for name in wheel.namelist() if name.startswith(folders)}
     page = root / "reptile/serve/page"
     on_disk = {
         str(path.relative_to(root))
-        for folder in (page, page / "client")
+        for folder in (page, page / "client", root / "reptile/schemas")
         for path in folder.iterdir()
         if path.is_file()
     }

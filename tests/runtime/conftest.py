@@ -178,6 +178,11 @@ def write_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any] | None = 
         "inner": {"learning_rate": 0.5, "steps": 20, "batch": 3, "replacement": False},
         "limits": {"max_steps": 50, "max_support": 30},
         "graphs": graphs,
+        "adapted": {
+            tensor["name"]: tensor["shape"]
+            for tensor in graphs["predict_adapted"]["inputs"]
+            if tensor["name"] != "images"
+        },
         "files": {
             p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in files

@@ -257,26 +257,68 @@ function checkManifest(manifest) {
         "update this module or export the bundle again",
     );
   }
-  const whole = (value, low) => Number.isSafeInteger(value) && value >= low;
-  const { task, inner, limits, graphs, adapted, files } = manifest;
-  const sound =
-    task?.layout === "NCHW" &&
-    task.dtype === "float32" &&
-    String(task.pixel_range) === "0,255" &&
-    whole(task.ways, 2) &&
-    task.image_shape?.length === 3 &&
-    task.image_shape.every((n) => whole(n, 1)) &&
-    whole(inner?.steps, 0) &&
-    whole(inner.batch, 1) &&
-    typeof inner.replacement === "boolean" &&
-    whole(limits?.max_steps, 1) &&
-    whole(limits.max_support, 1) &&
-    typeof graphs?.adapt?.path === "string" &&
-    typeof graphs.predict_adapted?.path === "string" &&
-    [adapted, files].every((part) => typeof part === "object" && part !== null);
+  if (manifest.task?.kind === "regression") {
+    throw new InputError(
+      "manifest.json is that of a regressor: this module adapts classifiers; Python adapts both",
+    );
+  }
+  let sound;
+  try {
+    sound = isSound(manifest);
+  } catch {
+    sound = false; // a part is missing, or of another type
+  }
   if (!sound) {
     throw new InputError("manifest.json is not that of a bundle: export the bundle again");
   }
+}
+
+/** Say whether a manifest's parts are what schemas/manifest.schema.json asks for, and agree. */
+function isSound({ task, inner, limits, graphs, adapted, files }) {
+  const whole = (value, low, high = 1e6) =>
+    Number.isSafeInteger(value) && value >= low && value <= high;
+  const sizes = (shape) => Array.isArray(shape) && shape.every((n) => whole(n, 1));
+  const weights = Object.entries(adapted).map(([name, shape]) => [name, "float32", shape]);
+  const { adapt, predict_adapted: predict } = graphs;
+  const images = [null, ...task.image_shape];
+  return (
+    (task.kind ?? "classification") === "classification" &&
+    task.layout === "NCHW" &&
+    task.dtype === "float32" &&
+    String(task.pixel_range) === "0,255" &&
+    whole(task.ways, 2) &&
+    task.image_shape.length === 3 &&
+    sizes(task.image_shape) &&
+    whole(limits.max_steps, 1) &&
+    whole(limits.max_support, 1) &&
+    whole(inner.steps, 0, limits.max_steps) &&
+    whole(inner.batch, 1) &&
+    typeof inner.learning_rate === "number" &&
+    inner.learning_rate > 0 &&
+    inner.learning_rate <= MAX_LEARNING_RATE &&
+    typeof inner.replacement === "boolean" &&
+    weights.every(([, , shape]) => sizes(shape)) &&
+    [adapt, predict].every(({ path }) => typeof path === "string") &&
+    areTensors(adapt.inputs, [
+      ["support_images", "float32", images],
+      ["support_labels", "int64", [null]],
+      ["batches", "int64", [null, null]],
+      ["learning_rate", "float32", []],
+    ]) &&
+    areTensors(adapt.outputs, [["losses", "float32", [null]], ["finite", "bool", []], ...weights]) &&
+    areTensors(predict.inputs, [["images", "float32", images], ...weights]) &&
+    areTensors(predict.outputs, [["logits", "float32", [null, task.ways]]]) &&
+    !Array.isArray(files) &&
+    Object.values(files).every((digest) => typeof digest === "string")
+  );
+}
+
+/** Compare a graph's tensors, in any order, with name, dtype and shape; null is a free size. */
+function areTensors(tensors, expected) {
+  const text = ([name, dtype, shape]) =>
+    JSON.stringify([name, dtype, shape.map((n) => (typeof n === "number" ? n : null))]);
+  const found = tensors.map(({ name, dtype, shape }) => text([name, dtype, shape]));
+  return String(found.sort()) === String(expected.map(text).sort());
 }
 
 const size = (shape) => shape.reduce((product, n) => product * n, 1);
