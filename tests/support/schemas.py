@@ -38,9 +38,9 @@ def spoil(values: Any, path: str, value: Any) -> Any:
     """Return a copy with another value at a path such as `a/b/0`."""
     place = values = copy.deepcopy(values)
     *parents, last = path.split("/")
-    for key in parents:
-        place = place[int(key) if isinstance(place, list) else key]
-    key = int(last) if isinstance(place, list) else last
+    for parent in parents:
+        place = place[int(parent) if isinstance(place, list) else parent]
+    key: int | str = int(last) if isinstance(place, list) else last
     if value is GONE:
         del place[key]
     else:
