@@ -1,4 +1,4 @@
-"""How fast the library is, each figure measured beside its baseline: `python -m benchmarks`."""
+"""Benchmarks of the library, each compared with a baseline: `python -m benchmarks`."""
 
 from reptile.cpus import settle_threads
 

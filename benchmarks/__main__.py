@@ -2,7 +2,7 @@
 
     python -m benchmarks omniglot-5way busy-core --plot speed.png
 
-What is measured, and how to read it: docs/speed.md.
+What each row measures, and how to read it: docs/speed.md.
 """
 
 import sys
@@ -36,19 +36,21 @@ def main(
         list[str] | None, typer.Argument(help=f"Of {', '.join(ROWS)}; all if none is named.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only see that everything runs; no figures.")
+        bool, typer.Option("--quick", help="Only check that everything runs; no usable figures.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the native engine.")] = 2,
-    json: Annotated[Path, typer.Option(help="Where to write every round.")] = RESULTS,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of torch and of the native engine.")
+    ] = 2,
+    json: Annotated[Path, typer.Option(help="File for all rounds.")] = RESULTS,
     plot: Annotated[Path | None, typer.Option(help="Also draw the figures, as PNG.")] = None,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table for a document.")
+        bool, typer.Option("--markdown", help="Print the table in Markdown.")
     ] = False,
     shown: Annotated[
-        Path | None, typer.Option(help="Measure nothing; show this earlier run's JSON.")
+        Path | None, typer.Option(help="Show this earlier run's JSON instead of measuring.")
     ] = None,
 ) -> None:
-    """Time the library, each figure beside its baseline in the same rounds."""
+    """Time the library, each figure with its baseline in the same rounds."""
     if unknown := set(rows or ()) - ROWS.keys():
         raise typer.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(ROWS)}")
     if shown:
@@ -62,7 +64,7 @@ def main(
     else:
         console.print(table(results))
     for warning in results.warnings:
-        messages.print(f"[bold red]not a figure to rely on[/]: {warning}", soft_wrap=True)
+        messages.print(f"[bold red]unreliable[/]: {warning}", soft_wrap=True)
     if plot:
         from benchmarks.chart import draw
 
@@ -70,12 +72,12 @@ def main(
 
 
 def measure(names: list[str], quick: bool) -> Results:
-    """Measure rows one after another, showing how far it is."""
+    """Measure rows one after another, showing progress."""
     machine, start = describe_machine(), perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     case = CASES["omniglot-5way"]
     engine = Work(case.settings, case.image_shape).engines["auto"].name  # builds what is built
-    found: list[Row] = []
+    measured: list[Row] = []
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -91,7 +93,7 @@ def measure(names: list[str], quick: bool) -> Results:
             others, begin = OtherWork(), perf_counter()
             row = ROWS[name](QUICK if quick else FULL)
             seconds = perf_counter() - begin
-            found.append(row.model_copy(update={"others": others.share(), "seconds": seconds}))
+            measured.append(row.model_copy(update={"others": others.share(), "seconds": seconds}))
             bar.advance(task)
             messages.print(f"{name}: measured in {seconds:.0f} s", highlight=False)
     return Results(
@@ -100,7 +102,7 @@ def measure(names: list[str], quick: bool) -> Results:
         started=started,
         seconds=perf_counter() - start,
         quick=quick,
-        rows=tuple(found),
+        rows=tuple(measured),
     )
 
 

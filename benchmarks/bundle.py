@@ -1,4 +1,4 @@
-"""The rows on the bundle: adapting and predicting in ONNX Runtime, beside PyTorch and the kernel.
+"""The rows on the bundle: adapting and predicting in ONNX Runtime, PyTorch and the kernel.
 
 All on the same task with as many threads. Only shapes matter to the speed, so weights and images
 are random.
@@ -44,15 +44,15 @@ def adapting(threads: int, effort: Effort) -> Row:
     times = _interleave(sizes, threads, effort)
     lines: list[Line] = []
     for size in sizes:
-        own = {who: times[f"{who} {size}"] for who in ("eager", "native", "onnx")}
-        for who, milliseconds in own.items():
+        by_engine = {who: times[f"{who} {size}"] for who in ("eager", "native", "onnx")}
+        for who, milliseconds in by_engine.items():
             lines.append(
                 Line(
                     label=f"{size} images, {who}",
                     milliseconds=tuple(milliseconds),
                     ratios=()
                     if who == "eager"
-                    else tuple(paired("speed", milliseconds, own["eager"])),
+                    else tuple(paired("speed", milliseconds, by_engine["eager"])),
                     limit=ADAPT_SPEED if who == "onnx" else None,
                     tasks=1,
                     point=Point(curve=who, x=size),
@@ -61,9 +61,9 @@ def adapting(threads: int, effort: Effort) -> Row:
         lines.append(
             Line(
                 label=f"{size} images, onnx beside native",
-                milliseconds=tuple(own["onnx"]),
+                milliseconds=tuple(by_engine["onnx"]),
                 comparison="slowdown",
-                ratios=tuple(paired("slowdown", own["onnx"], own["native"])),
+                ratios=tuple(paired("slowdown", by_engine["onnx"], by_engine["native"])),
                 limit=BEHIND_NATIVE,
             )
         )
@@ -122,8 +122,8 @@ def _ways(shots: int, threads: int, steps: int) -> tuple[Ways, Ways]:
     labels = np.arange(WAYS * shots) % WAYS
     pixels = rng.integers(0, 256, (len(labels), *IMAGE_SHAPE), dtype=np.uint8)
     batches = mini_batches(rng, len(labels), BATCH, steps)
-    rows, nothing = np.arange(len(labels)), np.empty(0, dtype=np.int64)
-    tasks = [Task(rows, labels, nothing, nothing, tuple(batches))]
+    rows, no_rows = np.arange(len(labels)), np.empty(0, dtype=np.int64)
+    tasks = [Task(rows, labels, no_rows, no_rows, tuple(batches))]
     eager = EagerEngine(model, optimizer, pixels, torch.device("cpu"))
     native = NativeEngine(model, optimizer, pixels, threads)
 

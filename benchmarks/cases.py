@@ -1,4 +1,4 @@
-"""The paper's settings, and the work that they make: tasks, engines, and where to start.
+"""The paper's settings, and the work they define: tasks, engines and starting points.
 
 Speed depends on shapes, not on what the images show, so these are random pixels.
 """
@@ -23,7 +23,7 @@ WARM_STEP, WARM_MOMENT = 1000, 1e-4  # Adam's state in the midst of a training
 
 
 class Case(NamedTuple):
-    """One setting, and how much faster than eager it is asked to be."""
+    """One setting, and its target speed relative to eager."""
 
     title: str
     settings: TrainSettings
@@ -59,7 +59,7 @@ CASES = {
 
 
 def class_range(classes: int, images: int) -> ClassRange:
-    """Return classes of equally many images, as a dataset's index tells of them."""
+    """Return classes of equally many images, as in a dataset's index."""
     return ClassRange(
         np.arange(classes, dtype=np.int64) * images, np.full(classes, images, dtype=np.int64)
     )
@@ -85,8 +85,8 @@ class Work:
             weights, OptimizerState(torch.full_like(weights, WARM_MOMENT), WARM_STEP)
         )
         self.engines: dict[str, Engine] = {
-            kind: make_engine(kind, model, settings.optimizer, pixels, CPU)
-            for kind in ("eager", "auto")
+            name: make_engine(name, model, settings.optimizer, pixels, CPU)
+            for name in ("eager", "auto")
         }
 
     def meta_batch(self, tasks: int) -> list[Task]:

@@ -37,7 +37,7 @@ def draw(results: Results, path: Path) -> None:
     """Draw bars of speed against eager, and curves where rows of `CURVES` were measured.
 
     Raises:
-        InputError: nothing was measured that this picture shows.
+        InputError: the run has no row that this picture shows.
     """
     bars = [
         (row, line)
@@ -59,7 +59,7 @@ def draw(results: Results, path: Path) -> None:
             _curves(figure.add_subplot(grid[number, -1]), row)
         machine = results.machine
         where = f"{machine.cpu}, {machine.threads} threads, torch {machine.versions['torch']}"
-        spoiled = "; disturbed, not to be relied on" if results.warnings else ""
+        spoiled = "; disturbed, unreliable" if results.warnings else ""
         figure.supxlabel(where + spoiled, fontsize=8, color=LIMIT if spoiled else "#555555")
         with atomic_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
@@ -86,7 +86,7 @@ def _bars(axes: Axes, bars: Sequence[tuple[Row, Line]]) -> None:
         if line.limit:
             axes.plot([line.limit] * 2, [y - 0.4, y + 0.4], color=LIMIT, linewidth=2)
     if any(line.limit for _, line in bars):
-        axes.plot([], [], color=LIMIT, linewidth=2, label="asked for")
+        axes.plot([], [], color=LIMIT, linewidth=2, label="target")
     axes.axvline(1, color=SLOW, linewidth=1, linestyle="--", label="eager PyTorch")
     labels = [
         f"{row.name}, {line.label.removeprefix('auto').lstrip(', ')}".rstrip(", ")

@@ -1,7 +1,7 @@
-"""What machine the figures are from, and whether anything else was running on it.
+"""The machine that the figures are from, and whether other programs were running on it.
 
-The load average alone does not tell: it counts this program too. So the CPU time that the system
-gave to others is counted, where it tells (Linux).
+The load average is not enough, as it counts this program too. So the CPU time of other programs is
+measured too, where the system reports it (Linux).
 """
 
 import os
@@ -28,7 +28,7 @@ class Machine(BaseModel):
     cpus: int  # that this process may keep busy
     threads: int  # of torch and of the native engine
     wait_policy: str  # OMP_WAIT_POLICY
-    governor: str | None  # of the first CPU's frequency, where the system tells
+    governor: str | None  # of the first CPU's frequency, where the system reports it
     load_average: tuple[float, float, float]  # before the run, over 1, 5 and 15 minutes
     system: str
     versions: dict[str, str]
@@ -37,7 +37,7 @@ class Machine(BaseModel):
 
 
 def describe_machine() -> Machine:
-    """Look at this machine, before it is put to work."""
+    """Describe this machine, before the run."""
     commit = _git("rev-parse", "HEAD")
     return Machine(
         cpu=_cpu_model(),
@@ -60,7 +60,7 @@ class OtherWork:
         self._start = _ticks()
 
     def share(self) -> float | None:
-        """Return it, 0..1; None where the system does not tell."""
+        """Return it, 0..1; None where the system does not report it."""
         if self._start is None or (now := _ticks()) is None:
             return None
         total, busy, own = (after - before for after, before in zip(now, self._start, strict=True))
@@ -90,13 +90,13 @@ def _cpu_model() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # onnxruntime has two names, and a checkout none
             continue
-    return found
+    return installed
 
 
 def _git(*arguments: str) -> str | None:

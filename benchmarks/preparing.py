@@ -1,4 +1,4 @@
-"""How much memory and time does `reptile prepare` take? On made photographs, as many as wanted.
+"""How much memory and time does `reptile prepare` take? On any number of synthetic photographs.
 
     python -m benchmarks.preparing --images 100000 --folder /somewhere/large
 
@@ -41,7 +41,7 @@ class Usage(NamedTuple):
 
 
 def make_photographs(folder: Path, images: int, size: int) -> None:
-    """Write JPEG files of smooth noise, in `CLASSES` folders in turn."""
+    """Write JPEG files of smooth noise, cycling through `CLASSES` folders."""
 
     def make(number: int) -> None:
         rng = np.random.default_rng(number)
@@ -57,7 +57,7 @@ def make_photographs(folder: Path, images: int, size: int) -> None:
 
 
 def prepare(source: Path, artifacts: Path, size: int) -> Usage:
-    """Run the command on its own and watch it."""
+    """Run the command in a separate process and watch it."""
     settings = (f"source={source}", f"image_size={size}", *SETTINGS)
     changes = [word for each in settings for word in ("-S", f"prepare.{each}")]
     command = [sys.executable, "-m", "reptile", "prepare", "--artifacts", str(artifacts), *changes]

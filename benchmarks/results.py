@@ -1,7 +1,4 @@
-"""What was measured, as it is kept in JSON and read again; every figure follows from the rounds.
-
-No measuring here, and no printing.
-"""
+"""Results, as written to JSON and read again; every figure is computed from the rounds."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -30,7 +27,7 @@ class Point(BaseModel):
 
 
 class Compared(BaseModel):
-    """What was measured beside a baseline, if it has one."""
+    """A measurement and its baseline, if it has one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,7 +38,7 @@ class Compared(BaseModel):
     @computed_field
     @property
     def ratio(self) -> Spread | None:
-        """Quartiles of the rounds' own ratios, which is not the ratio of the medians."""
+        """Quartiles of the rounds' ratios, not the ratio of the medians."""
         return Spread.of(self.ratios) if self.ratios else None
 
     def keeps_limit(self, at_least: bool) -> bool | None:
@@ -101,7 +98,7 @@ class Row(BaseModel):
     @computed_field
     @property
     def disturbed(self) -> bool:
-        """Whether the figures are not to be relied on."""
+        """Whether the figures are unreliable."""
         return (self.others or 0.0) > OTHERS or self.widest > WIDTH
 
     @property
@@ -116,7 +113,7 @@ class Results(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     machine: Machine
-    engine: str  # what `engine: auto` came to
+    engine: str  # what `engine: auto` selected
     started: str
     seconds: float
     quick: bool
@@ -125,20 +122,20 @@ class Results(BaseModel):
     @computed_field
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Everything that forbids taking these figures for real."""
-        found = []
+        """Reasons why these figures are unreliable."""
+        problems = []
         if self.quick:
-            found.append("a quick run: few rounds on small work, good for no figure")
+            problems.append("a quick run: few rounds on small work, no usable figures")
         load, cpus = self.machine.load_average[0], self.machine.cpus
         if load > LOAD * cpus:
-            found.append(f"the load average was {load:.1f} on {cpus} CPUs before the run")
+            problems.append(f"the load average was {load:.1f} on {cpus} CPUs before the run")
         busy = [f"{row.name} {row.others:.0%}" for row in self.rows if (row.others or 0) > OTHERS]
         if busy:
-            found.append(f"other programs took part of the CPUs: {', '.join(busy)}")
+            problems.append(f"other programs took part of the CPUs: {', '.join(busy)}")
         wide = [f"{row.name} {row.widest:.0%}" for row in self.rows if row.widest > WIDTH]
         if wide:
-            found.append(f"a ratio's quartiles lie far apart: {', '.join(wide)}")
-        return tuple(found)
+            problems.append(f"a ratio's quartiles lie far apart: {', '.join(wide)}")
+        return tuple(problems)
 
 
 def compared(
@@ -153,13 +150,13 @@ def compared(
     return tuple(
         Line(
             label=label,
-            milliseconds=tuple(own),
+            milliseconds=tuple(series),
             comparison=comparison,
-            ratios=tuple(() if label == baseline else paired(comparison, own, times[baseline])),
+            ratios=tuple(() if label == baseline else paired(comparison, series, times[baseline])),
             limit=(limits or {}).get(label),
             tasks=tasks,
         )
-        for label, own in times.items()
+        for label, series in times.items()
     )
 
 

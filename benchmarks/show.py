@@ -7,11 +7,11 @@ from rich.table import Table
 from benchmarks.results import Line, Results
 from benchmarks.timing import Spread
 
-HEADINGS = ("what runs", "ms", "quartiles", "ratio", "quartiles", "asked for", "tasks/s")
+HEADINGS = ("what runs", "ms", "quartiles", "ratio", "quartiles", "target", "tasks/s")
 
 
 def table(results: Results) -> Group:
-    """Return the table for a terminal, and below it what its rows are."""
+    """Return the table for a terminal, with a description of its rows."""
     shown = Table(*HEADINGS, title=_heading(results), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns[1:]:
         column.justify = "right"
@@ -37,7 +37,7 @@ def markdown(results: Results) -> str:
         for title, line in zip(titles, row.lines, strict=True):
             lines.append(f"| {title} | {line.label} | " + " | ".join(_cells(line)) + " |")
     lines += ["", _heading(results) + ". " + _caption(results)]
-    lines += [f"\n**Not to be relied on**: {warning}." for warning in results.warnings]
+    lines += [f"\n**Unreliable**: {warning}." for warning in results.warnings]
     return "\n".join(lines)
 
 
@@ -53,7 +53,7 @@ def _caption(results: Results) -> str:
     return (
         f"auto: {results.engine}; {versions}; commit {commit}; {results.started}, "
         f"{results.seconds:.0f} s; load average before {machine.load_average[0]:.1f}. "
-        "Medians over rounds; ratios are medians of each round's own ratio."
+        "Medians over rounds; ratios are medians of the rounds' ratios."
     )
 
 

@@ -1,6 +1,6 @@
-"""Timing things side by side, in turn in every round, so that a busy machine slows all of them.
+"""Timing several things alternately in every round, so that a busy machine slows all of them.
 
-What is timed is the rows' business. Here is only how: rounds, pairs, medians and quartiles.
+Rounds, pairs, medians and quartiles; the work timed is in `rows`.
 """
 
 import gc
@@ -14,13 +14,13 @@ Measure = Callable[[], float]
 """Runs something once and returns the milliseconds it took."""
 
 Comparison = Literal["speed", "slowdown", "share"]
-"""Of a time and its baseline's: baseline / own, own / baseline, and own / baseline as a part."""
+"""Of a time and its baseline: baseline / time, time / baseline, and time / baseline as a share."""
 
 TICK = 0.02  # a timing shorter than this, in seconds, is a timing of the scheduler
 
 
 class Effort(NamedTuple):
-    """How long to go on measuring."""
+    """How long to measure."""
 
     least: int  # rounds
     most: int  # rounds
@@ -51,7 +51,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Run all measures once in every round; return the milliseconds of each, one a round.
 
-    The order moves on by one from round to round, so that none always follows the same other.
+    The order is rotated by one each round, so that none always follows the same other.
 
     Args:
         measures: what to run, by name.
@@ -65,7 +65,7 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in names}
     start = perf_counter()
     for done in range(1, effort.most + 1):
-        gc.collect()  # so that no measure pays for what another left behind
+        gc.collect()  # so that no measure pays for another's garbage
         for name in names:
             times[name].append(measures[name]())
         names.append(names.pop(0))
@@ -93,7 +93,9 @@ def stopwatch(run: Callable[[], object]) -> Measure:
     return measure
 
 
-def paired(kind: Comparison, own: Sequence[float], baseline: Sequence[float]) -> list[float]:
+def paired(
+    comparison: Comparison, times: Sequence[float], baseline: Sequence[float]
+) -> list[float]:
     """Compare two series round by round: neighbours in time saw the same machine."""
-    pairs = list(zip(own, baseline, strict=True))
-    return [base / time if kind == "speed" else time / base for time, base in pairs]
+    pairs = list(zip(times, baseline, strict=True))
+    return [base / time if comparison == "speed" else time / base for time, base in pairs]

@@ -44,7 +44,7 @@ DRAWING = "drawing the tasks, of that"
 
 
 def overhead(effort: Effort) -> Row:
-    """Time whole training beside its inner loops alone, on the same tasks."""
+    """Time whole training and its inner loops alone, on the same tasks."""
     iterations = 5 if effort.quick else 40
     settings = TrainSettings()
     with _prepared_glyphs() as folder:
@@ -119,7 +119,7 @@ def processes(effort: Effort) -> Row:
         "2 processes, 1 thread each": (2, 1),
     }
     with _prepared_glyphs() as folder:
-        # All runs read one prepared dataset, and each writes to a folder of its own.
+        # All runs read one prepared dataset, and each writes to a separate folder.
         measures: dict[str, Measure] = {
             label: _Command(folder, every, *case) for label, case in cases.items()
         }
@@ -133,13 +133,13 @@ def processes(effort: Effort) -> Row:
 
 
 def busy_core(effort: Effort) -> Row:
-    """Time training on quiet cores and beside a program that keeps one of them busy."""
+    """Time training on idle cores, and while a program keeps one of them busy."""
     iterations = 5 if effort.quick else 40
     settings = TrainSettings()
     with _prepared_glyphs() as folder, _busy_loop() as loop:
         data = load_prepared(folder)
 
-        def beside() -> float:
+        def busy() -> float:
             loop.send_signal(signal.SIGCONT)
             try:
                 return _train(settings, data, iterations)[0]
@@ -147,7 +147,7 @@ def busy_core(effort: Effort) -> Row:
                 loop.send_signal(signal.SIGSTOP)
 
         times = interleave(
-            {"quiet": lambda: _train(settings, data, iterations)[0], "one core busy": beside},
+            {"quiet": lambda: _train(settings, data, iterations)[0], "one core busy": busy},
             effort,
         )
     return Row(
@@ -158,7 +158,7 @@ def busy_core(effort: Effort) -> Row:
 
 
 class _Command:
-    """Measures `reptile train` in a process of its own, or several."""
+    """Measures `reptile train` in a separate process, or several."""
 
     def __init__(self, folder: Path, every: int, processes: int, threads: int) -> None:
         self._artifacts = folder.parent / f"{processes}x{threads}"
@@ -179,11 +179,11 @@ class _Command:
 
     def __call__(self) -> float:
         """Return the milliseconds of a meta-iteration, the start-up left out."""
-        own = {"OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+        variables = {"OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": os.pathsep.join(sys.path)}
         with subprocess.Popen(
             [sys.executable, "-m", *self._arguments],
             cwd=self._artifacts,
-            env=os.environ | own,
+            env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -7,8 +7,8 @@
     print(trained.evaluate(data).table())
     trained.save("checkpoint")                              # reptile.load("checkpoint", module)
 
-Importing `reptile` changes nothing in the process and loads nothing; each name below loads what it
-needs when it is first used. A consumer of a bundle imports `reptile.runtime`, which needs numpy and
+Importing `reptile` does not change the process and loads no other package; each name below loads
+what it needs on first use. A consumer of a bundle imports `reptile.runtime`, which needs numpy and
 onnxruntime only.
 """
 

@@ -1,6 +1,6 @@
 """The library in one place: meta-train a network on tasks, evaluate it, save it, load it.
 
-Thin: each call is one call into a room. For bundles see `reptile.runtime`, which needs no torch.
+Each function is one call into a package. For bundles see `reptile.runtime`, which needs no torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,10 +43,10 @@ class Initialisation:
     def module(self) -> nn.Module:
         """Return a copy of the user's module with the learnt weights, in evaluation mode.
 
-        Its batch norm measures each batch, as it did in training.
+        Its batch norm uses the statistics of each batch, as in training.
 
         Raises:
-            TypeError: it is one of the networks of the settings, which are no modules.
+            TypeError: the network is one of those of the settings, which are not modules.
         """
         model = self.checkpoint.model
         if not isinstance(model, ModuleNetwork):
@@ -62,7 +62,7 @@ class Initialisation:
         report: str | Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Metrics:
-        """Measure few-shot scores on held-out classes, beside a random start and a baseline.
+        """Measure few-shot scores on held-out classes, with those of a random start and a baseline.
 
         Args:
             data: what it was trained on; its test split makes tasks.
@@ -84,7 +84,7 @@ class Initialisation:
         return metrics(evaluation)
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint: a folder of safetensors and JSON, whole or not at all."""
+        """Write the checkpoint: a folder of safetensors and JSON, complete or not at all."""
         save_checkpoint(Path(folder), self.checkpoint)
 
 
@@ -105,13 +105,13 @@ def train(
         module: any network that maps inputs [B, *shape] to [B, outputs]; it is copied, never
             changed. Without one, the network that `settings.model` names.
         work: folder for checkpoints on the way, of which `resume` takes the latest.
-        resume: go on from there, if the same training was interrupted.
+        resume: continue from there, if the same training was interrupted.
         on_progress: called after each meta-iteration.
 
     Raises:
         InputError: the data cannot make the tasks, or the module does not fit it.
         DivergedError: the loss is no longer finite.
-        PlatformError: the device that the settings name is not there.
+        PlatformError: the device that the settings name is missing.
     """
     folder = Path(work) if work is not None else None
     return Initialisation(

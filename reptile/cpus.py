@@ -1,4 +1,4 @@
-"""How many processors there are for us, and threads that behave on shared ones."""
+"""The number of processors available, and thread settings for shared ones."""
 
 import logging
 import math
@@ -14,8 +14,8 @@ def settle_threads() -> None:
 
     For programs, before they load torch, which reads them then. As many threads as the process may
     keep busy, and threads that sleep at a barrier: spinning ones slow everything down a
-    hundredfold when another process shares the cores, and the native engine, which has threads of
-    its own, threefold. A library must leave its process alone, so importing `reptile` does not.
+    hundredfold when another process shares the cores, and the native engine, which has its own
+    threads, threefold. A library must not change its process, so importing `reptile` does not.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(available_cpus()))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +23,7 @@ def settle_threads() -> None:
 
 @cache
 def warn_of_spinning_threads() -> None:
-    """Say once if torch's threads spin, which training with threads beside them suffers from."""
+    """Warn once if torch's threads spin, which slows the native engine's threads down."""
     if "OMP_WAIT_POLICY" not in os.environ:
         log.warning(
             "torch's threads spin between operations, so training may take three times as long; "
@@ -34,7 +34,7 @@ def warn_of_spinning_threads() -> None:
 def available_cpus() -> int:
     """Return how many processors this process may keep busy: its affinity and its cgroup's quota.
 
-    torch's default number of threads knows nothing of the quota, and a container that runs more
+    torch's default number of threads ignores the quota, and a container that runs more
     threads than its quota is stopped for most of the time.
     """
     try:

@@ -1,7 +1,7 @@
-"""The errors that a person can mend, by kind; everything else is a defect of this project.
+"""The errors that a user can fix; any other exception is a defect of this project.
 
-The command line prints such an error as one line and ends with the kind's exit code; it never shows
-a traceback for one.
+The command line prints such an error as one line, without a traceback, and exits with the class's
+code.
 """
 
 
@@ -18,7 +18,7 @@ class InputError(ReptileError, ValueError):
 
 
 class GateError(ReptileError):
-    """An evaluation below what the settings demand of it: no bundle is exported."""
+    """An evaluation below the gate in the settings: no bundle is exported."""
 
     exit_code = 3
 
@@ -30,18 +30,18 @@ class DivergedError(ReptileError, ValueError):
 
 
 class VerificationError(ReptileError):
-    """A bundle that does not do what eager PyTorch does."""
+    """A bundle whose results differ from eager PyTorch's."""
 
     exit_code = 5
 
 
 class PlatformError(ReptileError):
-    """What this machine does not give: a device, a compiler, memory, another process of the run."""
+    """What this machine lacks: a device, a compiler, memory, another process of the run."""
 
     exit_code = 6
 
 
 class ClusterError(ReptileError):
-    """A cluster that cannot be reached, or refuses what it is asked."""
+    """A cluster that cannot be reached, or refuses a request."""
 
     exit_code = 7

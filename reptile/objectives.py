@@ -1,7 +1,7 @@
-"""The two objectives, classification and regression, and all that tells them apart.
+"""The two objectives, classification and regression, and everything in which they differ.
 
-What a network's outputs are for, their loss, how they are scored and what a validation task looks
-like. The rooms ask here instead of asking which objective it is.
+The meaning of a network's outputs, their loss and score, and the form of a validation task. Other
+modules use these fields instead of testing which objective it is.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Objective:
     title: str
     """The score's name for people."""
     unit: str
-    """What people read it in: `%` of answers, or the square of the values' own unit."""
+    """The unit to show: `%` of answers, or none for squared values."""
     better: Literal[1, -1]
     """1 where a larger score is better, -1 where a smaller one is."""
     network_input: Callable[[Tensor], Tensor]
@@ -49,10 +49,10 @@ class Objective:
         return self.better * (score - other)
 
     def disagreement(self, answers: Array, others: Array) -> float:
-        """Return how far two sets of outputs [..., Q, outputs] are from answering alike.
+        """Return how much two sets of outputs [..., Q, outputs] differ.
 
-        The share of labels that differ; or the root mean square of the values' difference as a
-        share of their own.
+        The share of labels that differ; or the norm of the values' difference relative to the
+        norm of `others`.
         """
         if self.name == "classification":
             return float((answers.argmax(-1) != others.argmax(-1)).mean())

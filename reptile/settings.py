@@ -1,7 +1,7 @@
 """Settings of every stage, typed and checked, read from params.yaml.
 
 One model a stage, named as the stage is. A bad value is an InputError that names the setting, the
-value and the limit. Nothing here touches data or models.
+value and the limit. No data or models are read here.
 """
 
 import logging
@@ -35,7 +35,7 @@ PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
 REMOVED = {"evaluate": {"ways"}}
-"""Settings by stage that had no use; they are accepted and have no effect."""
+"""Settings by stage that were removed; they are accepted and have no effect."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -74,9 +74,10 @@ class PrepareSettings(Section):
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
     channels: Literal["auto", "grey", "rgb"] = "auto"
     held_out: str = "groups"
-    """What validation and test hold out: whole `groups` (alphabets), or single `classes`; or which
-    list says so: the `published` one among the source's own files, one of PUBLISHED_SPLITS by its
-    name, or a JSON file by its path (`{"validation": [names], "test": [names]}`)."""
+    """What validation and test hold out: whole `groups` (alphabets), single `classes`, or the
+    classes of a list: `published` for the one among the source's files, one of
+    PUBLISHED_SPLITS by its name, or a JSON file by its path
+    (`{"validation": [names], "test": [names]}`)."""
     validation: int | float = 0.1
     """A fraction, or a whole number of groups or classes; 0 holds out none for validation."""
     test: int | float = 0.2
@@ -84,7 +85,7 @@ class PrepareSettings(Section):
     rotations: bool = True
     """Turn each training class by 90, 180 and 270 degrees into three more classes."""
     images_per_class: Positive = 20
-    """The least number of images a class must have: shots + queries, or the train-shots."""
+    """The minimum number of images of a class: shots + queries, or the train-shots."""
 
     @field_validator("held_out")
     @classmethod
@@ -136,7 +137,7 @@ class OptimizerSettings(Section):
     weight_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Every weight is multiplied by this before each inner step; 1 is off."""
     state: Literal["sequential", "parallel", "reset"] = "sequential"
-    """What becomes of Adam's second moment and step count from task to task in training."""
+    """How Adam's second moment and step count pass from task to task in training."""
 
 
 class TrainSettings(Section):
@@ -148,9 +149,9 @@ class TrainSettings(Section):
     model: ModelSettings = ModelSettings()
     algorithm: Literal["reptile", "fomaml"] = "reptile"
     tail_shots: Annotated[int, Field(ge=0)] = 0
-    """fomaml: images of each class kept for the last inner step; 0 keeps none apart."""
+    """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
-    """Classes of a task, and outputs of the network; 1 where values are to be predicted."""
+    """Classes of a task, and outputs of the network; 1 for regression."""
     train_shots: Positive = 10
     optimizer: OptimizerSettings = OptimizerSettings()
     inner_steps: Positive = 5
@@ -190,7 +191,7 @@ class EvaluateSettings(Section):
     tasks: Annotated[int, Field(ge=2)] = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
     queries: Positive = 1
-    """Query images a class; the reference uses one. Of a sinusoid: points not shown."""
+    """Query images per class; the reference uses one. Of a sinusoid: other points."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
 
@@ -201,11 +202,11 @@ class GateSettings(Section):
     shots: Positive = 1
     mode: BatchNormMode = "transductive"
     accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The least mean accuracy on the held-out split."""
+    """Minimum mean accuracy on the held-out split."""
     mean_squared_error: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Of a regressor: the largest mean squared error on the held-out split; none by default."""
+    """For a regressor: maximum mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The least gain over the random initialisation adapted in the same way."""
+    """Minimum gain over the random initialisation adapted in the same way."""
 
 
 class ExportSettings(Section):
@@ -250,7 +251,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
-    values.pop("paper", None)  # where a preset says what it reproduces; no stage reads it
+    values.pop("paper", None)  # what a preset reproduces; no stage reads it
     for override in overrides:
         _apply(values, override)
     try:
@@ -260,7 +261,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def parse_settings(section: type[AnySection], text: str) -> AnySection:
-    """Read one stage's settings from JSON text, as Kubeflow hands them over.
+    """Read one stage's settings from JSON text, as Kubeflow passes them.
 
     Raises:
         InputError: not JSON, or a setting that is unknown or out of range.
@@ -273,7 +274,7 @@ def parse_settings(section: type[AnySection], text: str) -> AnySection:
 
 
 def describe(error: ValidationError) -> list[str]:
-    """One line a problem: where it is, the value, and what is wrong with it."""
+    """One line per problem: the setting, the value, and what is wrong with it."""
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"])

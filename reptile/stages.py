@@ -1,8 +1,8 @@
-"""The five stages, as DVC, Kubeflow and the command line all call them.
+"""The five stages, as DVC, Kubeflow and the command line call them.
 
-Each is one function: settings and input folders in, one output folder out, written whole or not at
-all. What a stage does lies in the room of its name; this is only where the rooms are joined. Each
-function imports what it runs, so that reptile.provenance can say what each result depends on.
+Each is one function: settings and input folders in, one output folder out, complete or not at all.
+The work is in the package of the stage's name; this module only connects them. Each function
+imports what it runs, so that reptile.provenance can determine what each result depends on.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reptile.learn.train import Progress
 
 Counted = Callable[[int, int], None]
-"""Told how many of how many are done."""
+"""Called with the number done and the total."""
 
 
 def check_later_stages(settings: Settings, prepared: Path) -> None:
@@ -82,9 +82,9 @@ def train(
 ) -> "Checkpoint":
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
-    `work` holds unfinished runs, so that `resume` can go on from them. Started by torchrun, the
-    processes share the work, and the first alone writes. A second training that would write to the
-    same place is refused while this one runs.
+    `work` holds unfinished runs, so that `resume` can continue them. Started by torchrun, the
+    processes share the work, and only the first writes. A second training that would write to the
+    same folder is refused while this one runs.
     """
     from reptile.data.dataset import load_prepared
     from reptile.learn.checkpoint import save_checkpoint

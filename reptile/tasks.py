@@ -1,7 +1,7 @@
 """Few-shot tasks as index arrays into a prepared dataset: sampled, seeded, resumable.
 
 Every meta-batch and every test task has its own random stream, keyed by (seed, purpose, number), so
-any can be drawn again without drawing those before it. No image is touched here.
+each can be drawn independently of the others. No image is read here.
 """
 
 from enum import IntEnum
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 
 class Purpose(IntEnum):
-    """What a random stream is for; streams of different purposes never meet."""
+    """What a random stream is for; streams of different purposes are independent."""
 
     TRAIN = 0
     VALIDATE = 1
@@ -62,25 +62,25 @@ def sample_rows(
 def _distinct(rng: np.random.Generator, ends: IntArray, size: int) -> IntArray:
     """Draw `size` different numbers below each of the `ends` [N]; the time depends on `size` alone.
 
-    Nothing here depends on what a number is, so all outcomes [N, size] are equally likely.
+    All outcomes [N, size] are equally likely.
     """
     drawn = np.empty((len(ends), size), dtype=np.int64)
     few = ends <= 8 * size
-    if few.any():  # order all of them at random
+    if few.any():  # permute all
         keys = rng.random((np.count_nonzero(few), ends[few].max()))
         keys[np.arange(keys.shape[1]) >= ends[few, None]] = 1
         drawn[few] = np.argsort(keys, axis=1)[:, :size]
-    if not few.all():  # draw again what is there already
+    if not few.all():  # redraw repeats
         many = np.repeat(ends[~few, None], size, axis=1)
-        found = rng.integers(many)
-        while (again := _repeated(found)).any():
-            found[again] = rng.integers(many[again])
-        drawn[~few] = found
+        candidates = rng.integers(many)
+        while (again := _repeated(candidates)).any():
+            candidates[again] = rng.integers(many[again])
+        drawn[~few] = candidates
     return drawn
 
 
 def _repeated(values: IntArray) -> npt.NDArray[np.bool_]:
-    """Mark what is in its row [N, size] a second time."""
+    """Mark repeated values in each row [N, size]."""
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=1)
     marks = np.zeros(values.shape, dtype=bool)
@@ -89,7 +89,7 @@ def _repeated(values: IntArray) -> npt.NDArray[np.bool_]:
 
 
 def targets(classes: ClassRange, rows: IntArray) -> Targets:
-    """Return what is to be answered for rows [ways, images] of a task, flattened.
+    """Return the targets of rows [ways, images] of a task, flattened.
 
     Labels 0..ways-1, int64 [ways·images]; where the data has values to predict, these, float32
     [ways·images, outputs].
@@ -125,12 +125,12 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
     positions = np.arange(ways * shots).reshape(ways, shots)
     head, last = positions[:, tail:].ravel(), (positions[:, :tail].ravel(),) if tail else ()
     steps = settings.inner_steps - len(last)
-    nothing = np.empty(0, dtype=np.int64)
+    no_rows = np.empty(0, dtype=np.int64)
     tasks = []
-    for own in rows:
+    for task_rows in rows:
         drawn = mini_batches(rng, head.size, settings.inner_batch, steps, settings.replacement)
-        support = own.ravel(), targets(classes, own)
-        tasks.append(Task(*support, nothing, nothing, (*head[drawn], *last)))
+        support = task_rows.ravel(), targets(classes, task_rows)
+        tasks.append(Task(*support, no_rows, no_rows, (*head[drawn], *last)))
     return tasks
 
 

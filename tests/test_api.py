@@ -109,7 +109,7 @@ def test_what_cannot_be_done_with_a_module_is_one_sentence(
     data: PreparedData, tmp_path: Path
 ) -> None:
     module = make_module(data.image_shape, 3)
-    with pytest.raises(reptile.InputError, match="native: knows conv4 and mlp, not torch"):
+    with pytest.raises(reptile.InputError, match="native: supports conv4 and mlp, not torch"):
         reptile.train(data, settings_of(engine="native"), module)
     trained = reptile.train(data, settings_of(meta_iterations=2), module)
     trained.save(tmp_path / "saved")

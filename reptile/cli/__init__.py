@@ -1,6 +1,6 @@
 """The command line: a command for each stage, with settings from params.yaml or a preset, and more.
 
-It shows progress and results to a person; all work is done by `reptile.stages` and
+It shows progress and results; all work is done by `reptile.stages` and
 `reptile.cli.classify`. Each command imports what it needs: `classify` runs without torch.
 """
 
@@ -47,30 +47,36 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 app = typer.Typer(
-    help="Few-shot learning with Reptile: from images to a bundle, and a bundle in use.",
+    help="Few-shot learning with Reptile: from images to an ONNX bundle, and its use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Make the starter data, or download others'.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Draw the starter dataset, or download public ones.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 console = Console()
 
 ParamsOption = Annotated[
     Path | None,
-    typer.Option("--params", help="File of settings.", show_default="params.yaml"),
+    typer.Option("--params", help="Settings file.", show_default="params.yaml"),
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="Settings of a paper; see `reptile presets`."),
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Settings of a published experiment; see `reptile presets`.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
 ]
 ArtifactsOption = Annotated[
-    Path, typer.Option("--artifacts", help="Folder that the stages read and write.")
+    Path, typer.Option("--artifacts", help="Folder of the stages' inputs and outputs.")
 ]
 PARAMS = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
@@ -122,7 +128,7 @@ def train(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the last checkpoint of an interrupted run.")
+        bool, typer.Option(help="Resume an interrupted run from its last checkpoint.")
     ] = False,
 ) -> None:
     """Meta-train an initialisation on the prepared data.
@@ -156,12 +162,12 @@ def runs(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Remove those that cannot be resumed.")
+        bool, typer.Option("--remove", help="Remove runs that cannot be resumed.")
     ] = False,
 ) -> None:
     """List unfinished training runs: whether `reptile train --resume` resumes them, or why not.
 
-    A run is resumed by the same settings, data, code and packages.
+    A run is resumed with the same settings, data, code and packages.
 
     Example: reptile runs --remove
     """
@@ -172,11 +178,11 @@ def runs(
     from reptile.learn.train import untrained
 
     work = artifacts / "training"
-    if not (found := unfinished_runs(work)):
+    if not (unfinished := unfinished_runs(work)):
         console.print(f"no unfinished runs in {work}", soft_wrap=True)
         return
     now = untrained(settings.train, load_prepared(artifacts / "prepared")).info
-    for run in found:
+    for run in unfinished:
         reason = differences(run.info, now)
         removed = remove and reason != ""
         if removed:
@@ -228,7 +234,7 @@ def export(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
     ignore_gate: Annotated[
-        bool, typer.Option("--ignore-gate", help="Export whatever the evaluation says.")
+        bool, typer.Option("--ignore-gate", help="Export whatever the evaluation's scores.")
     ] = False,
 ) -> None:
     """Write the ONNX bundle, if the evaluation passes the gate in the settings.
@@ -279,7 +285,7 @@ def verify(
 
 @app.command()
 def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
-    """Show what the stages have made: the accuracies, and where bundle and report lie."""
+    """Show the stages' results: the accuracies, and the paths of bundle and report."""
     from reptile.evaluate import summary_table
     from reptile.evaluate.metrics import read_metrics
 
@@ -297,25 +303,25 @@ def show(artifacts: ArtifactsOption = ARTIFACTS) -> None:
 def classify(
     bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files to name.")
+        list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files to classify.")
     ] = None,
     support: Annotated[
         Path | None,
         typer.Option(help="Folder or zip with a folder of examples for each class."),
     ] = None,
     task: Annotated[
-        Path | None, typer.Option(help="Instead of --support: what --save wrote.")
+        Path | None, typer.Option(help="Adapted task that --save wrote, instead of --support.")
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write what was learnt for --task.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Inner steps; the bundle's if not given.")
+    save: Annotated[
+        Path | None, typer.Option(help="File for the adapted task, to use with --task.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(help="Inner steps; the bundle's by default.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Chooses the mini-batches; 0 if not given.")
+        int | None, typer.Option(help="Seed of the mini-batches; 0 by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Learn new classes from a few example images, then name other images; needs no torch.
+    """Learn new classes from a few example images, then classify other images; needs no torch.
 
     Example: reptile classify artifacts/bundle --support animals new/1.png new/2.png
     """
@@ -328,9 +334,9 @@ def classify(
             "give either --support, a folder of examples, or --task, what --save wrote"
         )
     if task is not None and (save, steps, seed) != (None, None, None):
-        raise InputError("--save, --steps and --seed go with --support: --task has learnt already")
+        raise InputError("--save, --steps and --seed need --support: --task is adapted already")
     if not paths and save is None:
-        raise InputError("no images to name: give PNG or JPEG files, or --save to learn only")
+        raise InputError("no images to classify: give PNG or JPEG files, or --save to learn only")
     model = FewShotModel.load(bundle)
     queries = read_images(paths, model.image_shape)
     if support is not None:
@@ -361,18 +367,20 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     tasks: Annotated[
-        Path | None, typer.Option(help="Folder that keeps taught tasks over a restart.")
+        Path | None, typer.Option(help="Folder that keeps adapted tasks across restarts.")
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", "-S", metavar="NAME=VALUE", help="Change a bound; --bounds lists."),
+        typer.Option(
+            "--set", "-S", metavar="NAME=VALUE", help="Change a limit; --bounds lists them."
+        ),
     ] = None,
-    bounds: Annotated[bool, typer.Option("--bounds", help="List the bounds and end.")] = False,
+    bounds: Annotated[bool, typer.Option("--bounds", help="List the limits and exit.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, with a page to try it on; needs no torch.
 
-    A token in the environment variable REPTILE_TOKEN is asked of every request but health and the
-    page's own files; the page asks its visitor for it.
+    If the environment variable REPTILE_TOKEN is set, every request must carry this token, except
+    health checks and the page's files; the page asks the user for it.
 
     Example: reptile serve artifacts/bundle --tasks tasks -S max_tasks=100
     """
@@ -392,11 +400,11 @@ def serve(
 
 @app.command("reproduce")
 def reproduce_command(
-    preset: Annotated[str, typer.Argument(help="Which experiment; see `reptile presets`.")],
+    preset: Annotated[str, typer.Argument(help="The experiment; see `reptile presets`.")],
     seeds: Annotated[int, typer.Option(min=1, help="Training runs, from train.seed on.")] = 3,
     data: Annotated[
         str | None,
-        typer.Option(help="Another source of images, or a prepared folder, than the preset's."),
+        typer.Option(help="Source of images or prepared folder, instead of the preset's."),
     ] = None,
     changes: SetOption = None,
     artifacts: Annotated[
@@ -404,9 +412,9 @@ def reproduce_command(
         typer.Option(help="Folder to write.", show_default="artifacts/reproduce/PRESET"),
     ] = None,
 ) -> None:
-    """Train and evaluate a preset for several seeds; show it beside the published row.
+    """Train and evaluate a preset for several seeds; compare it with the published result.
 
-    What is finished is not done again, and an interrupted seed goes on where it stopped.
+    Finished work is reused, and an interrupted seed resumes where it stopped.
 
     Example: reptile reproduce omniglot-5w1s --seeds 3 -S train.meta_iterations=5000
     """
@@ -430,12 +438,10 @@ def reproduce_command(
 
 @app.command("transfer")
 def transfer_command(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Artifacts folders: each one a row and a column.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Artifacts folders, one per row and column.")],
     on: Annotated[
         list[Path] | None,
-        typer.Option("--on", help="One more prepared dataset to test on; may be repeated."),
+        typer.Option("--on", help="Another prepared dataset to test on; may be repeated."),
     ] = None,
     mode: Annotated[
         BatchNormMode, typer.Option(help="Batch norm in the table; the JSON has all.")
@@ -449,8 +455,8 @@ def transfer_command(
 ) -> None:
     """Test every run's initialisation on every run's held-out classes, and on more datasets.
 
-    The classes of another split or preparation of a run's own data are left out: it may have been
-    trained on them.
+    A run is not tested on its data split or prepared differently: it may have been trained on those
+    classes.
 
     Example: reptile transfer letters digits --on letters/prepared/cross_domain/emnist-balanced
     """
@@ -465,8 +471,10 @@ def transfer_command(
 
 @app.command()
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
-    params: Annotated[Path, typer.Option("--params", help="What DVC would change.")] = PARAMS,
+    name: Annotated[str | None, typer.Argument(help="Preset to show in full.")] = None,
+    params: Annotated[
+        Path, typer.Option("--params", help="The file that DVC would change.")
+    ] = PARAMS,
 ) -> None:
     """List the settings of published experiments, or show one and how to run it with DVC.
 
@@ -502,10 +510,11 @@ def glyphs(
 def download(
     name: Annotated[str, typer.Argument(help="omniglot, mnist, emnist, cifar-fs or fc100.")],
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where to; a folder in datasets/ by default.")
+        Path | None,
+        typer.Option("--folder", help="Target folder; a folder in datasets/ by default."),
     ] = None,
 ) -> None:
-    """Download a public dataset and check it; go on where an earlier try was cut off.
+    """Download a public dataset and check it; an interrupted download is resumed.
 
     Example: reptile data download omniglot
     """
@@ -530,13 +539,15 @@ def download(
 
 
 def run() -> None:
-    """Run the command line; a foreseeable error is one line and the exit code of its kind."""
+    """Run the command line; a foreseeable error prints one line and exits with its class's code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal may be unable to show a class's name
+        if isinstance(stream, TextIOWrapper):  # a class's name may not be encodable
             stream.reconfigure(errors="backslashreplace")
-    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
+    console.quiet = (
+        os.environ.get("RANK", "0") != "0"
+    )  # of several processes only the first one prints
     try:
         check_code()
         app()
@@ -557,7 +568,7 @@ def _fail(message: str, exit_code: int) -> None:
 def _prediction_table(
     paths: list[Path], adapted: "AdaptedModel", prediction: "Prediction"
 ) -> Table:
-    """One row an image: its likeliest class with its probability, and the next likeliest."""
+    """One row an image: its most probable class with its probability, and the second."""
     columns = [Column(name, overflow="fold") for name in ("image", "class", "", "", "or")]
     columns[3].justify = "right"
     table = Table(*columns, box=SIMPLE_HEAD)
@@ -590,7 +601,7 @@ def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)
 
 @contextmanager
 def _counting(what: str) -> "Iterator[Counted]":
-    """Show a progress bar; yield what moves it."""
+    """Show a progress bar; yield the function that updates it."""
     with _bar() as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

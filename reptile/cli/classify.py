@@ -1,6 +1,6 @@
-"""Folders and files of images for a bundle: what `reptile classify` reads and says.
+"""Folders and files of images for a bundle: input and output of `reptile classify`.
 
-Not for training data (see `data`). Needs no torch.
+For training data see `data`. Needs no torch.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def read_support(folder: Path, model: FewShotModel) -> tuple[UInt8Array, list[st
         if not 2 <= len(names) <= model.ways:
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise InputError(
-                f"{folder}: classes: {len(names)} ({listed}); this bundle tells 2 to {model.ways} "
-                "apart: add or remove class folders"
+                f"{folder}: classes: {len(names)} ({listed}); this bundle takes 2 to "
+                f"{model.ways}: add or remove class folders"
             )
         files = [(file, c.name) for c in source.classes for file in c.files]
         if len(files) > model.bundle.max_support:
@@ -77,7 +77,7 @@ def _content(path: Path) -> bytes:
 
 
 def report(paths: Sequence[Path], adapted: AdaptedModel, prediction: Prediction) -> dict[str, Any]:
-    """Return what was learnt and predicted, for machines."""
+    """Return the adaptation and the predictions, for JSON."""
     return {
         "labels": adapted.labels,
         "losses": adapted.losses.tolist(),

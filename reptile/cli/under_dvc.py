@@ -1,4 +1,4 @@
-"""What must hold where DVC runs a command: that it knows the code and the data that are used."""
+"""Checks on a command that DVC runs: DVC must track the code and the data in use."""
 
 import os
 from pathlib import Path
@@ -10,19 +10,19 @@ from reptile.settings import PrepareSettings
 NAMED_SOURCES = ("digits", "glyphs", "sinusoid")
 """Sources without files; the project has a file of each name, for DVC to depend on."""
 FOLLOWED = Path("datasets")
-"""What dvc.yaml depends on besides `prepare.source`: DVC cannot depend on what a list names."""
+"""dvc.yaml's dependency besides `prepare.source`: DVC cannot depend on the items of a list."""
 
 
 def check_code() -> None:
-    """Refuse to run other code than that beside the dvc.yaml whose stage this is.
+    """Refuse to run other code than that next to the stage's dvc.yaml.
 
     Raises:
         InputError: another checkout or an installed package would run.
     """
-    hashed = Path.cwd() / "reptile"  # a stage runs beside its dvc.yaml
+    hashed = Path.cwd() / "reptile"  # a stage runs in its dvc.yaml's folder
     if "DVC_STAGE" in os.environ and hashed.is_dir() and hashed.resolve() != PACKAGE.resolve():
         raise InputError(
-            f"DVC knows the code in {hashed}, but {PACKAGE} would run; unset PYTHONSAFEPATH and "
+            f"DVC tracks the code in {hashed}, but {PACKAGE} would run; unset PYTHONSAFEPATH and "
             "PYTHONPATH, and let dvc.yaml run `python -m reptile`"
         )
 

@@ -1,8 +1,7 @@
-"""Few-shot evaluation: measured accuracy with honest intervals, and a report of it.
+"""Few-shot evaluation: accuracy with confidence intervals, and a report.
 
 `measure` runs the tasks, `metrics` describes the scores, `write` writes the files that DVC reads,
-`report` the page for people, `gate` says what may be exported. A checkpoint is chosen by the
-validation split, in `learn`.
+`report` the page for people, `gate` decides what may be exported.
 """
 
 from reptile.evaluate.measure import Evaluation, Measurement, evaluate

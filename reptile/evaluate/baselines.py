@@ -1,7 +1,7 @@
-"""The network that ordinary training makes of the same tasks: what Reptile is compared with.
+"""Joint training: ordinary training on the pooled tasks, a baseline for Reptile.
 
-All points of all training tasks are one set, as if they were one function's. Only for regression:
-labels of classes differ from task to task, so classification has nothing to pool.
+All points of all training tasks are one set, as if of one function. Only for regression: labels of
+classes differ from task to task, so classification tasks cannot be pooled.
 """
 
 import numpy as np
@@ -29,14 +29,14 @@ def train_jointly(
         data: with values to predict; mini-batches are drawn from all points of its training split.
 
     Returns:
-        The weights reached, with a fresh optimiser state: this training had another aim.
+        The weights reached, with a fresh optimiser state.
     """
     classes = data.split("train")
     assert classes.targets is not None
     rows = np.concatenate(
         [np.arange(a, a + n) for a, n in zip(classes.starts, classes.counts, strict=True)]
     )
-    nothing = np.empty(0, dtype=np.int64)
+    no_rows = np.empty(0, dtype=np.int64)
     rng = random_stream(settings.seed, Purpose.JOINT)
     left = settings.meta_iterations * settings.meta_batch * settings.inner_steps
     state = fresh_state(weights)
@@ -44,7 +44,7 @@ def train_jointly(
         steps = min(left, STEPS_AT_ONCE)
         support = rng.choice(rows, steps * settings.inner_batch)
         batches = np.arange(support.size).reshape(steps, -1)
-        task = Task(support, classes.targets[support], nothing, nothing, tuple(batches))
+        task = Task(support, classes.targets[support], no_rows, no_rows, tuple(batches))
         adapted = engine.adapt(weights, state, [task])
         weights = adapted.weights[0]
         state = OptimizerState(adapted.state.second_moment[0], adapted.state.step)

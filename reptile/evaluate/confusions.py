@@ -1,6 +1,6 @@
-"""Which classes are taken for which: labels of tasks traced back to the classes behind them.
+"""Confusions between classes: labels of tasks mapped back to the dataset's classes.
 
-A task's labels are a random map, so a confusion matrix over labels would say nothing.
+A task's labels are a random map, so a confusion matrix over labels would be meaningless.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from reptile.minibatches import IntArray
 
 
 class Confusions(NamedTuple):
-    """What the meta-trained initialisation takes the queries of K classes for."""
+    """The predictions of the meta-trained initialisation for queries of K classes."""
 
     classes: tuple[PreparedClass, ...]  # those of the test split
     counts: IntArray  # [K, K] queries of class i taken for class j
@@ -25,13 +25,13 @@ class HardClass(NamedTuple):
 
     entry: PreparedClass
     right: int
-    asked: int
+    queries: int
     taken_for: PreparedClass
     times: int
 
 
 def confusions(data: PreparedData, measurements: Sequence[Measurement]) -> Confusions:
-    """Count confusions of the frozen mode, in which each query is judged on its own."""
+    """Count confusions of the frozen mode, in which queries are independent."""
     classes = tuple(entry for entry in data.classes if entry.split == "test")
     starts = np.array([entry.start for entry in classes])
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
@@ -45,14 +45,18 @@ def confusions(data: PreparedData, measurements: Sequence[Measurement]) -> Confu
     return Confusions(classes, counts)
 
 
-def hardest(found: Confusions, limit: int) -> list[HardClass]:
+def hardest(confusion: Confusions, limit: int) -> list[HardClass]:
     """Return the classes with the smallest share of right answers, the hardest first."""
-    right, asked = found.counts.diagonal(), found.counts.sum(1)
-    wrong = found.counts - np.diag(right)
-    order = np.argsort(right / np.maximum(asked, 1), kind="stable")
+    right, queries = confusion.counts.diagonal(), confusion.counts.sum(1)
+    wrong = confusion.counts - np.diag(right)
+    order = np.argsort(right / np.maximum(queries, 1), kind="stable")
     return [
         HardClass(
-            found.classes[i], int(right[i]), int(asked[i]), found.classes[j], int(wrong[i, j])
+            confusion.classes[i],
+            int(right[i]),
+            int(queries[i]),
+            confusion.classes[j],
+            int(wrong[i, j]),
         )
         for i, j in zip(order, wrong[order].argmax(1), strict=True)
         if wrong[i, j]

@@ -1,6 +1,6 @@
-"""The functions of one number that adaptation makes of the network: curves for the report.
+"""Functions of one number, as the adapted network computes them: curves for the report.
 
-Not for scores, which come from the tasks' own points: see `measure`.
+Not for scores, which use the tasks' query points: see `measure`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
     """One task: its points, and the network's function after some numbers of inner steps."""
 
     shown: Points
-    asked: Points
+    queries: Points
     x: Array  # [GRID]
     by_step: Mapping[int, Array]  # [GRID] after so many steps
 
@@ -53,9 +53,9 @@ def fit_curves(
     for number, task in enumerate(tasks):
         curves = {}
         for steps, weights in along.items():
-            own = weights[number]
-            grid = torch.from_numpy(x).to(own).view(-1, 1, 1, 1)
-            values = model.forward(unflatten(model, own), grid)[:, 0]
+            adapted = weights[number]
+            grid = torch.from_numpy(x).to(adapted).view(-1, 1, 1, 1)
+            values = model.forward(unflatten(model, adapted), grid)[:, 0]
             curves[steps] = values.double().cpu().numpy()
         shown = _points(data, task.support, task.support_targets)
         fits.append(Fit(shown, _points(data, task.query, task.query_targets), x, curves))

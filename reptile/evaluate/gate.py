@@ -1,4 +1,4 @@
-"""The gate: whether what was measured is good enough to be exported.
+"""The gate: whether an evaluation is good enough for export.
 
 Not for measuring: see `measure`.
 """
@@ -55,7 +55,7 @@ def gate(
     """Return why a checkpoint may not be exported; None if it may.
 
     Args:
-        settings: the limits, and which of the scores counts.
+        settings: the limits, and the score to compare.
         checkpoint: what was evaluated.
         evaluation: its evaluation.
         champion: the text of an earlier bundle's manifest.json, which the checkpoint must not be
@@ -99,7 +99,7 @@ def refusal(
     whose whole interval lies below the champion's is worse than it.
 
     Raises:
-        InputError: the score that the gate asks for was not measured.
+        InputError: the score that the gate needs was not measured.
     """
     objective = objective_named(metrics.objective)
     trained = _gated(settings, metrics, "trained", "evaluated")
@@ -114,7 +114,7 @@ def refusal(
     if not gain >= settings.above_random:
         return (
             f"{what} is {trained.mean:.4f}, only {gain:.4f} {better} the random "
-            f"initialisation's; the gate asks for {settings.above_random}"
+            f"initialisation's; the gate requires {settings.above_random}"
         )
     if champion is not None:
         best = _gated(settings, champion, "trained", "measured for the champion")
@@ -130,7 +130,7 @@ def _gated(settings: GateSettings, metrics: Metrics, method: str, how: str) -> S
     score = metrics.find(metrics.held_out, settings.shots, method, settings.mode)
     if score is None:
         raise InputError(
-            f"the gate asks for {settings.shots}-shot {settings.mode} on {metrics.held_out}, which "
+            f"the gate needs {settings.shots}-shot {settings.mode} on {metrics.held_out}, which "
             f"was not {how}; change export.gate or evaluate.shots"
         )
     return score

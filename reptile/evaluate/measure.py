@@ -1,7 +1,7 @@
-"""Running test tasks: what each method predicts for every query, and the score that makes.
+"""Running test tasks: the predictions of each method for every query, and their scores.
 
 Keeps predictions rather than scores, so that every number and picture comes from the same tasks.
-Writes nothing.
+Writes no files.
 """
 
 import logging
@@ -49,7 +49,7 @@ STARTS: Mapping[Objective, tuple[Start, ...]] = {
     REGRESSION: ("trained", "random", "joint"),
 }
 
-PATH_TASKS = 3 * TASKS_AT_ONCE  # whose score is also taken on the way, at these steps
+PATH_TASKS = 3 * TASKS_AT_ONCE  # also scored at these steps
 PATH_STEPS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800)
 FITS = 6  # tasks whose functions are drawn
 PATH_MODES: tuple[BatchNormMode, ...] = ("transductive", "frozen")
@@ -80,8 +80,8 @@ class Measurement:
 
     def gain(self, mode: BatchNormMode) -> Score:
         """Return trained against random, task by task: the same tasks narrow the interval."""
-        own, random = (self.scores(start, mode) for start in ("trained", "random"))
-        return Score.of(self.objective.gain(own, random))
+        trained, random = (self.scores(start, mode) for start in ("trained", "random"))
+        return Score.of(self.objective.gain(trained, random))
 
     def baseline_score(self) -> Score:
         """Return the mean score of the method without a network."""
@@ -90,7 +90,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured, and what the report needs to show it."""
+    """All measurements, and what the report needs to show them."""
 
     settings: EvaluateSettings
     checkpoint: CheckpointInfo
@@ -126,12 +126,12 @@ class Evaluation:
 
     @property
     def fewest_classes(self) -> str:
-        """The dataset of which a confusion matrix is easiest to read."""
+        """The dataset with the most readable confusion matrix."""
         return min(self.data, key=lambda name: len(self.data[name].split("test").starts))
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:
-        """The modes worth showing: without batch norm all three are the same."""
+        """The modes to show: without batch norm all three are the same."""
         return BATCH_NORM_MODES if self.has_batch_norm else ("frozen",)
 
 
@@ -149,16 +149,16 @@ def evaluate(
     Each task is adapted to from the checkpoint's weights and optimiser state, from the random
     weights its training began with and a fresh state, and, of a regressor, from a network trained
     on all training tasks at once; then the queries are predicted in all modes of batch norm.
-    Nothing passes from one task to the next.
+    No state passes from one task to the next.
 
     Args:
         settings: the protocol.
         checkpoint: the meta-trained initialisation.
         data: what it was trained on; its test split makes tasks.
         cross_domain: further datasets of the same image shape, by name; likewise.
-        on_progress: told how many of how many adaptations are done.
+        on_progress: called with the number of adaptations done, and the total.
         ways: classes of a task, if fewer than the checkpoint was trained for; the head's other
-            outputs are then silenced, as the bundle does.
+            outputs are then masked, as in the bundle.
 
     Raises:
         InputError: more ways than the checkpoint has, the held-out classes cannot make the tasks,
@@ -184,7 +184,7 @@ def evaluate(
             )
         try:
             check_classes(source.split("test"), ways, needed, f"cross-domain dataset {name}")
-        except InputError as error:  # no reason to refuse what can be measured
+        except InputError as error:  # measure the rest
             skipped[name] = str(error)
             log.warning("%s; not measured", error)
         else:
@@ -257,14 +257,14 @@ class _Runner:
         self._starts = starts
 
     def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
-        """Run all tasks at one number of shots; take the score along `path` on the first."""
+        """Run all tasks at one number of shots; score the first ones along `path`."""
         settings, ways, objective = self._settings, self._ways, self._objective
         tasks = self._tasks(shots, ways)
         targets = np.stack([task.query_targets for task in tasks[:PATH_TASKS]])
         logits: dict[tuple[Start, BatchNormMode], FloatArray] = {}
         by_step: dict[tuple[Start, BatchNormMode], FloatArray] = {}
         for start, whole in self._starts.items():
-            state = self._silenced(whole, ways)
+            state = self._masked(whole, ways)
             first = list(self._adapt(state, tasks[:PATH_TASKS], path or (settings.steps,), ways))
             rest = list(self._adapt(state, tasks[PATH_TASKS:], (settings.steps,), ways))
             for mode in BATCH_NORM_MODES:
@@ -274,14 +274,14 @@ class _Runner:
                     np.concatenate([chunk[i][mode] for chunk in first]) for i in range(len(path))
                 ]
                 by_step[start, mode] = np.stack(
-                    [objective.scores(found, targets) for found in along]
+                    [objective.scores(outputs, targets) for outputs in along]
                 )
         baseline = BASELINES[objective].score
         without = np.array([baseline(self._data.images, task, ways) for task in tasks])
         return Measurement(name, objective, shots, tuple(tasks), logits, without, path, by_step)
 
     def fits(self, tasks: Sequence[Task]) -> tuple[Fit, ...]:
-        """Return the functions that the first tasks make of the meta-trained network."""
+        """Return the functions that the meta-trained network learns on the first tasks."""
         if self._objective is CLASSIFICATION or math.prod(self._data.image_shape) > 1:
             return ()
         path = sorted({0, min(1, self._settings.steps), self._settings.steps})
@@ -296,8 +296,8 @@ class _Runner:
         )
         return [held_out_task(stream, classes, protocol) for stream in streams]
 
-    def _silenced(self, state: MetaState, ways: int) -> MetaState:
-        """Silence the outputs that tasks of so many classes have no use for."""
+    def _masked(self, state: MetaState, ways: int) -> MetaState:
+        """Mask the outputs beyond the tasks' classes."""
         model = self._engine.model
         if self._objective is not CLASSIFICATION or ways == model.outputs:
             return state
@@ -360,7 +360,7 @@ class Baseline(NamedTuple):
 
 
 def nearest_mean_accuracy(images: Inputs, task: Task, ways: int) -> float:
-    """Return the share of queries that `nearest_mean` labels right."""
+    """Return the share of queries that `nearest_mean` labels correctly."""
     return float((nearest_mean(images, task, ways) == task.query_targets).mean())
 
 

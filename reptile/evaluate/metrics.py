@@ -42,14 +42,14 @@ class Score:
         yield from (self.mean, self.interval)
 
     def rounded(self) -> "Score":
-        """Return it with as many digits as are kept in files."""
+        """Return it rounded as in files."""
         return Score(round(self.mean, DIGITS), round(self.interval, DIGITS))
 
 
 class Metrics(BaseModel):
     """All scores of an evaluation.
 
-    A method is an initialisation that is adapted (`trained`, `random`, `joint`) or a way without a
+    A method adapts an initialisation (`trained`, `random`, `joint`) or has no
     network (`nearest_mean`, `zero`); readers take any.
     """
 
@@ -61,7 +61,7 @@ class Metrics(BaseModel):
     ways: Annotated[int, Field(ge=1)]
     """Classes of a task; 1 for a regressor."""
     held_out: str
-    """The dataset that was trained on: its scores are of held-out classes."""
+    """The training dataset; its scores are for held-out classes."""
     scores: dict[str, dict[Shots, dict[str, dict[Mode, Score]]]]
     """By dataset, shots, method and what batch norm sees."""
 
@@ -83,7 +83,7 @@ class Metrics(BaseModel):
 
     @property
     def fewest_shots(self) -> int:
-        """The least number of shots that the held-out classes were measured at."""
+        """The smallest number of shots measured on the held-out classes."""
         return min(self.scores[self.held_out])
 
     @property
@@ -96,7 +96,7 @@ class Metrics(BaseModel):
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:
-        """What is worth showing of batch norm: without one all modes give the same."""
+        """The modes to show: without batch norm all give the same."""
         return BATCH_NORM_MODES if self._batch_norm_matters() else ("frozen",)
 
     def _batch_norm_matters(self) -> bool:
@@ -154,7 +154,7 @@ def upgrade(values: Mapping[str, Any], ways: int, held_out: str) -> Metrics:
         values: dataset, then `N-shot`, then batch norm's mode or the method without a network, to
             numbers whose names start with the method's.
         ways: classes of a task.
-        held_out: the dataset that was trained on.
+        held_out: the training dataset.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: not such values.

@@ -63,9 +63,9 @@ def _score_by_step(evaluation: Evaluation) -> tuple[Sequence[str], Iterable[Sequ
 def _confusion(evaluation: Evaluation) -> Iterable[Sequence[object]]:
     """One row a query of the dataset with the fewest classes, at the fewest shots."""
     name = evaluation.fewest_classes
-    found = confusions(evaluation.data[name], evaluation.of(name)[:1])
-    for actual, row in zip(found.classes, found.counts, strict=True):
-        for predicted, count in zip(found.classes, row, strict=True):
+    confusion = confusions(evaluation.data[name], evaluation.of(name)[:1])
+    for actual, row in zip(confusion.classes, confusion.counts, strict=True):
+        for predicted, count in zip(confusion.classes, row, strict=True):
             yield from [(actual.name, predicted.name)] * int(count)
 
 

@@ -1,1 +1,1 @@
-"""Published experiments: their settings, their repetition over seeds, and transfer between data."""
+"""Published experiments: settings, repetition over seeds, and transfer between datasets."""

@@ -1,7 +1,7 @@
-"""A published experiment over several training seeds, and its table beside the published row.
+"""A published experiment over several training seeds, and a table with the published result.
 
-Runs the stages `prepare`, `train` and `evaluate` in a folder of its own, and never what is there
-already: a finished seed is not trained again, an interrupted one goes on. No export here.
+Runs the stages `prepare`, `train` and `evaluate` in a separate folder, and reuses results there: a
+finished seed is not trained again, an interrupted one resumes. No export.
 """
 
 import math
@@ -35,24 +35,24 @@ from reptile.settings import (
 )
 
 Reported = Callable[[str, int, int], None]
-"""Told what is being done, and how many of how many are done."""
+"""Called with the current step, the number done and the total."""
 
 RUN_ONLY_SETTINGS = ("train.seed", "train.device", "train.engine", "train.checkpoint_every")
 """Settings that may differ from the preset's without making another experiment."""
 
 
 class Training(BaseModel):
-    """How a seed was trained, as training.json says. Of an interrupted run, the last part alone."""
+    """How a seed was trained, as in training.json. Of an interrupted run, only the last part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     cpus: int
     first_iteration: int
-    """0, or where this part went on."""
+    """0, or where this part resumed."""
     seconds: float
     tasks_per_second: float
-    """With the validation on the way."""
+    """Including validation."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Reproduction:
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
-        """What is not as the preset has it, as (here, in the preset)."""
-        found = changes(self.settings, self.preset.settings)
+        """The settings that differ from the preset, as (here, in the preset)."""
+        differing = changes(self.settings, self.preset.settings)
         return {
             name: values
-            for name, values in found.items()
+            for name, values in differing.items()
             if name not in RUN_ONLY_SETTINGS and not name.startswith(("export.", "verify."))
         }
 
@@ -95,7 +95,7 @@ class Reproduction:
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:
-        """The modes worth showing: without batch norm all three are the same."""
+        """The modes to show: without batch norm all three are the same."""
         return BATCH_NORM_MODES if self.settings.train.model.name == "conv4" else ("frozen",)
 
 
@@ -116,9 +116,9 @@ def reproduce(
         seeds: how many training seeds, from `settings.train.seed` on. The test tasks are those of
             `settings.evaluate.seed` for every one of them.
         folder: where everything goes: `prepared`, and a folder for each seed.
-        data: another source of images than the preset's; or a folder that is prepared already,
-            whose own settings of `prepare` then count.
-        on_progress: told where it is.
+        data: another source of images than the preset's; or a prepared folder, with its
+            settings of `prepare`.
+        on_progress: called with the progress.
 
     Raises:
         InputError: whatever the stages refuse.
@@ -137,8 +137,8 @@ def reproduce(
     done = []
     for number in range(seeds):
         seed = settings.train.seed + number
-        own = settings.train.model_copy(update={"seed": seed})
-        ours = settings.model_copy(update={"train": own})
+        seed_settings = settings.train.model_copy(update={"seed": seed})
+        ours = settings.model_copy(update={"train": seed_settings})
         label = f"seed {number + 1} of {seeds}"
         done.append(_seed(ours, images, prepared, folder / f"seed-{seed}", label, on_progress))
     result = Reproduction(preset, settings, images, tuple(done))
@@ -157,7 +157,7 @@ def over_seeds(means: Sequence[float]) -> Score:
 
 
 def markdown(result: Reproduction) -> str:
-    """Return the table for people, beside the published row, and what it was made with."""
+    """Return the table with the published result, and how it was made."""
     seeds, paper = result.seeds, result.preset.paper
     show = objective_named(seeds[0].metrics.objective).show
     several = len(seeds) > 1
@@ -265,7 +265,7 @@ def _seed(
 def _trained(
     settings: Settings, data: PreparedData, checkpoint: Path, record: Path
 ) -> Training | None:
-    """Return how this very run was trained, if it was."""
+    """Return how this run was trained, if it was."""
     try:
         info = load_checkpoint(checkpoint).info
         training = Training.model_validate_json(record.read_bytes())
@@ -316,7 +316,7 @@ def _train(
 
 
 def _notes(result: Reproduction) -> list[str]:
-    """Return what a reader of the table must know."""
+    """Return notes for the reader of the table."""
     train, test, seeds = result.settings.train, result.settings.evaluate, result.seeds
     what = "Accuracy in per cent" if seeds[0].metrics.metric == "accuracy" else "Mean squared error"
     queries = "query" if test.queries == 1 else "queries"
@@ -337,11 +337,13 @@ def _notes(result: Reproduction) -> list[str]:
         word = "Scaled down or changed" if result.scaled_down else "Changed"
         notes.append(f"{word}: {', '.join(changed)}.")
     for seed in seeds:
-        own = seed.training
-        part = f" (the part from iteration {own.first_iteration:,} on)" * bool(own.first_iteration)
+        part = seed.training
+        suffix = f" (the part from iteration {part.first_iteration:,} on)" * bool(
+            part.first_iteration
+        )
         notes.append(
-            f"Training seed {seed.seed}{part}: {own.seconds / 60:.1f} min, "
-            f"{own.tasks_per_second:.0f} tasks/s ({own.engine}, {own.cpus} CPUs), "
+            f"Training seed {seed.seed}{suffix}: {part.seconds / 60:.1f} min, "
+            f"{part.tasks_per_second:.0f} tasks/s ({part.engine}, {part.cpus} CPUs), "
             f"{train.meta_iterations:,} meta-iterations."
         )
     if result.preset.paper.source:
@@ -350,7 +352,7 @@ def _notes(result: Reproduction) -> list[str]:
 
 
 def _joint(scores: Sequence[Score]) -> Score:
-    """Return the score over all seeds; of a single seed, its own."""
+    """Return the score over all seeds; of a single seed, that of its tasks."""
     return scores[0] if len(scores) == 1 else over_seeds([score.mean for score in scores])
 
 

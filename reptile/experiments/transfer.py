@@ -1,6 +1,6 @@
 """Every initialisation on every dataset: one table, trained on × tested on.
 
-The tasks are those of `measure`; here they are only laid side by side. Trains nothing.
+The tasks are those of `measure`; this module only tabulates their scores. No training.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
 
 @dataclass(frozen=True)
 class Transfer:
-    """All that was measured: a row for each initialisation, a column for each dataset."""
+    """All measurements: a row for each initialisation, a column for each dataset."""
 
     settings: EvaluateSettings
     ways: int
@@ -36,15 +36,15 @@ def transfer(
 ) -> Transfer:
     """Evaluate every checkpoint on the test split of every dataset.
 
-    A checkpoint is not tested on its own training data split in another way, or prepared in
-    another way: classes that it was trained on might be among the test classes.
+    A checkpoint is not tested on its training data split or prepared differently: classes that it
+    was trained on might be among the test classes.
 
     Args:
         settings: the protocol.
-        checkpoints: by the name that their row is to have.
-        datasets: by the name that their column is to have; all of one image shape. The tasks have
+        checkpoints: by the name of their row.
+        datasets: by the name of their column; all of one image shape. The tasks have
             the least number of ways that the checkpoints were trained for.
-        on_progress: told how many of how many adaptations are done.
+        on_progress: called with the number of adaptations done, and the total.
 
     Raises:
         InputError: image shapes differ, or a dataset cannot make the tasks.
@@ -70,8 +70,8 @@ def transfer(
             if on_progress:
                 on_progress(before * total + done, len(pairs) * total)
 
-        found = evaluate(settings, checkpoints[row], datasets[column], {}, count, ways=ways)
-        cells[row, column] = found.measurements
+        evaluation = evaluate(settings, checkpoints[row], datasets[column], {}, count, ways=ways)
+        cells[row, column] = evaluation.measurements
     return Transfer(settings, ways, tuple(checkpoints), tuple(datasets), cells)
 
 
@@ -89,8 +89,8 @@ def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
         rows.append((f"nothing (random start of {result.rows[0]})", result.rows[0], "random"))
         for title, row, start in rows:
             scores = [
-                _shown(found[number].score(start, mode)) if found else "–"
-                for found in (result.cells.get((row, column)) for column in result.columns)
+                _shown(measurements[number].score(start, mode)) if measurements else "–"
+                for measurements in (result.cells.get((row, column)) for column in result.columns)
             ]
             lines.append(f"| {title} | {' | '.join(scores)} |")
         parts.append("\n".join(lines))
@@ -116,14 +116,14 @@ def transfer_json(result: Transfer) -> dict[str, Any]:
             {
                 "trained_on": row,
                 "tested_on": column,
-                "shots": found.shots,
+                "shots": measurement.shots,
                 "mode": mode,
                 "start": start,
-                "accuracy": found.score(start, mode).mean,
-                "interval": found.score(start, mode).interval,
+                "accuracy": measurement.score(start, mode).mean,
+                "interval": measurement.score(start, mode).interval,
             }
             for (row, column), measured in result.cells.items()
-            for found in measured
+            for measurement in measured
             for mode in BATCH_NORM_MODES
             for start in ("trained", "random")
         ],
@@ -157,7 +157,7 @@ def transfer_runs(
         datasets: further prepared folders, to test on only.
         output: folder for transfer.json, with everything, and transfer.md.
         mode: batch norm in the Markdown.
-        on_progress: told how many of how many adaptations are done.
+        on_progress: called with the number of adaptations done, and the total.
     """
     checkpoints: dict[str, Checkpoint] = {}
     columns: dict[str, PreparedData] = {}
@@ -168,10 +168,10 @@ def transfer_runs(
         data = load_prepared(folder)
         if not any(data.index == other.index for other in columns.values()):
             columns[_name(data.name, folder, columns)] = data
-    found = transfer(settings, checkpoints, columns, on_progress)
-    text = transfer_markdown(found, mode)
+    result = transfer(settings, checkpoints, columns, on_progress)
+    text = transfer_markdown(result, mode)
     with atomic_directory(output) as temporary:
-        write_json(temporary / "transfer.json", transfer_json(found))
+        write_json(temporary / "transfer.json", transfer_json(result))
         (temporary / "transfer.md").write_text(text, encoding="utf-8")
     return text
 

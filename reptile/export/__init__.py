@@ -1,5 +1,5 @@
-"""Torch in, ONNX out: the bundle that adapts to new tasks inside ONNX Runtime, and its proof.
+"""Torch in, ONNX out: the bundle that adapts to new tasks inside ONNX Runtime, verified.
 
-`step` traces the gradient of one inner step, `graphs` builds the four graphs around it, `bundle`
-writes the folder, `verify` checks it against eager PyTorch. Not for using a bundle: see `runtime`.
+`gradient` traces the gradient of one inner step, `graphs` builds the four graphs around it, `write`
+writes the folder, `verify` checks it against eager PyTorch. For using a bundle see `runtime`.
 """

@@ -1,6 +1,6 @@
-"""The bundle's MODEL_CARD.md, for the person who finds the bundle without its project.
+"""The bundle's MODEL_CARD.md, for readers who have the bundle without its project.
 
-Says only what the manifest and the checkpoint know.
+Everything in it comes from the manifest and the checkpoint.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ALGORITHMS = {"reptile": "Reptile", "fomaml": "first-order MAML"}
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
 to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
-steps and then tells further images of these classes apart. Its initialisation was meta-trained
+steps and then classifies further images of these classes. Its initialisation was meta-trained
 with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
 
 | | |
@@ -51,19 +51,19 @@ model = FewShotRegressor.load("path/to/this/folder")
 adapted = model.adapt(x, y)  # float32 [N, {channels}, {height}, {width}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
 CLASSIFIER_LIMITS = """\
-- For telling apart a few classes of images like those it was trained on, from one to
+- For classifying images of a few classes like those it was trained on, from one to
   {max_support} labelled examples in all; at most {max_steps} steps.
-- It always answers with one of the classes it was shown: an image of none of them gets one too.
+- It always predicts one of the classes of the support set, also for an image of none of them.
 - The probabilities are not calibrated.
-- Images unlike the training data (see below) may be told apart badly; measure before relying on it.
+- Accuracy may be low on images unlike the training data (see below); measure it first.
 - Not for decisions about people.
-- The labels and images given decide what is learnt; `finite` is false where the numbers diverged.\
+- The given examples determine what is learnt; `finite` is false where the numbers diverged.\
 """
 REGRESSOR_LIMITS = """\
 - For functions like those it was trained on, from one to {max_support} points in all; at most
   {max_steps} steps.
-- It says nothing of how sure it is. Outside the range of the training data it means nothing.
-- The points given decide what is learnt; `finite` is false where the numbers diverged."""
+- It gives no uncertainty. Predictions outside the range of the training data are meaningless.
+- The given points determine what is learnt; `finite` is false where the numbers diverged."""
 CLASSIFIER_MEASURED = """\
 Accuracy in % on new tasks of held-out classes and on other data, with 95 % intervals. *frozen* is
 how this bundle predicts: batch norm keeps the support set's statistics, and queries do not depend
@@ -75,13 +75,13 @@ adapts a random initialisation in the same way; *zero* always answers 0."""
 
 
 class _Texts(NamedTuple):
-    """What a card says of one kind of task."""
+    """The texts of a card for one objective."""
 
     head: str
     use: str
     limits: str
     measured: str
-    items: str  # what a class has some of
+    items: str  # unit of a class's examples
 
 
 TEXTS = {
@@ -133,7 +133,7 @@ adapted.save("my-task.safetensors")
 Without that package, run the graphs with any ONNX Runtime: `adapt` turns a support set into
 weights, `predict_adapted` takes these weights and images, `few_shot` does both in one call, and
 `predict` is the model before any adaptation. `manifest.json` describes every tensor; the cases in
-`golden/` tell whether a machine computes what was exported.
+`golden/` check that a machine computes what was exported.
 
 ## Intended use and limits
 

@@ -1,4 +1,4 @@
-"""Folding batch norm into the convolutions, so that predictions depend on one image each.
+"""Folding batch norm into the convolutions, so that each prediction depends on one image.
 
 With the statistics of the whole support set fixed, batch norm is an affine map, which the
 convolution before it can take over. Not for choosing those statistics' weights: see `learn`.

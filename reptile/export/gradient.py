@@ -1,7 +1,6 @@
 """The gradient of one inner step as a graph of forward operations only.
 
-Traced from the network in the form of `rows`. Not for the optimiser or the loop around it: see
-`graphs`.
+Traced from the network in the form of `rows`. For the optimiser and the loop see `graphs`.
 """
 
 from collections.abc import Callable
@@ -40,10 +39,10 @@ def trace_gradient(model: Network, layout: Layout) -> GraphModule:
         weights: Tensor, images: Tensor, targets: Tensor, share: Tensor, *index: Tensor
     ) -> tuple[Tensor, Tensor]:
         def loss(weights: Tensor) -> Tensor:
-            found = logits(model, layout.named(weights), images, share, index)
+            predicted = logits(model, layout.named(weights), images, share, index)
             if model.objective is CLASSIFICATION:
-                return (found.logsumexp(1) - (found * targets).sum(1)).sum() * share
-            off = found - targets
+                return (predicted.logsumexp(1) - (predicted * targets).sum(1)).sum() * share
+            off = predicted - targets
             return (off * off).sum() * (share / model.outputs)
 
         return torch.func.grad_and_value(loss)(weights)
@@ -55,7 +54,7 @@ def trace_gradient(model: Network, layout: Layout) -> GraphModule:
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return mode.from_tensor(tensor, symbolic_context=context)
 
-    batch = 3  # any number above 1, which torch would take for a constant
+    batch = 3  # any number above 1, which torch would treat as a constant
     example = (
         fake(torch.zeros(size(model)), DimDynamic.STATIC),
         fake(torch.zeros(batch, *model.image_shape), DimDynamic.DYNAMIC),
@@ -63,13 +62,13 @@ def trace_gradient(model: Network, layout: Layout) -> GraphModule:
         fake(torch.zeros(()), DimDynamic.STATIC),
         *(fake(index, DimDynamic.STATIC) for index in indices(model)),
     )
-    # Python's own kernels keep B free where the compiled ones (padding) would fix it.
+    # torch's Python kernels keep B free where the compiled ones (padding) would fix it.
     with enable_python_dispatcher():
         return make_fx(gradient, _decompositions(), "fake")(*example)
 
 
 def threshold_backward(gradient: Tensor, output: Tensor, threshold: float) -> Tensor:
-    """Write the gradient of ReLU as a product, which ONNX Runtime runs faster than a choice."""
+    """Write the gradient of ReLU as a product, which ONNX Runtime runs faster than Where."""
     return gradient * (output > threshold)
 
 

@@ -1,7 +1,7 @@
 """The bundle's four graphs: predict, adapt, predict_adapted and few_shot.
 
-Each is a torch module that reads as what it does; torch's exporter turns it into ONNX, and `_tidy`
-into a file that any consumer takes. Not for the folder around them: see `bundle`.
+Each is a torch module; torch's exporter converts it to ONNX, and `_tidy` makes it portable. For the
+folder see `write`.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from reptile.models import Model, Network, mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 
 OPSET = 18
-IR_VERSION = 8  # read everywhere; newer ones add nothing that these graphs use
+IR_VERSION = 8  # widely supported; newer ones add no feature that these graphs use
 
 while_loop = torch.ops.higher_order.while_loop
 
 
 class Spec(NamedTuple):
-    """Type and shape of an input or output; a name stands for a size that is free."""
+    """Type and shape of an input or output; a name denotes a dynamic size."""
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
@@ -96,7 +96,7 @@ def exportable(model: Model) -> Network:
     """Return the network, if its graphs can be written.
 
     Raises:
-        InputError: it is a module of the user's own.
+        InputError: it is a user's module.
     """
     if not isinstance(model, Network):
         raise InputError(
@@ -107,7 +107,7 @@ def exportable(model: Model) -> Network:
 
 
 class Predict(nn.Module):
-    """The meta-initialised model as it stands; batch norm sees the images given."""
+    """The meta-initialised model, before adaptation; batch norm uses the given images."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -126,7 +126,8 @@ class Predict(nn.Module):
 class Adapt(nn.Module):
     """The inner loop, from the checkpoint's weights and optimiser state.
 
-    Labels that the support set has not are silenced: fewer classes than the head has need no more.
+    Outputs whose labels are absent from the support set are masked, so tasks with fewer classes
+    than outputs work unchanged.
     """
 
     initial_weights: Tensor
@@ -144,8 +145,8 @@ class Adapt(nn.Module):
         adam = self.optimizer.name == "adam"
         self.register_buffer("initial_weights", self.layout.pack(weights))
         # The loop carries s = v / (1 - β): then s ← β·s + g² and, with c = √((1 - β^t) / (1 - β)),
-        # Adam's step is α·c·g / (√s + ε·c), which is two passes over the weights less. Plain SGD
-        # has nothing to carry.
+        # Adam's step is α·c·g / (√s + ε·c), which saves two passes over the weights. Plain SGD
+        # has no state.
         moment = self.layout.pack(state.second_moment.double() / (1 - BETA2)).float()
         self.register_buffer("second_moment", moment if adam else weights.new_empty(0))
         # c of each step, exact for any step count and without a double in the graph. Epsilon has a
@@ -209,7 +210,7 @@ class Adapt(nn.Module):
                 moment = BETA2 * moment + gradient * gradient
                 root = moment.sqrt() + epsilon * correction
                 move = (learning_rate * correction) * (gradient / root)
-            # A loop may not return its own input as it is, as SGD would the moment.
+            # A loop may not return its input unchanged, as SGD would the moment.
             return step + 1, losses, weights - move, moment.clone()
 
         steps = torch.sym_min(batches.shape[0], self.max_steps)
@@ -326,7 +327,7 @@ def _strip(graph: onnx.GraphProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on its own workings from the user's terminal."""
+    """Hide the exporter's internal messages from the user's terminal."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""What eager PyTorch makes of the graphs' inputs: the oracle of golden tensors and verification.
+"""Eager PyTorch on the graphs' inputs: the reference for golden tensors and verification.
 
-Runs the training code's own engine, in any precision; float64 tells how much of a difference is
-rounding. Knows nothing of ONNX.
+Runs the training code's eager engine, in any precision; float64 shows how much of a difference is
+rounding. Independent of ONNX.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class SupportSet(NamedTuple):
-    """A task to adapt to, with its mini-batches: what the graph `adapt` is given."""
+    """A task to adapt to, with its mini-batches: the inputs of the graph `adapt`."""
 
     images: Array  # [S, C, H, W], pixels 0..255; or a regressor's inputs
     labels: Array  # [S]; or its values [S, outputs]
@@ -75,7 +75,7 @@ def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
 
 @torch.no_grad()
 def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
-    """Return the logits [N, ways] under folded weights; other tensors in `folded` do not matter."""
+    """Return the logits [N, ways] under folded weights; other tensors in `folded` are ignored."""
     params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
     logits = model.forward(params, _network_input(model, images).to(dtype))
     return np.asarray(logits.numpy())

@@ -1,9 +1,9 @@
-"""The networks in the form that ONNX Runtime differentiates fastest: rows of channels.
+"""The networks in the form that runs fastest in ONNX Runtime: rows of channels.
 
 The same functions as `models`, restated: activations are [B, positions, channels], a convolution is
-a gather of 3x3 patches and one matrix product, and weights lie packed as those products want them.
+a gather of 3x3 patches and one matrix product, and weights are packed as those products need them.
 Gathers, batch norm and pooling carry gradients of a few operations each, written by hand; the rest
-is autograd's. Tests hold outputs and gradients to `models` in float64. Not for the loop: `graphs`.
+is autograd's. Tests compare outputs and gradients with `models` in float64. The loop: `graphs`.
 """
 
 import math
@@ -73,18 +73,18 @@ class Layout:
 
 
 def indices(model: Network) -> tuple[Tensor, ...]:
-    """Return what the gathers of each layer read, constants of the model, for `logits`."""
+    """Return the indices of each layer's gathers, constants of the model, for `logits`."""
     if model.settings.name == "mlp":
         return ()
     pool = model.settings.downsampling == "pool"
     _, height, width = model.image_shape
-    found: list[IntArray] = []
+    arrays: list[IntArray] = []
     for _ in range(CONV_LAYERS):
-        found += _patches(height, width, 1 if pool else 2)
+        arrays += _patches(height, width, 1 if pool else 2)
         if pool:
-            found += _windows(height, width)
+            arrays += _windows(height, width)
         height, width = math.ceil(height / 2), math.ceil(width / 2)
-    return tuple(torch.from_numpy(index) for index in found)
+    return tuple(torch.from_numpy(index) for index in arrays)
 
 
 def logits(
@@ -99,7 +99,7 @@ def logits(
         share: 1/B, [].
         index: what `indices` returned.
     """
-    if model.settings.name == "mlp":  # its weights are such matrices already
+    if model.settings.name == "mlp":  # its weights are matrices already
         return model.forward(params, images)
     x = _conv4(model, params, images, share, iter(index))
     return x @ params["head.weight"].t() + params["head.bias"]
@@ -142,7 +142,7 @@ def _patches(height: int, width: int, stride: int) -> tuple[IntArray, IntArray]:
     for place, position in enumerate(forward):
         readers[position].append(place)
     most = max(map(len, readers[:-1]))
-    padded = [own + [forward.size] * (most - len(own)) for own in readers[:-1]]
+    padded = [reads + [forward.size] * (most - len(reads)) for reads in readers[:-1]]
     return forward, np.ascontiguousarray(np.array(padded).T)
 
 
@@ -160,7 +160,7 @@ def _windows(height: int, width: int) -> tuple[IntArray, IntArray]:
         inside = (y + down < height) & (x + right < width)
         windows.append(np.where(inside, (y + down) * width + x + right, y * width + x).ravel())
     flat = np.concatenate(windows)
-    _, places = np.unique(flat, return_index=True)  # the first place, so a window's own position
+    _, places = np.unique(flat, return_index=True)  # the first place: a position inside the window
     return np.stack(windows), places
 
 

@@ -1,7 +1,6 @@
 """The bundle: graphs, manifest, golden tensors and model card in one folder, written whole.
 
-Not for building graphs (see `graphs`), nor for deciding whether a checkpoint may be exported: that
-is the stage's business.
+For building graphs see `graphs`; whether a checkpoint may be exported is decided in `stages`.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Checkpoints: the learnt initialisation with the inner optimiser's state, and where it came from.
+"""Checkpoints: the learnt initialisation with the inner optimiser's state, and its provenance.
 
-A checkpoint is a folder of weights.safetensors and checkpoint.json, and never a pickle. It appears
-whole or not at all.
+A checkpoint is a folder of weights.safetensors and checkpoint.json, and never a pickle. It is
+written completely or not at all.
 """
 
 import json
@@ -58,7 +58,7 @@ class CheckpointInfo(BaseModel):
     values: Annotated[int, Field(ge=0)] = 0
     """Values that a regressor predicts; 0 for a classifier."""
     module: str = ""
-    """Class of the user's own network; empty for the one that `settings.model` names."""
+    """Class of the user's network; empty for the one that `settings.model` names."""
     dataset: str
     data_sha256: str
     splits_sha256: str
@@ -82,7 +82,7 @@ class CheckpointInfo(BaseModel):
 
     @property
     def objective(self) -> Objective:
-        """The kind of task that it was trained for."""
+        """Classification or regression."""
         return objective_of(self.values)
 
 
@@ -119,7 +119,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     tensors["step"] = torch.tensor(inner.step)
     with atomic_directory(folder) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # so that errors are the system's
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
         write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
 
 
@@ -128,7 +128,7 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
 
     Args:
         folder: what `save_checkpoint` wrote.
-        module: the network, if it was trained as a module of the user's own; only its structure
+        module: the network, if it was trained as a user's module; only its structure
             counts. Code is never loaded from a checkpoint.
 
     Raises:

@@ -1,7 +1,7 @@
-"""One training in several processes, as torchrun starts them: who is who, and sharing tasks.
+"""One training in several processes, as torchrun starts them: their ranks, and sharing of tasks.
 
 Every process holds the same state and does the same arithmetic; only the tasks of a call are
-shared out, and their results gathered in order. So the result is that of one process.
+divided, and their results gathered in order. So the result is that of one process.
 """
 
 import os
@@ -21,7 +21,7 @@ from reptile.minibatches import IntArray
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # how long a silent process is waited for
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # wait for an unresponsive process
 
 
 class Processes(NamedTuple):
@@ -43,7 +43,7 @@ class Processes(NamedTuple):
         """Return the tensor of one process; all hold one of the same shape.
 
         Raises:
-            PlatformError: another process has gone.
+            PlatformError: another process was lost.
         """
         if self.size > 1:
             try:
@@ -68,7 +68,7 @@ class Processes(NamedTuple):
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
-    """Meet the other processes that torchrun started; alone, where it started none."""
+    """Join the other processes that torchrun started; a single process without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()
@@ -106,14 +106,14 @@ class SharedEngine:
         size, steps = weights.shape[-1], len(tasks[0].batches)
         shape = (len(tasks), size)
         starts, moments = weights.expand(shape), state.second_moment.expand(shape)
-        found = weights.new_empty(len(tasks), 2 * size + steps)
-        own = self._part(len(tasks), self._processes.rank)
-        if tasks[own]:
+        results = weights.new_empty(len(tasks), 2 * size + steps)
+        share = self._part(len(tasks), self._processes.rank)
+        if tasks[share]:
             part = self._engine.adapt(
-                starts[own], OptimizerState(moments[own], state.step), tasks[own]
+                starts[share], OptimizerState(moments[share], state.step), tasks[share]
             )
-            found[own] = torch.cat([part.weights, part.state.second_moment, part.losses], dim=1)
-        adapted, moved, losses = torch.split(self._gather(found), [size, size, steps], dim=1)
+            results[share] = torch.cat([part.weights, part.state.second_moment, part.losses], dim=1)
+        adapted, moved, losses = torch.split(self._gather(results), [size, size, steps], dim=1)
         return Adapted(adapted, OptimizerState(moved, state.step + steps), losses)
 
     def adapt_sequential(
@@ -124,20 +124,20 @@ class SharedEngine:
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""
-        found = weights.new_empty(len(tasks), len(tasks[0].query), self.model.outputs)
-        own = self._part(len(tasks), self._processes.rank)
-        if tasks[own]:
-            found[own] = self._engine.predict(weights[own], tasks[own], mode)
-        return self._gather(found)
+        results = weights.new_empty(len(tasks), len(tasks[0].query), self.model.outputs)
+        share = self._part(len(tasks), self._processes.rank)
+        if tasks[share]:
+            results[share] = self._engine.predict(weights[share], tasks[share], mode)
+        return self._gather(results)
 
     def _part(self, tasks: int, rank: int) -> slice:
         """Return the tasks of one process: neighbours, as evenly as they can be shared."""
         size = self._processes.size
         return slice(tasks * rank // size, tasks * (rank + 1) // size)
 
-    def _gather(self, found: Tensor) -> Tensor:
+    def _gather(self, results: Tensor) -> Tensor:
         for rank in range(self._processes.size):
-            part = found[self._part(len(found), rank)]
+            part = results[self._part(len(results), rank)]
             if len(part):
                 self._processes.broadcast(part, rank)
-        return found
+        return results

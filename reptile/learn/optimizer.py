@@ -1,7 +1,7 @@
 """The inner loop's optimiser: what it carries from step to step, and one update.
 
-Adam with beta1 = 0 keeps two things, the second moment and the number of steps taken; both are part
-of what meta-training learns. Written once, for a single task [P] and a batch of tasks [T, P].
+Adam with beta1 = 0 has two state variables, the second moment and the step count; meta-training
+learns both. Written once, for a single task [P] and a batch of tasks [T, P].
 """
 
 from typing import NamedTuple
@@ -48,7 +48,7 @@ def update(
 def merge_parallel_states(
     before: OptimizerState, after: OptimizerState, tasks: int
 ) -> OptimizerState:
-    """Join the states of tasks that ran side by side from one state into one that ran in turn.
+    """Merge the states of parallel tasks, from a common start, into that of sequential ones.
 
     After n tasks of k steps each, v = β^{nk}·v₀ + Σᵢ β^{(n-i)k}·(vᵢ - β^k·v₀), i = 1..n, and n·k
     more steps: what running the tasks one after another would give for the same gradients.
@@ -59,8 +59,10 @@ def merge_parallel_states(
         tasks: T.
     """
     steps = after.step - before.step
-    kept = BETA2**steps  # what one task leaves of an earlier second moment
-    own = after.second_moment - kept * before.second_moment
-    ages = torch.arange(tasks - 1, -1, -1, dtype=own.dtype, device=own.device)
-    second_moment = kept**tasks * before.second_moment + (kept**ages)[:, None].mul(own).sum(0)
+    kept = BETA2**steps  # share of an earlier second moment that remains after a task
+    contribution = after.second_moment - kept * before.second_moment
+    ages = torch.arange(tasks - 1, -1, -1, dtype=contribution.dtype, device=contribution.device)
+    second_moment = kept**tasks * before.second_moment + (kept**ages)[:, None].mul(
+        contribution
+    ).sum(0)
     return OptimizerState(second_moment, before.step + tasks * steps)

@@ -1,6 +1,6 @@
-"""Predicting with adapted weights: the three ways of batch norm.
+"""Predicting with adapted weights: the three modes of batch norm.
 
-- transductive: all queries in one forward pass; batch norm sees them all together.
+- transductive: all queries in one forward pass, with the statistics of them all.
 - non_transductive: each query in a forward pass together with the whole support set.
 - frozen: batch norm uses the support set's statistics; queries are independent of each other.
 """

@@ -1,6 +1,6 @@
 """Reptile and first-order MAML: one meta-step.
 
-What the paper calls θ is `MetaState.weights`; the inner optimiser's state belongs to the learnt
+What the paper calls θ is `MetaState.weights`; the inner optimiser's state is part of the
 initialisation too. The inner loop is in `inner_loop`, the loop over meta-steps in `train`.
 """
 
@@ -91,7 +91,7 @@ def _adapt_keeping_last_start(
 def _in_sequence(
     engine: Engine, theta: Tensor, start: OptimizerState, tasks: Sequence[Task]
 ) -> tuple[Tensor, Adapted]:
-    """Do the same task by task, each from the optimiser's state that the one before left."""
+    """Do the same task by task, each from the optimiser's state after the task before."""
     starts = []
 
     def adapt(theta: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:

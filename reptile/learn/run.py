@@ -1,4 +1,4 @@
-"""A training run: its folder, its processes and resuming, around the loop of `train`."""
+"""A training run: its folder, its processes and resuming, around the loop in `train`."""
 
 import logging
 from collections.abc import Callable
@@ -42,20 +42,19 @@ def run_training(
         settings: the algorithm and all its numbers.
         data: a prepared dataset; its training split makes tasks, its validation split the curve
             (the training split does, where no classes are held out for validation).
-        work: folder for unfinished runs; None keeps none. Each run has a folder of its own in it,
-            named after its settings, data, code and packages; the latest checkpoint there is always
-            whole.
+        work: folder for unfinished runs; None keeps none. Each run has a folder in it, named
+            after its settings, data, code and packages; its latest checkpoint is always complete.
         module: the network, if not the one that the settings name; it is copied, not changed.
-        resume: go on from this run's latest checkpoint, if there is one; on the CPU the result is
+        resume: continue from this run's latest checkpoint, if any; on the CPU the result is
             bit for bit that of an uninterrupted run.
-        processes: those that share the tasks of each meta-batch; all return the same, and the
-            first one alone uses `work`.
+        processes: those that share the tasks of each meta-batch; all return the same, and only the
+            first one uses `work`.
         on_progress: called after each meta-iteration.
 
     Raises:
-        InputError: the data cannot make the tasks, or another process runs something else.
+        InputError: the data cannot make the tasks, or another process runs another training.
         DivergedError: the loss is no longer finite.
-        PlatformError: another process has gone, or the device is not there.
+        PlatformError: another process was lost, or the device is missing.
     """
     start = untrained(settings, data, module)
     folder = run_folder(work, start.info) if work and processes.first else None
@@ -72,7 +71,7 @@ def run_training(
             processes.size,
         )
     device = choose_device(settings.device)
-    # More threads than the system grants would be stopped for most of the time.
+    # More threads than the quota allows would be stopped for most of the time.
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     start = _agree(start, processes, device)
     engine = make_engine(settings.engine, start.model, settings.optimizer, data.images, device)

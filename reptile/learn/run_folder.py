@@ -1,4 +1,4 @@
-"""The folders of unfinished runs: their checkpoints, of which the latest is always whole."""
+"""The folders of unfinished runs: their checkpoints, of which the latest is always complete."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def run_folder(work: Path, info: CheckpointInfo) -> Path:
 
 
 def keep(run: Path, checkpoint: Checkpoint) -> None:
-    """Save a checkpoint under its own name, then drop the older ones."""
+    """Save a checkpoint named after its iteration, then drop the older ones."""
     name = f"iteration-{checkpoint.info.iteration:08d}"
     save_checkpoint(run / name, checkpoint)
     for folder in kept(run):
@@ -60,7 +60,7 @@ def unfinished_runs(work: Path) -> list[UnfinishedRun]:
 
 
 def differences(run: CheckpointInfo | None, now: CheckpointInfo) -> str:
-    """Return what keeps a training from resuming a run, in words; empty if nothing does."""
+    """Return why a training cannot resume a run, in words; empty if it can."""
     if run is None:
         return "written by another version of reptile"
     then, here = (info.model_dump(mode="json", exclude=PROGRESS) for info in (run, now))
@@ -78,7 +78,7 @@ def differences(run: CheckpointInfo | None, now: CheckpointInfo) -> str:
 
 
 def describe_start(work: Path, now: CheckpointInfo) -> str:
-    """Return one sentence a line: where a training with `resume` starts, and what it passes over.
+    """Return one sentence a line: where a training with `resume` starts, and which runs it skips.
 
     Args:
         work: folder of unfinished runs.

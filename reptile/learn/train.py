@@ -1,7 +1,7 @@
-"""Meta-training: the loop, to be read beside the paper's algorithm box.
+"""Meta-training: the loop, as in the paper's algorithm box.
 
-One meta-step is in `reptile`, the inner loop in `inner_loop`. What surrounds a training, its
-folder, its processes and resuming, is in `run`.
+One meta-step is in `reptile`, the inner loop in `inner_loop`. The run's folder, its
+processes and resuming are in `run`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""The score of an initialisation on tasks, each adapted to on its own.
+"""The score of an initialisation on tasks, each adapted to separately.
 
-The one number that training and verification need; `evaluate` measures and shows far more.
+The one number that training and verification need; `evaluate` measures more.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The networks, as pure functions of (weights, inputs), and their losses. Nothing about tasks."""
+"""The networks, as pure functions of (weights, inputs), and their losses; independent of tasks."""
 
 from reptile.models.base import (
     MASK_BIAS,

@@ -1,7 +1,7 @@
-"""What every network offers, and its weights as one flat vector.
+"""The interface of every network, and its weights as one flat vector.
 
-All weights of a network travel as one flat vector [P], so that a meta-step, an optimiser and a
-merge of states are each one line of arithmetic; `unflatten` gives them their names and shapes.
+The weights of a network are passed as one flat vector [P], so that a meta-step, an optimiser step
+and a merge of states are each one line of arithmetic; `unflatten` restores names and shapes.
 """
 
 import math
@@ -20,7 +20,7 @@ from reptile.settings import ModelSettings
 
 Params = Mapping[str, Tensor]
 
-MASK_BIAS = -1e9  # a bias that leaves an output exactly no probability, in float32 and float64
+MASK_BIAS = -1e9  # a bias that makes an output's probability exactly 0, in float32 and float64
 
 
 class LayerStatistics(NamedTuple):
@@ -38,7 +38,7 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
 
     @property
     def outputs(self) -> int:
@@ -46,7 +46,7 @@ class Model(Protocol):
 
     @property
     def objective(self) -> Objective:
-        """What the outputs are for, with their loss."""
+        """The meaning of the outputs, with their loss."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -68,11 +68,11 @@ class Model(Protocol):
     ) -> Tensor:
         """Map inputs [B, *image_shape], pixels in 0..1, to logits or values [B, outputs].
 
-        Batch norm uses the batch's own statistics, or `statistics` where given.
+        Batch norm uses the batch's statistics, or `statistics` if given.
         """
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """Return what each batch norm measures on this batch; empty where there is none."""
+        """Return each batch norm's statistics on this batch; empty without batch norm."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,15 @@ def initialise(model: Model, seed: int) -> Tensor:
 
 
 def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tensor:
-    """Return weights [..., P] under which a classifier has only the outputs in `present`.
+    """Return weights [..., P] that restrict a classifier to the outputs in `present`.
 
     A bias of `MASK_BIAS` takes an output out of the softmax: its probability and its gradients are
-    exactly 0, so it stays out however long one adapts. Where all are present nothing changes.
+    exactly 0, so it stays out during adaptation. If all are present, the weights are unchanged.
 
     Args:
         model: the network.
         weights: where adaptation starts.
-        present: bool [outputs], the labels that the support set has.
+        present: bool [outputs], the labels in the support set.
 
     Raises:
         InputError: a network whose weights do not end with the bias of its head.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reptile.models.base import LayerStatistics, Network, Params, Statistics
 
-BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, with which the paper's numbers were made
+BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default, used for the paper's numbers
 CONV_LAYERS = 4
 
 
@@ -58,13 +58,13 @@ class Conv4(Network):
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`: one entry a layer."""
-        x, found = images, []
+        x, statistics = images, []
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-            found.append(LayerStatistics(mean, variance))
+            statistics.append(LayerStatistics(mean, variance))
             x = self._activate(self._normalise(params, x, layer, mean, variance))
-        return tuple(found)
+        return tuple(statistics)
 
     def _convolve(self, params: Params, x: Tensor, layer: int) -> Tensor:
         weight, bias = params[f"conv{layer}.weight"], params.get(f"conv{layer}.bias")

@@ -1,8 +1,8 @@
 """Any `torch.nn.Module` as a network: a pure function of its parameters.
 
 The module is copied, so that training never changes it. Its copy runs in evaluation mode (dropout
-is off) but for batch norm, which measures each batch, as in the paper, and keeps no running
-statistics. Parameters that need no gradient, and buffers, stay as they are.
+is off) but for batch norm, which uses each batch's statistics, as in the paper, and keeps no
+running ones. Parameters that need no gradient, and buffers, stay as they are.
 """
 
 import copy
@@ -25,11 +25,11 @@ class ModuleNetwork:
     Args:
         module: maps inputs [B, *image_shape] to [B, outputs].
         image_shape: of one input.
-        outputs: how many the data needs: its classes a task, or its values.
+        outputs: number that the data needs: classes per task, or values.
         objective: what the outputs are for.
 
     Raises:
-        InputError: it has no parameters to learn, or does not map such inputs to such outputs.
+        InputError: it has no trainable parameters, or does not map such inputs to such outputs.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class ModuleNetwork:
         return bool(self._norms)
 
     def initialise(self, seed: int) -> Tensor:
-        """Return the weights that the module came with, whatever the seed."""
+        """Return the module's original weights, whatever the seed."""
         return self._initial.clone()
 
     def start_from(self, weights: Tensor) -> None:
-        """Take weights [P] for those that the module came with."""
+        """Replace the module's original weights by [P]."""
         self._initial = weights.clone()
 
     def forward(
@@ -131,7 +131,7 @@ class ModuleNetwork:
 
 
 class _BatchStatisticsNorm(nn.Module):
-    """Batch norm that measures each batch, or takes given statistics; no running ones."""
+    """Batch norm on each batch's statistics or given ones; no running statistics."""
 
     def __init__(self, norm: BatchNorm) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ Needs numpy and ONNX Runtime only. Not for training, exporting or serving over H
 A bundle of a regressor is opened by `FewShotRegressor` instead, adapted to points (x, y), and
 predicts values.
 
-Whatever a caller can mend raises `reptile.errors.InputError`, which is a ValueError.
+An error that a caller can fix raises `reptile.errors.InputError`, which is a ValueError.
 """
 
 from reptile.runtime.model import AdaptedModel, FewShotModel, Prediction

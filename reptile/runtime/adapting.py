@@ -1,6 +1,6 @@
-"""One run of the graph `adapt`: mini-batches as the paper draws them, and its outcome checked.
+"""One run of the graph `adapt`: mini-batches as the paper draws them, with a check of its outcome.
 
-What a task consists of is the caller's: see `model` and `regressor`.
+The callers, `model` and `regressor`, define the form of a task.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from reptile.runtime.saved import FloatArray
 
 
 class InnerLoop(NamedTuple):
-    """How to adapt, as callers say it: None takes what the bundle says."""
+    """How to adapt, as callers give it: None means the bundle's default."""
 
     steps: int | None
     learning_rate: float | None

@@ -1,7 +1,7 @@
-"""Reading a bundle: every byte is checked against the manifest before anything uses it.
+"""Reading a bundle: every byte is checked against the manifest before use.
 
-Not for running graphs (see `model`), nor for proving who made a bundle: the hashes find damage
-and mix-ups, while a forger would rewrite the manifest too. Compare `Bundle.sha256` for that.
+For running graphs see `model`. The hashes detect damage and mix-ups, not forgery, which would
+rewrite the manifest too: compare `Bundle.sha256` for that.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from reptile.runtime.constants import with_constants
 from reptile.runtime.provider import open_session
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_MAX_FILE_BYTES = 1 << 30  # protobuf itself ends at 2 GiB
+_MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Manifest):
-    """A bundle whose manifest is understood and whose files all match it."""
+    """A bundle with a valid manifest whose files all match it."""
 
     folder: Path
     sha256: str  # of manifest.json, which holds the hash of every other file
@@ -48,27 +48,27 @@ class Bundle(Manifest):
         return content
 
     def open(self, graph: str, *, threads: int, providers: Sequence[str] | None) -> Any:
-        """Open a session on one graph and hold it to what the manifest says of it.
+        """Open a session on one graph and check it against the manifest.
 
         Raises:
-            InputError: the file, the provider or a tensor's name or type is not as it should be.
+            InputError: the file, the provider or a tensor's name or type is wrong.
         """
         expected = self.graphs[graph]
         session = open_session(
             self.read(expected.path), graph, threads=threads, providers=providers
         )
-        for kind, nodes, said in (
+        for kind, nodes, listed in (
             ("inputs", session.get_inputs(), expected.inputs),
             ("outputs", session.get_outputs(), expected.outputs),
         ):
-            found = {
+            actual = {
                 node.name: TensorType.of(_DTYPES.get(node.type, node.type), node.shape)
                 for node in nodes
             }
-            if found != said:
+            if actual != listed:
                 raise InputError(
                     f"{self.folder / expected.path}: manifest.json and the graph disagree on its "
-                    f"{kind}: {show_tensors(said)} against {show_tensors(found)}; export the "
+                    f"{kind}: {show_tensors(listed)} against {show_tensors(actual)}; export the "
                     "bundle again"
                 )
         return session
@@ -94,7 +94,7 @@ def open_bundle(folder: Path) -> Bundle:
     """Read manifest.json and check every file it lists; files it does not list are never opened.
 
     Raises:
-        InputError: anything missing, damaged, too large, outside the folder or not understood.
+        InputError: anything missing, damaged, too large, outside the folder or invalid.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the bundle that `reptile export` wrote")
@@ -121,5 +121,5 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > limit:
-        raise InputError(f"{path} is larger than {limit} bytes, the most this version reads")
+        raise InputError(f"{path} is larger than {limit} bytes, the maximum")
     return content

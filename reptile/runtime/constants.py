@@ -23,7 +23,9 @@ def with_constants(graph: bytes, constants: Mapping[str, npt.NDArray[Any]]) -> b
     try:
         onnx = importlib.import_module("onnx")
     except ImportError as error:
-        raise InputError(f"a graph of its own needs onnx ({error}): pip install onnx") from error
+        raise InputError(
+            f"a graph with constant weights needs onnx ({error}): pip install onnx"
+        ) from error
     model = onnx.load_model_from_string(graph)
     inputs = [each for each in model.graph.input if each.name not in constants]
     del model.graph.input[:]

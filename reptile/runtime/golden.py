@@ -1,7 +1,7 @@
 """The bundle's self-check: known inputs through its graphs, compared with known outputs.
 
-Not a test of accuracy: it finds a machine or an ONNX Runtime that computes something else than
-the exporter did.
+Not a test of accuracy: it detects a machine or an ONNX Runtime whose results differ from the
+exporter's.
 """
 
 import io
@@ -35,8 +35,8 @@ def check_golden(
             sessions[case.graph] = bundle.open(case.graph, threads=threads, providers=providers)
         inputs = {name: _array(bundle, file) for name, file in case.inputs.items()}
         wanted = {name: _array(bundle, file) for name, file in case.outputs.items()}
-        found = sessions[case.graph].run(list(wanted), inputs)
-        for (name, want), got in zip(wanted.items(), found, strict=True):
+        actual = sessions[case.graph].run(list(wanted), inputs)
+        for (name, want), got in zip(wanted.items(), actual, strict=True):
             what = f"graph {case.graph!r}, output {name!r}"
             largest = max(largest, _deviation(got, want, case.atol, case.rtol, what))
     return largest
@@ -64,7 +64,7 @@ def _deviation(
     if not (difference <= atol + rtol * np.abs(reference)).all():  # so that NaN fails too
         raise InputError(
             f"{what} deviates by {difference.max():.3g}, beyond atol {atol:g} + rtol {rtol:g}: "
-            "this machine or ONNX Runtime computes something else than the exporter; "
+            "this machine or ONNX Runtime computes other results than the exporter; "
             "try another onnxruntime version or provider"
         )
     return float(difference.max(initial=0.0))

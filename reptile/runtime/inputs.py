@@ -1,6 +1,6 @@
-"""What a caller may pass in, checked before a graph sees it: ONNX Runtime checks next to nothing.
+"""Checks of a caller's arguments before a graph runs: ONNX Runtime checks very little.
 
-Not for files (see `bundle` and `saved`). Every refusal says what it got and the way out.
+For files see `bundle` and `saved`. Every error names the value and the way out.
 """
 
 import math
@@ -23,7 +23,7 @@ def check_images(
     Args:
         images: [N, C, H, W], or [N, H, W] where C is 1; any real number type.
         shape: the bundle's (C, H, W).
-        what: what error messages call them.
+        what: their name in error messages.
 
     Raises:
         InputError: another shape, type or range, NaN, or floats that were scaled to 0..1.
@@ -84,7 +84,7 @@ def check_points(
         points: [N, *shape], or without those sizes at its end or its start that are 1: [N] for
             single numbers.
         shape: of one of them.
-        what: what error messages call them.
+        what: their name in error messages.
 
     Raises:
         InputError: another shape or type, NaN, or numbers too large for float32.

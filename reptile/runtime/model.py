@@ -18,13 +18,13 @@ from reptile.runtime.inputs import check_images, check_labels
 from reptile.runtime.opened import OpenedBundle
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
-_CHUNK = 256  # images a run: bounds memory; queries do not depend on one another
+_CHUNK = 256  # images per run: bounds memory; queries are independent
 
 
 class Prediction(NamedTuple):
-    """What `AdaptedModel.predict` says of N images."""
+    """The result of `AdaptedModel.predict` for N images."""
 
-    labels: list[Any]  # [N] the likeliest name of each image
+    labels: list[Any]  # [N] the most probable label of each image
     probabilities: FloatArray  # [N, names] in the order of AdaptedModel.labels; rows sum to 1
 
 
@@ -38,7 +38,7 @@ class AdaptedModel:
     bundle: Bundle
     state: AdaptedState
     _session: Any
-    _fed: Mapping[str, FloatArray]  # weights, with every run
+    _fed: Mapping[str, FloatArray]  # weights, inputs of every run
     _options: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -55,7 +55,7 @@ class AdaptedModel:
         return self.state.losses
 
     def predict(self, images: npt.ArrayLike) -> Prediction:
-        """Name each image; each answer depends on its own image only.
+        """Classify each image independently of the others.
 
         Args:
             images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. N may
@@ -69,7 +69,7 @@ class AdaptedModel:
         return Prediction([names[i] for i in logits.argmax(axis=1)], softmax(logits))
 
     def logits(self, images: npt.ArrayLike) -> FloatArray:
-        """Return what `predict` takes the softmax of, float32 [N, names].
+        """Return the logits, before the softmax of `predict`, float32 [N, names].
 
         Raises:
             InputError: as `predict`.
@@ -78,17 +78,17 @@ class AdaptedModel:
         logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
         for start in range(0, len(array), _CHUNK):
             chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
-            (found,) = self._session.run(["logits"], {"images": chunk, **self._fed})
-            # The head's spare outputs never get any probability.
-            logits[start : start + _CHUNK] = found[:, : logits.shape[1]]
+            (output,) = self._session.run(["logits"], {"images": chunk, **self._fed})
+            # Outputs without a class are dropped.
+            logits[start : start + _CHUNK] = output[:, : logits.shape[1]]
         return logits
 
     def specialized(self) -> "AdaptedModel":
-        """Return the same task with a graph of its own, in which its weights are constants.
+        """Return the same task with a separate graph, in which its weights are constants.
 
-        ONNX Runtime then lays them out as suits the processor, and predicts two to three times as
-        fast on a CPU; the logits are the same but for rounding. Takes some milliseconds, a few
-        times the task's memory, and the package onnx. Worth it from about a hundred images on.
+        ONNX Runtime then packs them for the processor, and predicts two to three times as fast on a
+        CPU; the logits are the same except for rounding. Takes some milliseconds, a few times the
+        task's memory, and the package onnx. Useful from about a hundred images on.
 
         Raises:
             InputError: no package onnx, or the bundle's files have changed since it was opened.
@@ -130,7 +130,7 @@ class FewShotModel(OpenedBundle):
 
     @property
     def ways(self) -> int:
-        """The most names one task may have."""
+        """Maximum number of names of one task."""
         return self.bundle.ways
 
     @property
@@ -156,10 +156,10 @@ class FewShotModel(OpenedBundle):
             images: the support set, [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any
                 real type.
             labels: a hashable name for each image; 2 to `ways` distinct names.
-            steps: inner steps; None takes the bundle's.
-            learning_rate: of the inner steps; None takes the bundle's.
+            steps: inner steps; None means the bundle's.
+            learning_rate: of the inner steps; None means the bundle's.
             seed: chooses the mini-batches.
-            timeout: seconds after which to give up; None takes as long as it takes.
+            timeout: seconds after which to give up; None means no limit.
 
         Raises:
             InputError: an argument that cannot be used, or an adaptation that diverged.
@@ -175,7 +175,7 @@ class FewShotModel(OpenedBundle):
         return self._adapted(AdaptedState(names, losses, weights))
 
     def load_adapted(self, path: str | Path) -> AdaptedModel:
-        """Read a task that `AdaptedModel.save` wrote for this very bundle.
+        """Read a task that `AdaptedModel.save` wrote for this bundle.
 
         Raises:
             InputError: a missing or damaged file, or one of another bundle.

@@ -1,6 +1,6 @@
-"""What all opened bundles have in common, whatever they are adapted to.
+"""The common part of opened bundles, for classification and regression.
 
-What a task is, and what is said of it, is `model`'s and `regressor`'s.
+Tasks and their results are in `model` and `regressor`.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class OpenedBundle:
     _options: dict[str, Any]
 
     kind: ClassVar[str]
-    """Of the bundles that a class opens."""
+    """The manifest's kind of the bundles that a class opens."""
     others: ClassVar[str]
-    """What to say of bundles of the other kind."""
+    """The error message for bundles of the other kind."""
 
     @classmethod
     def load(
@@ -56,7 +56,7 @@ class OpenedBundle:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The bundle's manifest.json as it stands."""
+        """The bundle's manifest.json, unchanged."""
         return self.bundle.raw
 
     def check(self) -> float:

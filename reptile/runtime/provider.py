@@ -1,6 +1,6 @@
-"""Where ONNX Runtime comes from, and sessions that run on the provider that was asked for.
+"""Importing ONNX Runtime, and sessions on the requested execution provider.
 
-Not for what the graphs mean. The only module of the runtime that imports onnxruntime.
+The only module of the runtime that imports onnxruntime.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from typing import Any
 from reptile.errors import InputError
 
 CPU = "CPUExecutionProvider"
-# Both own the module `onnxruntime` and overwrite each other's files.
+# Both provide the module `onnxruntime` and overwrite each other's files.
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -49,13 +49,13 @@ def _is_installed(distribution: str) -> bool:
 def open_session(
     graph: bytes, name: str, *, threads: int = 1, providers: Sequence[str] | None = None
 ) -> Any:
-    """Open an InferenceSession on a graph's bytes; nothing else is read from disk.
+    """Open an InferenceSession on a graph's bytes; no other file is read.
 
     The CUDA path follows ONNX Runtime's documentation and has not been verified on hardware.
 
     Args:
         graph: the ONNX file's content, weights included.
-        name: what error messages call it.
+        name: its name in error messages.
         threads: threads one operator may use, at least 1.
         providers: execution providers by preference; None means CPU.
 
@@ -81,7 +81,7 @@ def open_session(
     if missing := [provider for provider in wanted if provider not in session.get_providers()]:
         raise InputError(
             f"{', '.join(missing)} did not start (see ONNX Runtime's log above; for CUDA the "
-            f"driver, CUDA and cuDNN versions must match this build): mend that, or use {CPU}"
+            f"driver, CUDA and cuDNN versions must match this build): fix that, or use {CPU}"
         )
     return session
 
@@ -89,13 +89,13 @@ def open_session(
 def run_within(
     session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], seconds: float | None
 ) -> list[Any]:
-    """Run a session, and stop it when the time is up.
+    """Run a session, with a time limit.
 
     Args:
         session: what `open_session` returned.
         outputs: names of the outputs wanted.
         feeds: arrays by input name.
-        seconds: how long it may take; None for as long as it takes.
+        seconds: the time limit; None for no limit.
 
     Raises:
         TimeoutError: the time is up.

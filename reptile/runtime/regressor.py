@@ -17,7 +17,7 @@ from reptile.runtime.inputs import check_points
 from reptile.runtime.opened import OpenedBundle
 from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
 
-_CHUNK = 4096  # inputs a run: bounds memory; they do not depend on one another
+_CHUNK = 4096  # inputs per run: bounds memory; they are independent
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class AdaptedRegressor:
         return self.state.losses
 
     def predict(self, x: npt.ArrayLike) -> FloatArray:
-        """Predict the values at x; each depends on its own x only.
+        """Predict the values at each x independently of the others.
 
         Args:
             x: [N, C, H, W], or [N] where inputs are single numbers. N may be any number.
@@ -79,7 +79,7 @@ class FewShotRegressor(OpenedBundle):
 
     @property
     def outputs(self) -> int:
-        """How many values are predicted for each input."""
+        """Number of values predicted for each input."""
         return self.bundle.outputs
 
     @property
@@ -102,10 +102,10 @@ class FewShotRegressor(OpenedBundle):
         Args:
             x: the points' inputs, [N, C, H, W], or [N] where they are single numbers.
             y: the function's values there, [N, outputs], or [N] of a single output.
-            steps: inner steps; None takes the bundle's.
-            learning_rate: of the inner steps; None takes the bundle's.
+            steps: inner steps; None means the bundle's.
+            learning_rate: of the inner steps; None means the bundle's.
             seed: chooses the mini-batches.
-            timeout: seconds after which to give up; None takes as long as it takes.
+            timeout: seconds after which to give up; None means no limit.
 
         Raises:
             InputError: an argument that cannot be used, or an adaptation that diverged.
@@ -121,7 +121,7 @@ class FewShotRegressor(OpenedBundle):
         return AdaptedRegressor(self.bundle, AdaptedState((), losses, weights), self._predict)
 
     def load_adapted(self, path: str | Path) -> AdaptedRegressor:
-        """Read a function that `AdaptedRegressor.save` wrote for this very bundle.
+        """Read a function that `AdaptedRegressor.save` wrote for this bundle.
 
         Raises:
             InputError: a missing or damaged file, or one of another bundle.

@@ -1,7 +1,7 @@
 """One adapted task in one file: the safetensors format, which is a JSON header and raw numbers.
 
-Not for bundles. Any safetensors reader opens these files. They hold no code and are never larger
-than what their bundle's weights need, so a file from a stranger can do no more than predict badly.
+Not for bundles. Any safetensors reader opens these files. They contain no code, and their
+size is limited by the bundle's weights, so an untrusted file can at worst predict badly.
 """
 
 import json
@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class AdaptedState(NamedTuple):
-    """All that adaptation leaves behind."""
+    """The result of an adaptation."""
 
     labels: tuple[Hashable, ...]  # the name of each head output in use; none of a regressor
     losses: FloatArray  # [steps]
@@ -66,7 +66,7 @@ def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
 
 
 def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
-    """Read a file that `write_adapted` wrote for this very bundle.
+    """Read a file that `write_adapted` wrote for this bundle.
 
     Raises:
         InputError: missing, damaged, of another bundle, or anything that does not fit.
@@ -124,7 +124,7 @@ def _labels(content: str, bundle: Bundle, path: Path) -> tuple[Hashable, ...]:
 def _tensors(
     header: Any, body: bytes, bundle: Bundle, path: Path
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Cut the body as this bundle prescribes; the header only has to agree."""
+    """Split the body by this bundle's shapes; the header must agree."""
     steps = len(body) // 4 - _numbers(bundle)
     shapes = {**bundle.weights, "losses": (steps,)}
     if len(body) % 4 or not 0 <= steps <= bundle.max_steps or header != _layout(shapes):

@@ -203,7 +203,7 @@ def test_a_mistake_is_one_line(mistake: str, pictures: Path, classify: Run) -> N
 def test_nothing_to_do_is_said(pictures: Path, classify: Run) -> None:
     code, _, err = classify("--support", "support")
     assert code == 2
-    assert "no images to name" in err
+    assert "no images to classify" in err
 
 
 def test_no_bundle_is_said(pictures: Path, classify: Run) -> None:

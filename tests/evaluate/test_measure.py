@@ -253,8 +253,8 @@ def test_confusions_count_classes_and_not_labels(
                 counts[actual, names.index(present[answer])] += 1
     np.testing.assert_array_equal(found.counts, counts)
     hard = hardest(found, 100)
-    assert sum(h.asked - h.right for h in hard) == counts.sum() - np.trace(counts)
-    shares = [h.right / h.asked for h in hard]
+    assert sum(h.queries - h.right for h in hard) == counts.sum() - np.trace(counts)
+    shares = [h.right / h.queries for h in hard]
     assert shares == sorted(shares)
     for entry, _, _, taken_for, times in hard:
         row = np.delete(counts[names.index(entry.name)], names.index(entry.name))

@@ -71,7 +71,7 @@ def line_chart(
     """Draw lines over two axes.
 
     Args:
-        what: what is to be seen, in words, for those who cannot see it.
+        what: description of the chart, for screen readers.
         lines: drawn in this order; a dot where a line has one point only.
         x: horizontal axis.
         y: vertical axis.

@@ -1,6 +1,6 @@
-"""The report for people: one HTML page that holds all it shows and asks nothing of the network.
+"""The report for people: one self-contained HTML page.
 
-What is measured is `measure`'s business; here it is put into words, tables and pictures.
+Measuring is in `measure`; here results become words, tables and pictures.
 """
 
 import base64
@@ -29,7 +29,7 @@ from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import code_sha256, versions
 from reptile.settings import BatchNormMode, Section
 
-HEADLINE_MODE: BatchNormMode = "frozen"  # each query on its own, as the exported model predicts
+HEADLINE_MODE: BatchNormMode = "frozen"  # queries independent, as the exported model predicts
 START_NAMES: dict[Start, str] = {
     "trained": "meta-trained",
     "random": "random start",
@@ -90,7 +90,7 @@ def render_report(evaluation: Evaluation) -> str:
 
 
 def _named(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what only a classifier has: images named, right or wrong."""
+    """Return the parts for classifiers: classified images, right or wrong."""
     held_out, fewest = next(iter(evaluation.data)), evaluation.fewest_classes
     matrix = confusions(evaluation.data[fewest], evaluation.of(fewest)[:1])
     return {
@@ -120,10 +120,10 @@ def _fits(evaluation: Evaluation) -> list[Markup]:
             )
             for step in steps
         ]
-        values = [fit.shown.y, fit.asked.y, *fit.by_step.values()]
+        values = [fit.shown.y, fit.queries.y, *fit.by_step.values()]
         y_high = 1.05 * max(float(np.abs(value).max()) for value in values)
         dots = [
-            Dots("ring", 2.4, fit.asked.x.tolist(), fit.asked.y.tolist()),
+            Dots("ring", 2.4, fit.queries.x.tolist(), fit.queries.y.tolist()),
             Dots("shown", 3.6, fit.shown.x.tolist(), fit.shown.y.tolist()),
         ]
         axes = symmetric_axis("x", x_high), symmetric_axis("", y_high)
@@ -209,7 +209,7 @@ def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
         columns = []
         for label in range(likely.shape[-1]):
             support = task.support[task.support_targets == label]
-            asked = np.flatnonzero(task.query_targets == label)[:EXAMPLE_QUERIES]
+            query_rows = np.flatnonzero(task.query_targets == label)[:EXAMPLE_QUERIES]
             queries = [
                 Query(
                     _image(data, task.query[i]),
@@ -218,7 +218,7 @@ def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
                     float(likely[i].max()),
                     float(likely[i, label]),
                 )
-                for i in asked
+                for i in query_rows
             ]
             name = data.classes[int(np.searchsorted(starts, support[0], side="right")) - 1].name
             columns.append(
@@ -232,14 +232,14 @@ def _letter(label: int) -> str:
     return chr(ord("A") + label) if label < 26 else str(label + 1)
 
 
-def _matrix(found: Confusions, data: PreparedData) -> list[dict[str, Any]]:
+def _matrix(confusion: Confusions, data: PreparedData) -> list[dict[str, Any]]:
     """Rows of shares; empty if there are too many classes to read."""
-    if len(found.classes) > LARGEST_MATRIX:
+    if len(confusion.classes) > LARGEST_MATRIX:
         return []
-    shares = found.counts / np.maximum(found.counts.sum(1, keepdims=True), 1)
+    shares = confusion.counts / np.maximum(confusion.counts.sum(1, keepdims=True), 1)
     return [
         {"name": entry.name, "image": _image(data, entry.start), "shares": row.tolist()}
-        for entry, row in zip(found.classes, shares, strict=True)
+        for entry, row in zip(confusion.classes, shares, strict=True)
     ]
 
 

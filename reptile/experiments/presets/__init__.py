@@ -1,7 +1,7 @@
 """Settings of published experiments, one file each in the layout of params.yaml.
 
-A file holds what differs from the defaults, and as `paper` what it reproduces. Not for settings of
-one's own: those belong into a params.yaml.
+A file holds the settings that differ from the defaults, and as `paper` what it reproduces. A user's
+settings belong in a params.yaml.
 """
 
 import shlex
@@ -23,16 +23,16 @@ PUBLISHED_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive"
 
 
 class PaperRow(Section):
-    """What a preset reproduces, and the accuracy that was published for it."""
+    """What a preset reproduces, and the published accuracy."""
 
     row: str = ""
     source: str = ""
-    """Who has published it where."""
+    """The publication."""
     accuracy: dict[BatchNormMode, tuple[float, float]] = Field(default_factory=dict)
     """Per cent, and half the width of the interval, on the held-out classes at the fewest shots."""
 
     def show(self, mode: BatchNormMode) -> str:
-        """Write what was published for a mode; nothing if nothing was."""
+        """Format the published accuracy for a mode; empty if there is none."""
         if mode not in self.accuracy:
             return ""
         mean, interval = self.accuracy[mode]
@@ -40,7 +40,7 @@ class PaperRow(Section):
 
 
 class Preset(NamedTuple):
-    """One preset as it is in its file."""
+    """One preset as in its file."""
 
     name: str
     settings: Settings
@@ -48,7 +48,7 @@ class Preset(NamedTuple):
 
 
 def preset_names() -> list[str]:
-    """Return the names of all presets, in the order of the alphabet."""
+    """Return the names of all presets, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -79,7 +79,7 @@ def load_preset(name: str) -> Preset:
 
 
 def presets_table() -> Table:
-    """Return what the presets reproduce, and the accuracies that were published."""
+    """Return what the presets reproduce, and the published accuracies."""
     title = "presets; published accuracy, %"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("preset", no_wrap=True)
@@ -97,7 +97,7 @@ def dvc_command(preset: Settings, params: Path) -> str:
 
     Args:
         preset: the settings to reach.
-        params: the params.yaml that DVC changes; what it has as the preset wants is left out.
+        params: the params.yaml that DVC changes; settings that already match are omitted.
 
     Raises:
         InputError: the file is no valid params.yaml.
@@ -114,7 +114,7 @@ def dvc_command(preset: Settings, params: Path) -> str:
 
 
 def changes(settings: Settings, preset: Settings) -> dict[str, tuple[Any, Any]]:
-    """Return each setting that is not the preset's, as (here, in the preset)."""
+    """Return each setting that differs from the preset, as (here, in the preset)."""
     there = dict(_leaves(preset.model_dump(mode="json")))
     return {
         name: (value, there[name])
@@ -132,7 +132,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _add(name: str, written: set[str]) -> str:
-    """Return what DVC wants before a setting: it changes what is written, and adds with `+`."""
+    """Return DVC's prefix for a setting: none to change an existing one, `+` to add one."""
     return "" if name in written else "+"
 
 

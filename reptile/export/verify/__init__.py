@@ -1,4 +1,4 @@
-"""The proof of a bundle: its graphs against eager PyTorch, and its files against the format."""
+"""Verification of a bundle: its graphs against eager PyTorch, and its files against the format."""
 
 from reptile.export.verify.parity import verify_bundle
 

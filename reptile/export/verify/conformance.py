@@ -1,6 +1,6 @@
-"""Checks on a bundle's files as they lie there: hashes, and graphs that any consumer can load.
+"""Checks on a bundle's files: hashes, and graphs that any consumer can load.
 
-Nothing is run here; what the graphs compute is `verify`'s business.
+No graph is run here; `parity` checks what they compute.
 """
 
 import math
@@ -65,8 +65,8 @@ def check_graph(name: str, path: Path, manifest: Manifest, adam: bool) -> Iterat
     yield Check.none_of(f"{name}: opset {OPSET}, no other domain", _not_standard(model))
     yield Check.none_of(f"{name}: no descriptions or paths", _leaks(model, path.read_bytes()))
     entry, graph = manifest.raw["graphs"][name], model.graph
-    found = {"inputs": describe(graph.input), "outputs": describe(graph.output)}
-    problems = [f"{kind} differ" for kind, tensors in found.items() if entry[kind] != tensors]
+    actual = {"inputs": describe(graph.input), "outputs": describe(graph.output)}
+    problems = [f"{kind} differ" for kind, tensors in actual.items() if entry[kind] != tensors]
     yield Check.none_of(f"{name}: tensors as in the manifest", problems)
     if adam and any(node.op_type == "Loop" for node in graph.node):
         yield Check.none_of(f"{name}: Adam's epsilon is there", _epsilon_problems(graph))
@@ -103,7 +103,7 @@ def _leaks(model: onnx.ModelProto, content: bytes) -> list[str]:
         for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
             if part.doc_string or part.metadata_props:
                 problems.append(f"description of {part.name}")
-    # Shorter ones, such as "/", would be found in any weights.
+    # Shorter ones, such as "/", would occur in any weights.
     places = {place for place in (str(Path.home()), str(Path.cwd()), sys.prefix) if len(place) > 4}
     texts = sorted(places | {"site-packages", 'File "', "pkg."})
     return problems + [f"the text {text!r}" for text in texts if text.encode() in content]

@@ -1,7 +1,7 @@
 """Checks that a bundle computes what eager PyTorch does, on many tasks and in many settings.
 
-Sessions are plain onnxruntime's, so nothing here leans on the runtime that the bundle is for; one
-check loads it with that runtime too. The form of the files is `conformance`'s business.
+Sessions are plain onnxruntime's, independent of `reptile.runtime`; one check loads the bundle with
+that runtime too. `conformance` checks the form of the files.
 """
 
 import itertools
@@ -49,10 +49,10 @@ from reptile.tasks import (
 )
 
 STEPS = (0, 1, 5, 50)
-SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some of fewer classes than the head has
+SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some with fewer classes than outputs
 SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
 
-ROUNDING = 10  # times eager float32's own error, as both are measured against float64
+ROUNDING = 10  # times the error of eager float32, both measured against float64
 # Beyond rounding: a ReLU that flips on a rounding error in one of the two and not in the other.
 WARM_TOLERANCE = 1e-3
 # From a cold Adam state each weight moves by the sign of its gradient, even if that is only noise.
@@ -88,7 +88,7 @@ def verify_bundle(
     for group in GROUPS:
         try:
             checks += group(subject)
-        except Exception as error:  # a bundle that breaks a check has failed it
+        except Exception as error:  # an exception in a check is a failure
             name = group.__name__.strip("_").replace("_", " ")
             checks.append(Check.none_of(f"{name} can be checked", [repr(error)]))
     return {
@@ -118,7 +118,7 @@ class _Session:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The bundle, and what it is held against."""
+    """The bundle, and what it is compared with."""
 
     settings: VerifySettings
     folder: Path
@@ -153,7 +153,7 @@ class _Subject:
         return self._sessions[key]
 
     def task(self, size: int, steps: int, number: int = 0) -> SupportSet:
-        """Draw a support set of `size` images of the test split, its classes in turn."""
+        """Draw a support set of `size` images of the test split, cycling through its classes."""
         classes, ways = self.data.split("test"), self.checkpoint.info.settings.ways
         rng = random_stream(self.settings.seed, Purpose.VERIFY, size, number)
         labels = np.arange(size) % ways
@@ -169,7 +169,7 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Oracle:
-    """What eager PyTorch makes of a task: in float64, and how far float32 is from that."""
+    """Eager PyTorch's results on a task: in float64, and float32's deviation from them."""
 
     name: str
     task: SupportSet
@@ -185,11 +185,11 @@ class _Oracle:
         single = reference.adapt(checkpoint, task, torch.float32)
         return cls(name, task, wanted, start, _adapted_error(single, wanted, start))
 
-    def error(self, found: Tensors) -> float:
-        return _adapted_error(found, self.wanted, self.start)
+    def error(self, actual: Tensors) -> float:
+        return _adapted_error(actual, self.wanted, self.start)
 
 
-def _adapted_error(found: Tensors, wanted: Tensors, start: Tensors) -> float:
+def _adapted_error(actual: Tensors, wanted: Tensors, start: Tensors) -> float:
     """Return the error of the losses or of the weights, whichever is larger.
 
     Of the weights: the distance from those wanted, as a share of how far the task moved them (or
@@ -198,14 +198,14 @@ def _adapted_error(found: Tensors, wanted: Tensors, start: Tensors) -> float:
     names = [name for name in wanted if name != "losses"]
     got, want, origin = (
         np.concatenate([tensors[name].ravel() for name in names]).astype(np.float64)
-        for tensors in (found, wanted, start)
+        for tensors in (actual, wanted, start)
     )
-    silent = origin <= MASK_BIAS / 2  # they would drown all others
-    if not (got[silent] <= MASK_BIAS / 2).all():
+    masked = origin <= MASK_BIAS / 2  # they would dominate the norm
+    if not (got[masked] <= MASK_BIAS / 2).all():
         return math.inf
-    got, want, origin = (values[~silent] for values in (got, want, origin))
+    got, want, origin = (values[~masked] for values in (got, want, origin))
     weights = _norm(got - want) / max(_norm(want - origin), 0.01 * _norm(want))
-    losses = _norm(found["losses"] - wanted["losses"]) / max(1.0, _norm(wanted["losses"]))
+    losses = _norm(actual["losses"] - wanted["losses"]) / max(1.0, _norm(wanted["losses"]))
     return float(np.maximum(weights, losses))  # unlike max(), passes NaN on
 
 
@@ -213,11 +213,11 @@ def _norm(values: Array) -> float:
     return float(np.linalg.norm(values))
 
 
-def _logit_error(found: Array, wanted: Array) -> float:
-    """Relative to the largest; of outputs that are not silenced."""
-    heard = wanted > MASK_BIAS / 2
-    off = np.abs(found - wanted)[heard].max()
-    return float(off / max(1.0, np.abs(wanted[heard]).max()))
+def _logit_error(actual: Array, wanted: Array) -> float:
+    """Relative to the largest; of outputs that are not masked."""
+    present = wanted > MASK_BIAS / 2
+    off = np.abs(actual - wanted)[present].max()
+    return float(off / max(1.0, np.abs(wanted[present]).max()))
 
 
 def _conformance(subject: _Subject) -> Iterator[Check]:
@@ -248,8 +248,8 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
         session = subject.session("adapt", optimised, threads)
         outcomes = []
         for oracle in oracles:
-            found = session(oracle.task.feeds(subject.checkpoint))
-            error = oracle.error(found) if found["finite"] else math.inf
+            actual = session(oracle.task.feeds(subject.checkpoint))
+            error = oracle.error(actual) if actual["finite"] else math.inf
             limit = ROUNDING * oracle.rounding + subject.tolerance
             outcomes.append((error <= limit, -error / limit, error, limit, oracle.name))
         _, _, error, limit, name = min(outcomes)
@@ -259,7 +259,7 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
 
 
 def _adapt_depends(subject: _Subject) -> Iterator[Check]:
-    """What comes out must come from what goes in: nothing was traced into a constant."""
+    """Outputs must depend on every input: none was traced into a constant."""
     session, checkpoint = subject.session("adapt"), subject.checkpoint
     task = subject.task(5, 5)
     feeds = task.feeds(checkpoint)
@@ -280,7 +280,7 @@ def _adapt_depends(subject: _Subject) -> Iterator[Check]:
 
 
 def _adapt_guards(subject: _Subject) -> Iterator[Check]:
-    """Bad input must neither read out of bounds nor pass for a success."""
+    """Bad input must neither read out of bounds nor be reported as a success."""
     session = subject.session("adapt")
     task, last = subject.task(5, 5), subject.checkpoint.model.outputs - 1
     feeds = task.feeds(subject.checkpoint)
@@ -295,12 +295,12 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
             ("support_labels", np.where(task.labels == 0, -1, task.labels)),
         ]
     for name, wild in out_of_range:
-        found, wanted = session(feeds | {name: wild}), session(feeds)
-        if any(not np.array_equal(found[key], wanted[key]) for key in wanted):
+        actual, wanted = session(feeds | {name: wild}), session(feeds)
+        if any(not np.array_equal(actual[key], wanted[key]) for key in wanted):
             problems.append(f"{name} out of range are not clamped")
-    nothing = np.full_like(feeds["support_images"], np.nan)
+    nans = np.full_like(feeds["support_images"], np.nan)
     for name, value in (
-        ("support_images", nothing),
+        ("support_images", nans),
         ("learning_rate", np.array(np.inf, dtype=np.float32)),
     ):
         if session(feeds | {name: value})["finite"]:
@@ -309,7 +309,7 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
 
 
 def _prediction(subject: _Subject) -> Iterator[Check]:
-    """Parity of the other graphs, and queries that do not see each other."""
+    """Parity of the other graphs, and independence of queries."""
     checkpoint, images = subject.checkpoint, subject.queries()
     model, pixels = checkpoint.model, images.astype(np.float32)
     single, double = torch.float32, torch.float64
@@ -320,8 +320,8 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
     feeds = task.feeds(checkpoint)
     for optimised, threads in SETTINGS:
         setting = f"optimisation {'on' if optimised else 'off'}, {threads} threads"
-        found = subject.session("predict", optimised, threads)({"images": pixels})["logits"]
-        error = _logit_error(found, wanted)
+        actual = subject.session("predict", optimised, threads)({"images": pixels})["logits"]
+        error = _logit_error(actual, wanted)
         yield Check.at_most(f"predict equals eager PyTorch, {setting}", error, limit)
 
         adapted = subject.session("adapt", optimised, threads)(feeds)
@@ -370,14 +370,14 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
         return np.asarray(session(feeds)["logits"])
 
     scores, apart = [], []
-    with ThreadPoolExecutor(1) as beside:  # ONNX Runtime on one core, PyTorch on another
-        answers = beside.map(answer, tasks)
+    with ThreadPoolExecutor(1) as pool:  # ONNX Runtime on one core, PyTorch on another
+        answers = pool.map(answer, tasks)
         for chunk, weights in adapted_in_chunks(engine, state, tasks):
             predicted = engine.predict(weights, chunk, "frozen").numpy()
-            for task, eager, found in zip(chunk, predicted, answers, strict=False):
+            for task, eager, actual in zip(chunk, predicted, answers, strict=False):
                 labels = task.query_targets
-                scores.append([objective.scores(outputs, labels) for outputs in (found, eager)])
-                apart.append(objective.disagreement(found, eager))
+                scores.append([objective.scores(outputs, labels) for outputs in (actual, eager)])
+                apart.append(objective.disagreement(actual, eager))
     onnx, torch_ = np.mean(scores, axis=0)
     interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
     detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} tasks"
@@ -391,7 +391,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
 
 
 def _golden(subject: _Subject) -> Iterator[Check]:
-    """The golden tensors by plain onnxruntime, as any consumer would."""
+    """The golden tensors in plain onnxruntime, as any consumer would run them."""
     folder = subject.folder / GOLDEN_FOLDER
     cases = parse_golden((folder / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
     missing = [f"no case of {name}" for name in GRAPHS if name not in {c.graph for c in cases}]
@@ -399,18 +399,18 @@ def _golden(subject: _Subject) -> Iterator[Check]:
     worst = 0.0
     for case in cases:
         feeds = {name: np.load(folder / file) for name, file in case.inputs.items()}
-        found = subject.session(case.graph)(feeds)
+        actual = subject.session(case.graph)(feeds)
         for name, file in case.outputs.items():
             wanted = np.load(folder / file).astype(np.float64)
             allowed = case.atol + case.rtol * np.abs(wanted)
-            excess = np.abs(found[name] - wanted) / allowed
+            excess = np.abs(actual[name] - wanted) / allowed
             worst = float(np.maximum(worst, excess.max(initial=0)))
     detail = "deviation as a share of the stated tolerance"
     yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
 
 
 def _runtime(subject: _Subject) -> Iterator[Check]:
-    """The runtime accepts the bundle, and its own self-check passes."""
+    """The runtime accepts the bundle, and its self-check passes."""
     runtime = FewShotModel if subject.objective is CLASSIFICATION else FewShotRegressor
     runtime.load(subject.folder).check()
     yield Check.none_of("the runtime loads the bundle", [])

@@ -1,7 +1,7 @@
 """Running inner loops: one interface, three engines.
 
-`eager` is the readable one and the oracle, `native` the compiled one for the CPU, `batched` the one
-for CUDA; `select` takes the one that the settings name.
+`eager` is the readable reference, `native` the compiled one for the CPU, `batched` the one for
+CUDA; `select` chooses by the settings.
 """
 
 from reptile.learn.engines.base import Adapted, Engine

@@ -1,6 +1,6 @@
 """Adapting to a batch of tasks: the interface that every engine has.
 
-Nothing else in the library knows which engine runs.
+The rest of the library does not depend on which engine runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What runs, in a few words for people."""
+        """The engine and its device, in a few words for people."""
 
     def images(self, rows: IntArray) -> Tensor:
         """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
@@ -53,7 +53,7 @@ class Engine(Protocol):
     def adapt_sequential(
         self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
     ) -> Adapted:
-        """Adapt to each task from the same weights, and from the state that the last one left.
+        """Adapt to each task from the same weights, and from the state after the task before.
 
         Args:
             weights: where each task starts, [P].
@@ -61,7 +61,7 @@ class Engine(Protocol):
             tasks: as for `adapt`.
 
         Returns:
-            What `adapt` returns, but the one state that the last task left: second moment [P].
+            What `adapt` returns, but a single state, that after the last task: second moment [P].
         """
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
@@ -80,17 +80,17 @@ def adapt_each(
     state: OptimizerState,
     tasks: Sequence[Task],
 ) -> Adapted:
-    """Do as `Engine.adapt_sequential` says, by a call of `adapt` for each task."""
+    """Implement `Engine.adapt_sequential` by a call of `adapt` for each task."""
     adapted, losses = [], []
     for task in tasks:
-        found = adapt(weights, state, [task])
-        state = OptimizerState(found.state.second_moment[0], found.state.step)
-        adapted.append(found.weights)
-        losses.append(found.losses)
+        result = adapt(weights, state, [task])
+        state = OptimizerState(result.state.second_moment[0], result.state.step)
+        adapted.append(result.weights)
+        losses.append(result.losses)
     return Adapted(torch.cat(adapted), state, torch.cat(losses))
 
 
 def gather(inputs: Inputs, rows: IntArray, device: torch.device) -> Tensor:
     """Return the inputs of `rows` [...], pixels in 0..1, float32 [..., C, H, W]."""
-    found = torch.from_numpy(np.asarray(inputs[rows])).to(device)
-    return to_unit(found) if found.dtype == torch.uint8 else found
+    gathered = torch.from_numpy(np.asarray(inputs[rows])).to(device)
+    return to_unit(gathered) if gathered.dtype == torch.uint8 else gathered

@@ -1,6 +1,6 @@
 """All tasks of a call as one batch of operations: the engine for CUDA.
 
-On small networks a GPU waits for launches: so tasks are batched by vmap, each convolution is one
+Launches dominate small networks on a GPU: so tasks are batched by vmap, each convolution is one
 batched matrix product over all tasks, and a whole inner loop is captured as one CUDA graph. Model
 and optimiser are those of the eager engine. On the CPU it runs without a graph, to be tested there.
 """
@@ -24,11 +24,11 @@ from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Targets, Task
 
 Loop = Callable[..., tuple[Tensor, Tensor, Tensor]]
-GRAPHS = 8  # captured inner loops kept, one for each shape of a call; each holds its own memory
+GRAPHS = 8  # captured inner loops kept, one for each shape of a call; each holds memory
 
 
 class BatchedEngine:
-    """Runs the inner loops of all tasks of a call side by side; not verified on CUDA hardware."""
+    """Runs the inner loops of all tasks of a call in parallel; not verified on CUDA hardware."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class BatchedEngine:
             def replay(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 adapted, moment, losses = graph(
                     *arguments
-                )  # the graph's own, overwritten next time
+                )  # owned by the graph, overwritten next time
                 return adapted.clone(), moment.clone(), losses.clone()
 
             self._loops[shapes] = replay
@@ -151,10 +151,10 @@ def patches(
     kernel = weight.shape[-2:]
     columns = F.unfold(images, kernel, padding=padding, stride=stride)
     height, width = (
-        (size + 2 * padding - own) // stride + 1
-        for size, own in zip(images.shape[-2:], kernel, strict=True)
+        (size + 2 * padding - kernel_size) // stride + 1
+        for size, kernel_size in zip(images.shape[-2:], kernel, strict=True)
     )
-    found = weight.flatten(1) @ columns
+    output = weight.flatten(1) @ columns
     if bias is not None:
-        found = found + bias[:, None]
-    return found.reshape(*found.shape[:-1], height, width)
+        output = output + bias[:, None]
+    return output.reshape(*output.shape[:-1], height, width)

@@ -1,4 +1,4 @@
-"""The plain eager engine: the readable form, and the oracle of every other one.
+"""The eager engine: the readable form, and the reference for the others.
 
 It runs on any device torch has.
 """
@@ -65,14 +65,16 @@ class EagerEngine:
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
         """See `Engine.predict`."""
-        found = []
-        for own, task in zip(weights, tasks, strict=True):
-            support = self.images(task.support).to(own.dtype)
-            queries = self.images(task.query).to(own.dtype)
-            found.append(
-                query_logits(self.model, unflatten(self.model, own), support, queries, mode)
+        logits = []
+        for task_weights, task in zip(weights, tasks, strict=True):
+            support = self.images(task.support).to(task_weights.dtype)
+            queries = self.images(task.query).to(task_weights.dtype)
+            logits.append(
+                query_logits(
+                    self.model, unflatten(self.model, task_weights), support, queries, mode
+                )
             )
-        return torch.stack(found)
+        return torch.stack(logits)
 
     def _adapt_one(
         self, weights: Tensor, state: OptimizerState, task: Task

@@ -1,4 +1,4 @@
-"""Which device and which engine: those that the settings name, or the fastest here."""
+"""Choice of device and engine: those that the settings name, or the fastest available."""
 
 import os
 
@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device that the settings name; `auto` is CUDA where there is one.
 
     Raises:
-        PlatformError: `cuda` is asked for, and there is none.
+        PlatformError: the settings name `cuda`, and there is no CUDA device.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise PlatformError("train.device = cuda: torch sees no CUDA device here; use auto or cpu")
@@ -37,8 +37,8 @@ def make_engine(
     """Return the engine that the settings name; `auto` takes the fastest that runs this network.
 
     Raises:
-        InputError: `native` is asked for, and it does not know this network or device.
-        PlatformError: `native` is asked for, and it cannot be built on this machine.
+        InputError: the settings name `native`, which does not support this network or device.
+        PlatformError: the settings name `native`, which cannot be built on this machine.
     """
     if name == "eager":
         return EagerEngine(model, optimizer, inputs, device)

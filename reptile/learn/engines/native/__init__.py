@@ -1,7 +1,7 @@
 """The native engine: whole inner loops, and predictions, in one call of a compiled kernel.
 
-The kernel knows its own weight layout and threads; here arguments are checked before it runs. The
-eager engine is its oracle. Not for other devices.
+The kernel handles weight layout and threads; arguments are checked here before it runs. The eager
+engine is its reference. CPU only.
 """
 
 import ctypes
@@ -132,8 +132,8 @@ class NativeEngine:
     ) -> None:
         if not isinstance(model, Conv4 | MLP) or type(model) not in NETWORKS:
             raise InputError(
-                f"train.engine = native: knows conv4 and mlp, not {model.name}; use auto, eager or "
-                "batched"
+                f"train.engine = native: supports conv4 and mlp, not {model.name}; use auto, "
+                "eager or batched"
             )
         if inputs.dtype not in (np.uint8, np.float32) or inputs.shape[1:] != model.image_shape:
             raise InputError(
@@ -200,7 +200,7 @@ class NativeEngine:
         stride: int,
         moved: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Fill in `moved`, for each task [T, P] or for the last of tasks in turn [P].
+        """Fill in `moved`, for each task [T, P] or, run sequentially, for the last [P].
 
         Returns:
             weights [T, P], losses [T, K].
@@ -284,10 +284,10 @@ def _work(tasks: Sequence[Task], images: int, model: Model) -> _Work:
     steps = len(tasks[0].batches)
     if any(len(task.batches) != steps for task in tasks):
         raise InputError("tasks of one call need equally many mini-batches")
-    nothing = np.empty(0, dtype=np.int64)
-    rows, targets = [nothing], []
+    no_rows = np.empty(0, dtype=np.int64)
+    rows, targets = [no_rows], []
     for task in tasks:
-        positions = np.concatenate([nothing, *task.batches])
+        positions = np.concatenate([no_rows, *task.batches])
         _check_range(positions, len(task.support), "position in the support set")
         rows.append(task.support[positions])
         targets.append(_targets(task, model)[positions])

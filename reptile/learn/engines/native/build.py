@@ -1,7 +1,7 @@
 """Compiling the kernel: once for each source, compiler, flags and processor, into a private cache.
 
-Nothing here knows what the kernel computes. A library that cannot be built or trusted is a
-`BuildError` of one line, which the caller turns into a fall-back or an error.
+Independent of what the kernel computes. A library that cannot be built or trusted is a `BuildError`
+of one line, which the caller turns into a fall-back or an error.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class BuildError(RuntimeError):
 
 
 def load_kernel() -> ctypes.CDLL:
-    """Return the compiled kernel: shipped beside its source, from the cache, or built now.
+    """Return the compiled kernel: shipped with its source, from the cache, or built now.
 
     The environment may name the compiler (CXX), the instruction set to build for (REPTILE_MARCH,
     such as `x86-64-v3` for an image that runs on several machines; otherwise this processor's) and
@@ -54,8 +54,8 @@ def _library() -> Path:
     compiler, flags = _compiler(), (*FLAGS, *_target(), "-pthread")
     sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
     key = _hash(*(file.read_bytes() for file in sources), repr(flags).encode(), _processor())
-    # An image ships the library beside its source. Whoever can write there can change this very
-    # file, so its owner is not asked for, and any user may run it.
+    # A container image ships the library next to its source. Whoever can write there can change
+    # this file too, so the library's owner is not checked, and any user may run it.
     shipped = sorted(SOURCE.parent.glob(f"kernel-{key}-*.so"))
     if shipped:
         return shipped[0]
@@ -102,7 +102,7 @@ def _run(command: list[str]) -> bytes:
 
 def _compiler() -> str | None:
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _version(compiler: str) -> bytes:
