@@ -4,18 +4,16 @@ Each is a typed signature and one call into `components.artifacts`, as only its 
 it runs in the project's image, which has everything else. How they are joined is in `pipeline`.
 """
 
-from components.control import conclude, gate, refuse, summarise, tabulate
+from components.control import gate, summarise, tabulate
 from components.stages import evaluate, export, measure, prepare, publish, train, verify
 
 __all__ = [
-    "conclude",
     "evaluate",
     "export",
     "gate",
     "measure",
     "prepare",
     "publish",
-    "refuse",
     "summarise",
     "tabulate",
     "train",
