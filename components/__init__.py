@@ -1,21 +1,7 @@
-"""The pipeline's stages and what holds them together, as components of Kubeflow Pipelines.
+"""The pipeline's stages and what joins them, as components of Kubeflow Pipelines.
 
 Each is a typed signature and one call into `components.artifacts`, as only its own source travels:
-it runs in the project's image, which has everything else. How they are joined is in `pipeline`.
+it runs in the project's image, which has everything else. They are joined in `pipeline`.
+
+Nothing is imported here: in a pod, where `kfp.dsl` has no decorators, `artifacts` alone is loaded.
 """
-
-from components.control import gate, summarise, tabulate
-from components.stages import evaluate, export, measure, prepare, publish, train, verify
-
-__all__ = [
-    "evaluate",
-    "export",
-    "gate",
-    "measure",
-    "prepare",
-    "publish",
-    "summarise",
-    "tabulate",
-    "train",
-    "verify",
-]

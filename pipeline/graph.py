@@ -9,7 +9,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
-import components
+from components import control, stages
 from components.image import IMAGE
 from pipeline.revisions import DATA_FILE, data_md5
 from reptile.settings import load_settings
@@ -99,12 +99,12 @@ def reptile(
         node_selector: labels of the nodes to train on.
         tolerations: taints that training tolerates.
     """
-    summary = components.summarise(
+    summary = control.summarise(
         data_revision=data_revision, data_md5=data_md5, git_commit=git_commit, image=image
     )
     _place(summary, image).set_caching_options(enable_caching=False)
     with dsl.ExitHandler(summary, name="run"):
-        prepared = components.prepare(
+        prepared = stages.prepare(
             settings=prepare_settings,
             repository=repository,
             revision=data_revision,
@@ -119,7 +119,7 @@ def reptile(
         _give_secret(prepared, data_secret)
         dataset = prepared.outputs["prepared"]
 
-        trained = components.train(settings=train_settings, work=work, prepared=dataset)
+        trained = stages.train(settings=train_settings, work=work, prepared=dataset)
         _place(trained, image, hours=24)
         trained.set_retry(
             5, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
@@ -132,7 +132,7 @@ def reptile(
         kubernetes.add_toleration_json(trained, tolerations)
         checkpoint = trained.outputs["checkpoint"]
 
-        evaluated = components.evaluate(
+        evaluated = stages.evaluate(
             settings=evaluate_settings, prepared=dataset, checkpoint=checkpoint
         )
         _place(evaluated, image, hours=6)
@@ -142,16 +142,16 @@ def reptile(
             task.register_pipeline_channels([cpu, memory])
         evaluation = evaluated.outputs["evaluation"]
 
-        # Without a name: backends up to 2.15 do not find a named loop when its results are collected.
+        # Without a name: backends up to 2.15 cannot collect the results of a loop that has one.
         with dsl.ParallelFor(points) as point:
-            measured = components.measure(
+            measured = stages.measure(
                 settings=evaluate_settings, point=point, prepared=dataset, checkpoint=checkpoint
             )
             _place(measured, image, hours=6)
-        table = components.tabulate(rows=dsl.Collected(measured.output))
+        table = control.tabulate(rows=dsl.Collected(measured.output))
         _place(table, image)
 
-        judged = components.gate(
+        judged = control.gate(
             settings=export_settings,
             champion=champion,
             checkpoint=checkpoint,
@@ -160,14 +160,14 @@ def reptile(
         _place(judged, image)
         # A refusal fails the gate's task, and so the run. A condition would do neither: a backend
         # skips its tasks, and does not see a group as complete whose tasks were skipped or cached.
-        exported = components.export(
+        exported = stages.export(
             settings=export_settings,
             prepared=dataset,
             checkpoint=checkpoint,
             evaluation=evaluation,
         ).after(judged)
         _place(exported, image)
-        verified = components.verify(
+        verified = stages.verify(
             settings=verify_settings,
             prepared=dataset,
             checkpoint=checkpoint,
@@ -176,7 +176,7 @@ def reptile(
         _place(verified, image)
         # Nothing may depend on this group: by default it is skipped.
         with dsl.If(bundle_remote != "", name="publish"):
-            published = components.publish(
+            published = stages.publish(
                 bundle=exported.outputs["bundle"], remote=bundle_remote
             ).after(verified)
             _place(published, image)

@@ -115,6 +115,16 @@ def test_the_committed_document_is_what_the_source_compiles_to(root: Path) -> No
         assert done.stdout == COMPILED.read_bytes(), "run `python -m pipeline compile`"
 
 
+def test_a_pod_can_import_what_its_task_calls(root: Path) -> None:
+    """There `kfp.dsl` has nothing but the types of artifacts."""
+    subprocess.run(
+        [sys.executable, "-c", "from components import artifacts"],
+        cwd=root,
+        env=os.environ | {"_KFP_RUNTIME": "true"},
+        check=True,
+    )
+
+
 def test_both_documents_are_what_kubeflows_own_types_hold(
     documents: tuple[Document, Document],
 ) -> None:
