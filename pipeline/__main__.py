@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export."
-    "\n\nExit codes beside those of each command: 2 wrong option, parameter or file; 6 this machine "
-    "lacks something; 7 the cluster cannot be reached, or refuses.",
+    "\n\nExit codes beside those of each command: 2 wrong option, parameter or file; 6 this "
+    "machine lacks something; 7 the cluster cannot be reached, or refuses.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -26,7 +26,7 @@ from reptile.errors import InputError
 TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
 BACK_OFF = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt of a call, the third, ...
 CALL_SECONDS = 30
-LOG_BYTES = 2**18  # of a log that are kept, from its end
+LOG_HEAD, LOG_END = 2**16, 2**18  # bytes of a log that are kept; its head names the task
 
 
 class ClusterError(errors.ClusterError):
@@ -194,7 +194,7 @@ def call(
 
 
 def read_log(client: kfp.Client, run: str, node: str) -> str:
-    """Return the end of the log of a run's node (a pod's name for Argo), or "" if there is none.
+    """Return head and end of the log of a run's node (Argo's id of a pod), or "" if there is none.
 
     The only route for logs is of another version of the API, for which kfp has no function.
     """
@@ -209,13 +209,15 @@ def read_log(client: kfp.Client, run: str, node: str) -> str:
             _preload_content=False,
             _request_timeout=CALL_SECONDS,
         )
-        end = b""
+        text = b""
         for chunk in answer.stream(2**16):
-            end = (end + chunk)[-LOG_BYTES:]
+            text += chunk
+            if len(text) > 2 * LOG_END:
+                text = text[:LOG_HEAD] + b"\n" + text[-LOG_END:]
     except (api.ApiException, urllib3.exceptions.HTTPError):
         return ""  # a log helps, but is not what was asked for
     # What cannot be read is answered with status 200.
-    return "" if end.startswith(b'{"error_message"') else end.decode(errors="replace")
+    return "" if text.startswith(b'{"error_message"') else text.decode(errors="replace")
 
 
 def _not_kubeflow(host: str, status: int = 0) -> ClusterError:

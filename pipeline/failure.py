@@ -15,7 +15,7 @@ _GROUP = re.compile(
 )
 _LAUNCHER = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ?(.*)")
 _COMPONENT = re.compile(r"\[KFP Executor .*Loading KFP component \"([\w-]+)\"")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|\x1b\[[\d;]*[A-Za-z]")
+_CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Failure(NamedTuple):
