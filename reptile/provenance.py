@@ -43,6 +43,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "data/__init__.py",
         "data/dataset.py",
         "data/folders.py",
+        "data/names.py",
         "data/prepare.py",
         "data/splits.py",
         "data/published_splits",

@@ -5,17 +5,17 @@ all. What a stage does lies in the room of its name; this is only where the room
 function imports what it runs, so that reptile.provenance can say what each result depends on.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reptile.errors import VerificationError
-from reptile.files import atomic_directory, write_json
+from reptile.errors import InputError, VerificationError
+from reptile.files import atomic_directory, lock_folder, write_json
 from reptile.settings import (
     EvaluateSettings,
     ExportSettings,
     PrepareSettings,
+    Settings,
     TrainSettings,
     VerifySettings,
 )
@@ -28,6 +28,37 @@ if TYPE_CHECKING:
 
 Counted = Callable[[int, int], None]
 """Told how many of how many are done."""
+
+
+def check_later_stages(settings: Settings, prepared: Path) -> None:
+    """Refuse, before training, what a later stage would refuse after it.
+
+    Raises:
+        InputError: the test split cannot make the tasks of `evaluate` and `verify`, or the gate and
+            the bundle need what `evaluate` does not measure.
+    """
+    from reptile.data.dataset import load_prepared
+    from reptile.objectives import objective_of
+    from reptile.tasks import check_classes
+
+    data, ways = load_prepared(prepared), settings.train.ways
+    test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
+    images = max(evaluation.shots) + evaluation.queries
+    what = f"test split of {data.name}"
+    check_classes(test, ways, images, f"{what}, for `reptile evaluate`")
+    queries = objective_of(data.values).validation.queries
+    check_classes(test, ways, settings.verify.shots + queries, f"{what}, for `reptile verify`")
+    if gate.shots not in evaluation.shots:
+        shots = ", ".join(map(str, evaluation.shots))
+        raise InputError(
+            f"export.gate.shots = {gate.shots}: `reptile evaluate` measures {shots}-shot only; "
+            "change export.gate.shots or evaluate.shots"
+        )
+    if settings.export.max_steps < evaluation.steps:
+        raise InputError(
+            f"export.max_steps = {settings.export.max_steps} is below evaluate.steps = "
+            f"{evaluation.steps}; raise one or lower the other"
+        )
 
 
 def prepare(
@@ -52,7 +83,8 @@ def train(
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
     `work` holds unfinished runs, so that `resume` can go on from them. Started by torchrun, the
-    processes share the work, and the first alone writes.
+    processes share the work, and the first alone writes. A second training that would write to the
+    same place is refused while this one runs.
     """
     from reptile.data.dataset import load_prepared
     from reptile.learn.checkpoint import save_checkpoint
@@ -60,25 +92,26 @@ def train(
     from reptile.learn.distributed import join
     from reptile.learn.engines import choose_device
     from reptile.learn.run import run_training
-    from reptile.learn.run_folder import run_folder
+    from reptile.learn.run_folder import remove, run_folder
     from reptile.objectives import objective_of
 
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
             return run_training(settings, data, work, resume=resume, processes=processes)
-        with CurveWriter(curves, objective_of(data.values)) as writer:
+        with lock_folder(checkpoint.parent):
+            with CurveWriter(curves, objective_of(data.values)) as writer:
 
-            def observe(progress: "Progress") -> None:
-                writer.write(progress.curve)
-                on_progress(progress)
+                def observe(progress: "Progress") -> None:
+                    writer.write(progress.curve)
+                    on_progress(progress)
 
-            result = run_training(
-                settings, data, work, resume=resume, processes=processes, on_progress=observe
-            )
-            writer.write(result.info.curve)
-        save_checkpoint(checkpoint, result)
-        shutil.rmtree(run_folder(work, result.info), ignore_errors=True)
+                result = run_training(
+                    settings, data, work, resume=resume, processes=processes, on_progress=observe
+                )
+                writer.write(result.info.curve)
+            save_checkpoint(checkpoint, result)
+            remove(run_folder(work, result.info))
         return result
 
 

@@ -40,7 +40,6 @@ from reptile.experiments.presets import dvc_command, load_preset, preset_path, p
 from reptile.settings import BatchNormMode, Settings, load_settings
 
 if TYPE_CHECKING:
-    from reptile.data.dataset import PreparedData, Split
     from reptile.learn.train import Progress as TrainingProgress
     from reptile.runtime import AdaptedModel, Prediction
     from reptile.stages import Counted
@@ -110,7 +109,10 @@ def prepare(
         + ", ".join(f"{count} {split}" for split, count in sizes.items()),
         soft_wrap=True,
     )
-    _warn_of_small_splits(data, settings)
+    try:
+        stages.check_later_stages(settings, folder)
+    except InputError as error:  # the data may be meant for other settings
+        log.warning("warning: %s", error)
 
 
 @app.command()
@@ -131,6 +133,7 @@ def train(
     from reptile import stages
 
     folder = artifacts / "checkpoint"
+    stages.check_later_stages(settings, artifacts / "prepared")
     with _training(settings) as observe:
         result = stages.train(
             settings.train,
@@ -543,23 +546,6 @@ def run() -> None:
         message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
         named = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError)
         _fail(message, (InputError if named else PlatformError).exit_code)
-
-
-def _warn_of_small_splits(data: "PreparedData", settings: Settings) -> None:
-    """Say now what training and evaluation with these settings would refuse."""
-    from reptile.tasks import check_classes
-
-    needed: dict[Split, int] = {
-        "train": settings.train.train_shots,
-        "test": max(settings.evaluate.shots) + settings.evaluate.queries,
-    }
-    for split, images in needed.items():
-        try:
-            check_classes(
-                data.split(split), settings.train.ways, images, f"{split} split of {data.name}"
-            )
-        except InputError as error:
-            log.warning("warning: %s", error)
 
 
 def _fail(message: str, exit_code: int) -> None:

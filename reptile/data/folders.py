@@ -1,6 +1,6 @@
-"""Class folders of images, in a folder or a zip: the layout of a user's own data.
+"""Class folders of images, in a folder or a zip: the usual layout of images.
 
-What it is given is not trusted: no link leads out, nothing is unpacked to disk, sizes are bounded.
+Files are not trusted: no link leads out, nothing is unpacked to disk, sizes are bounded.
 """
 
 import os
@@ -255,14 +255,14 @@ def find_classes(
 
     last = max(images)  # what the first and the last share in sorted order, all share
     wrapping = sum(1 for depth in range(1, len(first)) if first[:depth] == last[:depth])
-    found: dict[str, SourceClass] = {}
+    classes: dict[str, SourceClass] = {}
     for folder, members in images.items():
         *group, name = normal("/".join(folder[wrapping:])).split("/")
         full = "/".join([*group, name])
-        if full in found:
+        if full in classes:
             raise InputError(f"{where}: two class folders are called {full}; rename one")
-        found[full] = SourceClass(full, "/".join(group), tuple(sorted(members, key=normal)))
-    return tuple(found[name] for name in sorted(found))
+        classes[full] = SourceClass(full, "/".join(group), tuple(sorted(members, key=normal)))
+    return tuple(classes[name] for name in sorted(classes))
 
 
 def _read_image(label: str, opened: Callable[[], IO[bytes]]) -> Image.Image:

@@ -1,6 +1,6 @@
 """From a source of images to the prepared dataset: splits, sizes, rotations, hashes.
 
-How images are found and decoded is `sources`' business, and which class is held out `held_out`'s.
+Not for finding and decoding images (see `readers`) or choosing what is held out (see `splits`).
 """
 
 import hashlib
@@ -156,10 +156,10 @@ def _write(
     def pixels(file: str) -> UInt8Array:
         image = source.read(file)
         if mode is None and image.mode != target:
-            kinds = {"L": "grey", "RGB": "in colour"}
+            colours = {"L": "grey", "RGB": "in colour"}
             raise InputError(
-                f"{source.name}: {files[0]} is {kinds[target]} and {file} is "
-                f"{kinds[image.mode]}; set channels: grey or channels: rgb"
+                f"{source.name}: {files[0]} is {colours[target]} and {file} is "
+                f"{colours[image.mode]}; set channels: grey or channels: rgb"
             )
         return fit(image, shape)
 

@@ -1,7 +1,7 @@
 """Which class is in which split: by a hash of names, as the source's files say, or by a list.
 
 Splits depend on names and settings alone, never on a training run, so that no run can test on what
-another has trained on. Lists that papers have published lie in the folder `splits`.
+another has trained on. Lists that papers have published lie in the folder `published_splits`.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class SplitList(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = ""
-    """Who has published it where."""
+    """Where it was published, and by whom."""
     counts: dict[Split, int] | None = None
     """How many classes each split is to have; anything else is an error."""
     train: tuple[str, ...] | None = None
@@ -36,7 +36,7 @@ class SplitList(BaseModel):
 
 
 def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]:
-    """Say for each class which split it belongs to.
+    """Return the split of each class.
 
     Where `held_out` is `groups` or `classes`, these are ordered by a hash of `split_seed` and their
     name: the first part is the test split, the next validation, the rest training; a fraction holds
@@ -109,7 +109,7 @@ def _share(wanted: int | float, units: int) -> int:
 
 
 def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Split]:
-    """Say for each class which split a list of names puts it into; errors call the list `name`.
+    """Return the split of each class by a list of names; errors call the list `name`.
 
     Raises:
         InputError: the list does not fit the classes, or leaves nothing for training or test.
@@ -128,7 +128,7 @@ def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Spl
             f"{name}: {source.name} has no class or group {unknown[0]!r}{more}; "
             "is a part of the data missing?"
         )
-    found: dict[str, Split] = {}
+    splits: dict[str, Split] = {}
     for c in source.classes:
         named = [entry for entry in (c.name, c.group) if entry in listed]
         if len(named) == 2:
@@ -138,15 +138,15 @@ def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Spl
                 f"{name}: class {c.name} of {source.name} is in no split; add it, or leave "
                 "`train` out, which then is all the rest"
             )
-        found[c.name] = listed[named[0]] if named else "train"
-    counts = Counter(found.values())
+        splits[c.name] = listed[named[0]] if named else "train"
+    counts = Counter(splits.values())
     for split, published in (chosen.counts or {}).items():
         if counts[split] != published:
             raise InputError(
                 f"{name}: {counts[split]:,} classes of {source.name} for {split}, published are "
                 f"{published:,}; is a part of the data missing?"
             )
-    return _checked(source, found)
+    return _checked(source, splits)
 
 
 def _checked(source: Source, splits: dict[str, Split]) -> dict[str, Split]:

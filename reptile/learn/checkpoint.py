@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from reptile.data.dataset import PreparedData
@@ -119,7 +119,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     tensors["step"] = torch.tensor(inner.step)
     with atomic_directory(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS_FILE)
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # so that errors are the system's
         write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
 
 
@@ -138,14 +138,14 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     try:
         values: Any = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
         info = CheckpointInfo.model_validate(values)
-        tensors = load_file(folder / WEIGHTS_FILE)
+        # Not load_file: its errors name no file, and call one without permission missing.
+        tensors = load((folder / WEIGHTS_FILE).read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file; run `reptile train` first") from None
     except ValidationError as error:
         raise InputError(f"{folder / INFO_FILE}: {'; '.join(describe(error))}") from None
     except PermissionError as error:
-        path = error.filename or folder / WEIGHTS_FILE
-        raise InputError(f"{path}: no permission to read it; ask its owner") from None
+        raise InputError(f"{error.filename}: no permission to read it; ask its owner") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: damaged checkpoint ({error}); train again") from None
     if info.module and module is None:

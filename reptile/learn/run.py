@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from reptile.cpus import available_cpus
 from reptile.data.dataset import PreparedData
 from reptile.errors import DivergedError, InputError
+from reptile.files import lock_folder
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from reptile.learn.distributed import Processes
 from reptile.learn.engines import choose_device, make_engine
@@ -75,13 +77,14 @@ def run_training(
     start = _agree(start, processes, device)
     engine = make_engine(settings.engine, start.model, settings.optimizer, data.images, device)
     try:
-        return meta_train(
-            processes.share(engine),
-            start,
-            data,
-            on_progress=on_progress,
-            on_checkpoint=lambda checkpoint: keep(folder, checkpoint) if folder else None,
-        )
+        with lock_folder(folder) if folder else nullcontext():
+            return meta_train(
+                processes.share(engine),
+                start,
+                data,
+                on_progress=on_progress,
+                on_checkpoint=lambda checkpoint: keep(folder, checkpoint) if folder else None,
+            )
     except DivergedError as error:
         saved = kept(folder)[-1:] if folder else []
         where = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was due yet"

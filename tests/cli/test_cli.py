@@ -13,6 +13,7 @@ from patterns import draw_letters
 from PIL import Image
 
 from reptile import cli
+from reptile.files import lock_folder
 
 TINY = """
 prepare: {{source: {source}, image_size: 14, validation: 0.2, test: 0.2, images_per_class: 6}}
@@ -284,3 +285,30 @@ def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path
     assert "removed: other settings (seed: 0, now 7)" in out
     assert not checkpoint.parent.exists()
     assert (here / "artifacts/checkpoint").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evaluate.shots=[1,19]", "evaluate"),
+        ("verify.shots=20", "verify"),
+        ("export.gate.shots=7", r"export.gate.shots = 7"),
+        ("export.max_steps=1", "export.max_steps = 1"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_training(
+    change: str, words: str, here: Path, run: Run
+) -> None:
+    before = (here / "artifacts/checkpoint/checkpoint.json").read_bytes()
+    code, _, err = run("train", "-S", change, "-S", "train.seed=99")
+    assert code == 2
+    assert words in err
+    assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
+
+
+def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -> None:
+    with lock_folder(here / "artifacts"):
+        code, _, err = run("train")
+    assert code == 2
+    assert "in use by another process" in err
+    assert run("train")[0] == 0

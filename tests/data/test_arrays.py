@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorData
 from torchvision.datasets import ImageFolder
 
 from reptile.data.arrays import from_arrays, from_torch
+from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings
@@ -290,3 +292,15 @@ def test_what_cannot_be_used_is_one_clear_sentence(case: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_the_example_in_the_docs_runs_as_it_stands(
+    folder: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/data.md").read_text("utf-8"), re.S)
+    folder.rename(tmp_path / "birds")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert isinstance(names["data"], PreparedData)
+    assert len(names["data"].classes) == CLASSES

@@ -113,13 +113,9 @@ def test_classes_too_few_for_the_stages_that_follow_are_said_at_once(place: Path
     code, _, err = prepare(place, "birds", "-S", "prepare.validation=0")
     assert code == 0
     assert err == (
-        "warning: test split of birds: 4 classes cannot make a 5-way task; lower the ways or hold "
-        "out more classes\n"
+        "warning: test split of birds, for `reptile evaluate`: 4 classes cannot make a 5-way task; "
+        "lower the ways or hold out more classes\n"
     )
     assert prepare(place, "birds", "-S", "prepare.test=5")[2] == ""
     code, _, err = prepare(place, "birds", "-S", "prepare.test=5", "-S", "evaluate.queries=19")
-    assert "test split of birds: a class has 20 images and a task needs 24 of each" in err
-    assert prepare(place, "birds", "-S", "prepare.test=17", "-S", "prepare.validation=0")[2] == (
-        "warning: train split of birds: 3 classes cannot make a 5-way task; lower the ways or hold "
-        "out more classes\n"
-    )
+    assert code == 0 and "a class has 20 images and a task needs 24 of each" in err

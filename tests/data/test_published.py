@@ -160,7 +160,9 @@ def test_of_several_emnist_sets_the_balanced_one_is_read(tmp_path: Path) -> None
     with open_source(str(tmp_path / "one")) as source:
         assert source.name == "emnist-letters"
     write_emnist(tmp_path / "two", ("letters", "digits"))
-    with pytest.raises(InputError, match=r"emnist-digits, emnist-letters found.*folder of its own"):
+    with pytest.raises(
+        InputError, match=r"and there are emnist-digits, emnist-letters; .* separate folder"
+    ):
         classes_of(tmp_path / "two")
 
 

@@ -133,6 +133,10 @@ BAD = {
         "look like a split and are no outermost folders",
     ),
     "images without classes": (["train", "val", "test"], "hold images themselves"),
+    "names in two cases": (
+        ["train/Cat", "train/dog", "test/cat", "test/cow"],
+        "classes cat and Cat of two split folders differ in upper and lower case alone",
+    ),
     "an unknown name": (
         ["train/cat", "train/dog", "holdout/cat"],
         "train looks like a part of a split, and holdout has its class cat too",

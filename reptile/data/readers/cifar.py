@@ -1,7 +1,7 @@
 """CIFAR-100 in its binary version: records of two labels and 32×32 pixels in colour.
 
 The Python version is refused: it is a pickle, which can run code when it is read. Which classes are
-held out (CIFAR-FS, FC100) is `held_out`'s business.
+held out (CIFAR-FS, FC100) is decided in `reptile.data.splits`.
 """
 
 import tarfile

@@ -126,10 +126,10 @@ def _choose(root: Path, files: Files) -> str:
     if EMNIST_SET in prefixes:
         return EMNIST_SET
     if len(prefixes) != 1:
-        found = ", ".join(prefix.rstrip("-") or "mnist" for prefix in prefixes) or "none"
+        listed = ", ".join(prefix.rstrip("-") or "mnist" for prefix in prefixes) or "none"
         raise InputError(
-            f"{root}: one set of IDX files is needed ({found} found); "
-            "put the files of one into a folder of its own"
+            f"{root}: one set of IDX files is needed, and there are {listed}; "
+            "put the files of one set into a separate folder"
         )
     return prefixes[0]
 

@@ -1,6 +1,7 @@
-"""Which kind of source a name or a path is, and the two sources that need no files.
+"""The format of a source, from its name or path, and the two sources that need no files.
 
-A path's kind is told by what lies there, so that it stays a path, which DVC can depend on.
+The format is recognised by the files at the path, so that a source stays a path, on which DVC can
+depend.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +23,13 @@ from reptile.errors import InputError
 
 Opener = Callable[[Path], AbstractContextManager[Source]]
 
-KINDS: tuple[tuple[Callable[[Path], bool], Opener], ...] = (
+FORMATS: tuple[tuple[Callable[[Path], bool], Opener], ...] = (
     (is_omniglot, open_omniglot),
     (is_idx, open_idx),
     (is_cifar, open_cifar),
     (has_lists, open_lists),
 )
-"""What a folder may hold beside class folders: how to know it, and how to open it."""
+"""The formats of folders other than class folders: how to recognise each, and how to open it."""
 
 
 @contextmanager
@@ -56,9 +57,9 @@ def _opened(source: str) -> AbstractContextManager[Source]:
     if source == "digits":
         return _from_arrays(source, _digits())
     if path.is_dir():
-        for is_kind, open_kind in KINDS:
-            if is_kind(path):
-                return open_kind(path)
+        for is_format, open_format in FORMATS:
+            if is_format(path):
+                return open_format(path)
         return nullcontext(split_folders(from_folder(path)))
     if path.is_file():
         return _zipped(path)

@@ -1,7 +1,7 @@
 """Images that come with their split: folders train, val and test, or lists of those names.
 
-The layouts in which mini-ImageNet goes around. Its images are ImageNet's, which each user has to
-get from there.
+The layouts in which mini-ImageNet is passed on; its images are ImageNet's, which each user has to
+get from there. Folders of training and test images are recognised here in any source.
 """
 
 import csv
@@ -61,14 +61,14 @@ def split_folders(source: Source) -> Source:
     """
     paths = [c.name.split("/") for c in source.classes]
     names = [set(level) for level in zip(*paths, strict=True)]  # all classes lie equally deep
-    if len(names) > 1 and (kinds := _split_of_each(names[0])):
-        return _merged(source, kinds)
+    if len(names) > 1 and (splits := _split_of_each(names[0])):
+        return _merged(source, splits)
     for level, of_level in enumerate(names):
         words = sorted(name for name in of_level if name.casefold() in WORDS)
-        kinds_here = {WORDS[word.casefold()] for word in words}
+        here = {WORDS[word.casefold()] for word in words}
         innermost = level == len(names) - 1
         whole = len(words) == len(of_level)
-        if len(kinds_here) > 1 and (whole or not innermost):
+        if len(here) > 1 and (whole or not innermost):
             where = "hold images themselves" if len(names) == 1 else "are no outermost folders"
             if not whole:
                 others = ", ".join(sorted(of_level - set(words))[:3])
@@ -86,14 +86,14 @@ def _split_of_each(folders: set[str]) -> dict[str, Split]:
 
     A word of it is enough, as in `seg_train` or `val2017`.
     """
-    kinds = {}
+    splits = {}
     for folder in folders:
         words = re.findall("[a-z]+", folder.casefold())
-        found = {WORDS[word] for word in words if word in WORDS}
-        if len(found) != 1:
+        of_folder = {WORDS[word] for word in words if word in WORDS}
+        if len(of_folder) != 1:
             return {}
-        (kinds[folder],) = found
-    return kinds if len(set(kinds.values())) > 1 else {}
+        (splits[folder],) = of_folder
+    return splits if len(set(splits.values())) > 1 else {}
 
 
 def _refuse_unknown_split(source: Source, names: list[set[str]]) -> None:
@@ -114,17 +114,23 @@ def _refuse_unknown_split(source: Source, names: list[set[str]]) -> None:
                 )
 
 
-def _merged(source: Source, kinds: dict[str, Split]) -> Source:
+def _merged(source: Source, splits: dict[str, Split]) -> Source:
     """Join classes of one name in several split folders."""
+    spellings: dict[str, str] = {}
     members: dict[str, tuple[str, ...]] = {}
     published: dict[str, Split] = {}
     no_split = source.no_split
     for c in source.classes:
         folder, _, name = c.name.partition("/")
+        if (other_name := spellings.setdefault(name.casefold(), name)) != name:
+            raise InputError(
+                f"{source.name}: classes {other_name} and {name} of two split folders differ in "
+                "upper and lower case alone; if they are one class, call them alike"
+            )
         members[name] = members.get(name, ()) + c.files
-        if (other := published.setdefault(name, kinds[folder])) != kinds[folder]:
+        if (other := published.setdefault(name, splits[folder])) != splits[folder]:
             no_split = (
-                f"class {name} is in {other} and in {kinds[folder]}, and few-shot splits share no "
+                f"class {name} is in {other} and in {splits[folder]}, and few-shot splits share no "
                 "class"
             )
     return replace(
@@ -146,17 +152,17 @@ def _from_lists(root: Path) -> Source:
     for name, split in LISTS.items():
         for number, file, label in _rows(root / name):
             _assign(root, published, label, split)
-            found = places.get(file, [])
-            if len(found) > 1:
-                found = [
-                    place for place in found if normal(PurePosixPath(place).parent.name) == label
+            matches = places.get(file, [])
+            if len(matches) > 1:
+                matches = [
+                    place for place in matches if normal(PurePosixPath(place).parent.name) == label
                 ]
-            if len(found) != 1:
+            if len(matches) != 1:
                 raise InputError(
-                    f"{root / name}: line {number}: {len(found) or 'no'} files called {file} "
+                    f"{root / name}: line {number}: {len(matches) or 'no'} files called {file} "
                     f"in {root}{f' in a folder {label}' if file in places else ''}; one is needed"
                 )
-            members.setdefault(label, []).append(found[0])
+            members.setdefault(label, []).append(matches[0])
     classes = (SourceClass(name, "", tuple(sorted(members[name]))) for name in sorted(members))
     return Source(
         root.resolve().name, tuple(classes), lambda file: read_file(root / file), published

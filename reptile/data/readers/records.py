@@ -23,7 +23,7 @@ BROKEN = (
     OSError,
     EOFError,
     ValueError,
-    RuntimeError,  # zipfile: a kind of compression that it does not know
+    RuntimeError,  # zipfile: an unknown compression
     zlib.error,
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -69,7 +69,7 @@ def reading(label: str) -> Iterator[None]:
 
     Raises:
         InputError: instead of any of those.
-        OSError: the system's own, such as a full disk.
+        OSError: an error of the system, such as a full disk.
     """
     try:
         yield
