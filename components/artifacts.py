@@ -200,7 +200,6 @@ def gate(settings: str, champion: str, checkpoint: Artifact, evaluation: Artifac
     """
     chosen = parse_settings(ExportSettings, settings)
     reason = judge(chosen.gate, Path(checkpoint.path), Path(evaluation.path), champion)
-    print(f"refused: {reason}" if reason else "passed")
     return Verdict(not reason, reason or "")
 
 

@@ -15,15 +15,17 @@ from rich.table import Table
 
 from pipeline import COMPILED
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
-from reptile.errors import InputError
+from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.files import atomic_file
 from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster
+    from pipeline.cluster import Cluster, Outcome
 
 app = typer.Typer(
-    help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export.",
+    help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export."
+    "\n\nExit codes beside those of each command: 2 wrong option, parameter or file; 6 this "
+    "machine lacks something; 7 the cluster cannot be reached, or refuses.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -177,8 +179,9 @@ def submit(
 ) -> None:
     """Run the pipeline once.
 
-    Exit code: 0 submitted, or with --wait succeeded; 1 failed; 2 not submitted; 4 cancelled; 5 not
-    ended in time, or lost from sight; 130 interrupted. The run goes on after 5 and 130.
+    Exit code: 0 submitted, or with --wait succeeded; 1 failed; 2 wrong option or parameter; 3
+    refused by the gate; 4 cancelled; 5 not ended in time, or lost contact; 7 the cluster cannot be
+    reached or refuses; 130 interrupted. The run goes on after 5 and 130.
 
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
@@ -196,6 +199,29 @@ def submit(
     console.print(f"run {run_id}: {cluster.link(run_id)}", soft_wrap=True, highlight=False)
     if wait:
         raise typer.Exit(_follow(cluster, run_id, timeout, poll))
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, as submit prints it.")],
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Show the state of a run, and if it failed, which task did and the end of its log.
+
+    Exit code: 0 succeeded; 1 failed; 3 refused by the gate; 4 cancelled; 5 not ended.
+
+    Example: python -m pipeline status 990880c5-66ea-4aa6-baed-76ab61790c8f
+    """
+    from pipeline.cluster import Cluster
+    from pipeline.connection import connect
+
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    found = cluster.run(run)
+    console.print(f"{_state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(_explain(cluster, found))
 
 
 @app.command()
@@ -331,48 +357,70 @@ def _time(text: str | None) -> datetime | None:
 
 def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float) -> int:
     """Show the states of a run until it has ended; return the exit code."""
-    from pipeline.cluster import Outcome, failures, outcome
+    from pipeline.cluster import Outcome
 
     later = f"the run goes on; look at {cluster.link(run_id)}"
     run = None
     try:
         with console.status("waiting"):
             for run in cluster.follow(run_id, timeout, poll):
-                state = _STATES.get(run.state, (run.state or "unknown").lower())
-                console.print(f"{datetime.now(UTC):%H:%M:%S} {state}", highlight=False)
+                console.print(f"{datetime.now(UTC):%H:%M:%S} {_state(run)}", highlight=False)
     except KeyboardInterrupt:
         typer.echo(f"no longer waiting; {later}", err=True)
         return 130
-    except InputError as error:
+    except ReptileError as error:
         typer.echo(f"error: {error}\nno longer waiting; {later}", err=True)
         return Outcome.UNKNOWN
-    result = outcome(run and run.state)
+    result = _explain(cluster, run)
     if result is Outcome.UNKNOWN:
         typer.echo(f"not ended after {timeout:g} seconds; {later}", err=True)
-    elif result is not Outcome.SUCCEEDED:
-        for message in failures(run):
-            typer.echo(message, err=True)
+    return result
+
+
+def _state(run: Any) -> str:
+    return _STATES.get(run.state, (run.state or "unknown").lower())
+
+
+def _explain(cluster: "Cluster", run: Any) -> "Outcome":
+    """Say on stderr why a run has failed, if it has; return how it ended."""
+    from pipeline.cluster import Outcome, outcome
+    from pipeline.failure import REFUSED
+
+    result = outcome(run and run.state)
+    if result is not Outcome.FAILED:
+        return result
+    failed = cluster.failures(run)
+    for failure in failed:
+        if failure.refusal:
+            typer.echo(f"{REFUSED}{failure.refusal}", err=True)
+            return Outcome.REFUSED
+    for failure in failed:
+        typer.echo(str(failure), err=True)
+    if not failed:
+        typer.echo(f"no task is named as failed; look at {cluster.link(run.run_id)}", err=True)
     return result
 
 
 def main() -> None:
-    """Run the command line and turn foreseeable errors into one line and exit code 2."""
+    """Run the command line; a foreseeable error becomes one line and its class's exit code."""
     try:
         app()
-    except InputError as error:
-        _fail(str(error))
+    except ReptileError as error:
+        _fail(str(error), error.exit_code)
     except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+        message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        _fail(message, (InputError if error.filename else PlatformError).exit_code)
     except ModuleNotFoundError as error:
         _fail(
             f"the package {error.name} is missing; it is needed for a cluster: "
-            "pip install 'reptile-fewshot[train,kubeflow]'"
+            "pip install 'reptile-fewshot[train,kubeflow]'",
+            PlatformError.exit_code,
         )
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int) -> None:
     typer.echo(f"error: {message}", err=True)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

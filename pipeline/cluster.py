@@ -18,8 +18,9 @@ from typing import Any
 
 import kfp_server_api as api
 
-from pipeline.connection import CALL_SECONDS, ClusterError, Connection, call
+from pipeline.connection import CALL_SECONDS, ClusterError, Connection, call, read_log
 from pipeline.cron import Cron
+from pipeline.failure import Failure, failures
 from pipeline.package import Package
 from reptile.errors import InputError
 
@@ -28,10 +29,14 @@ _MARK = "made by `python -m pipeline schedule`; definition sha256:"
 
 
 class Outcome(IntEnum):
-    """How a run that was waited for ended; the value is the exit code. 2 is an error of use."""
+    """How a run that was waited for ended; the value is the exit code.
+
+    2 is a mistake in the command, 7 a cluster that refuses or fails.
+    """
 
     SUCCEEDED = 0
     FAILED = 1
+    REFUSED = 3  # by the gate
     CANCELLED = 4
     UNKNOWN = 5  # not ended when the waiting was
 
@@ -142,6 +147,14 @@ class Cluster:
             if time.monotonic() >= end:
                 return
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
+
+    def run(self, run_id: str) -> Any:
+        """Return a run as the API gives it."""
+        return call(self._client.runs.run_service_get_run, run_id=run_id)
+
+    def failures(self, run: Any) -> list[Failure]:
+        """Return the failed tasks of a run, with the ends of their logs."""
+        return failures(run, lambda node: read_log(self._client, run.run_id, node))
 
     def schedule(
         self, name: str, package: Package, options: RunOptions, timetable: Timetable, now: datetime
@@ -369,10 +382,3 @@ def _listing(schedules: list[Any]) -> str:
 def outcome(state: str | None) -> Outcome:
     """Return how a run in this state of the API has ended."""
     return _OUTCOMES.get(state or "", Outcome.UNKNOWN)
-
-
-def failures(run: Any) -> list[str]:
-    """Return what a run says about its failure, the run's own word first."""
-    tasks = (run.run_details and run.run_details.task_details) or ()
-    named = [("run", run.error), *((t.display_name, t.error) for t in tasks if t.state == "FAILED")]
-    return [f"{name}: {error.message}" for name, error in named if error and error.message]

@@ -20,14 +20,16 @@ import kfp
 import kfp_server_api as api
 import urllib3
 
+from reptile import errors
 from reptile.errors import InputError
 
 TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
 BACK_OFF = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt of a call, the third, ...
 CALL_SECONDS = 30
+LOG_HEAD, LOG_END = 2**16, 2**18  # bytes of a log that are kept; its head names the task
 
 
-class ClusterError(InputError):
+class ClusterError(errors.ClusterError):
     """The API refused a request or could not be reached.
 
     `status` is that of HTTP, 0 for none; `unsent` says that the request cannot have had an effect.
@@ -189,6 +191,33 @@ def call(
         if not (problem.unsent or (problem.passing and repeatable)):
             break
     raise problem
+
+
+def read_log(client: kfp.Client, run: str, node: str) -> str:
+    """Return head and end of the log of a run's node (Argo's id of a pod), or "" if there is none.
+
+    The only route for logs is of another version of the API, for which kfp has no function.
+    """
+    connection = client.healthzs.healthz_service_get_healthz.__self__.api_client
+    try:
+        answer = connection.call_api(
+            "/apis/v1alpha1/runs/{run}/nodes/{node}/log",
+            "GET",
+            path_params={"run": run, "node": node},
+            auth_settings=["Bearer"],
+            _return_http_data_only=True,
+            _preload_content=False,
+            _request_timeout=CALL_SECONDS,
+        )
+        text = b""
+        for chunk in answer.stream(2**16):
+            text += chunk
+            if len(text) > 2 * LOG_END:
+                text = text[:LOG_HEAD] + b"\n" + text[-LOG_END:]
+    except (api.ApiException, urllib3.exceptions.HTTPError):
+        return ""  # a log helps, but is not what was asked for
+    # What cannot be read is answered with status 200.
+    return "" if text.startswith(b'{"error_message"') else text.decode(errors="replace")
 
 
 def _not_kubeflow(host: str, status: int = 0) -> ClusterError:

@@ -153,8 +153,7 @@ def _measured(folder: Path) -> str:
 
 
 def _judged(folder: Path) -> str:
-    values = _output(folder, "gate", "parameterValues")
-    return "passed" if values["passed"] else str(values["reason"])
+    return (folder / "gate/verdict").read_text(encoding="utf-8")
 
 
 def _exported(folder: Path) -> str:

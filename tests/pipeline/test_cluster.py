@@ -16,10 +16,11 @@ import kfp
 import pytest
 import yaml
 from kfp import compiler, dsl
-from kubeflow_server import KubeflowServer
+from kubeflow_server import KubeflowServer, recorded_log, recorded_run
 
 from pipeline import __main__ as command
 from pipeline import cluster, connection
+from pipeline.failure import REFUSED
 
 NIGHTLY = ("schedule", "nightly", "0 0 2 * * *", "-P", "data_revision=4f2c")
 
@@ -85,7 +86,7 @@ def run(
 
     def run(*arguments: str, host: str | None = server.address) -> Result:
         more = ["--host", host] if host else []
-        if arguments[0] != "unschedule":
+        if arguments[0] not in ("unschedule", "status"):
             more += ["--pipeline", str(compiled)]
         if "--wait" in arguments:
             more += ["--poll", "0.01"]
@@ -169,19 +170,125 @@ def test_the_exit_code_is_the_outcome(
     assert re.findall(r"^[\d:]{8} (\w+)$", result.out, re.MULTILINE) == shown.split()
 
 
-def test_a_failed_run_says_which_task_failed(
+def failed(server: KubeflowServer, name: str, log: str) -> None:
+    """Let the next run end as a recorded one, whose failed pod has this log."""
+    server.details = recorded_run(name)
+    server.states = [server.details["state"]]
+    (children,) = (
+        task["child_tasks"]
+        for task in server.details["run_details"]["task_details"]
+        if (task.get("display_name"), task.get("state")) == ("executor", "FAILED")
+    )
+    node = children[-1]["pod_name"]
+    server.logs = {node: log}
+
+
+def as_the_gate(server: KubeflowServer) -> None:
+    """Let the next run be refused: as recorded, but by a task called gate and in its words."""
+    log = recorded_log("refused").replace("`refuse`", "`gate`").replace('"refuse"', '"gate"')
+    failed(server, "refused", log.replace("not exported: ", REFUSED))
+
+
+REASON = "1-shot transductive accuracy on glyphs is 0.7560, below the gate of 0.99"
+
+
+def test_a_refusal_by_the_gate_is_told_from_a_failure(
     run: Callable[..., Result], server: KubeflowServer
 ) -> None:
+    as_the_gate(server)
+    result = run(*submitted("--wait"))
+    assert (result.code, result.error) == (3, f"refused by the gate: {REASON}\n")
+    assert server.broken == []
+
+
+def test_a_text_like_a_refusal_in_another_tasks_log_is_none(
+    run: Callable[..., Result], server: KubeflowServer
+) -> None:
+    as_the_gate(server)
+    server.logs = {node: log.replace('"gate"', '"train"') for node, log in server.logs.items()}
+    assert run(*submitted("--wait")).code == 1
+
+
+def test_the_gates_component_ends_with_the_words_that_are_looked_for(root: Path) -> None:
+    assert f'SystemExit(f"{REFUSED}' in (root / "components/control.py").read_text()
+
+
+def test_a_failed_run_says_which_task_failed_and_how_its_log_ends(
+    run: Callable[..., Result], server: KubeflowServer
+) -> None:
+    failed(server, "out-of-memory", recorded_log("out-of-memory"))
+    result = run(*submitted("--wait"))
+    assert result.code == 1
+    assert result.error.splitlines() == [
+        "train failed; its log ends:",
+        "  Killed",
+        "  failed to execute component: exit status 137",
+    ]
+
+
+def test_the_log_is_of_the_last_attempt(run: Callable[..., Result], server: KubeflowServer) -> None:
+    failed(server, "killed-not-retried", recorded_log("out-of-memory"))
+    assert "train failed; its log ends:\n  Killed" in run(*submitted("--wait")).error
+
+
+def test_a_long_log_is_shown_from_its_end_without_control_characters(
+    run: Callable[..., Result], server: KubeflowServer
+) -> None:
+    own = "".join(f"line {number}\x1b[31m\x07\n" for number in range(50_000))
+    head, tail = recorded_log("out-of-memory").split("Killed\n")
+    failed(server, "out-of-memory", head + own + "Killed\n" + tail)
+    error = run(*submitted("--wait")).error
+    assert [line.strip() for line in error.splitlines()[1:]] == [
+        *(f"line {number}" for number in range(50_000 - 19, 50_000)),
+        "Killed",
+        "failed to execute component: exit status 137",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("out-of-memory", ["train"]),
+        ("killed-not-retried", ["train"]),
+        ("upload-denied", ["summarise", "prepare"]),
+        ("driver-failed", ["the driver of root"]),
+    ],
+)
+def test_failed_tasks_are_named_where_no_log_is_left(
+    run: Callable[..., Result], server: KubeflowServer, name: str, tasks: list[str]
+) -> None:
+    server.details = recorded_run(name)
     server.states = ["FAILED"]
-    server.details = {
-        "run_details": {
-            "task_details": [
-                {"display_name": "prepare", "state": "SUCCEEDED"},
-                {"display_name": "train", "state": "FAILED", "error": {"message": "no GPU"}},
-            ]
-        }
-    }
-    assert "train: no GPU" in run(*submitted("--wait")).error
+    result = run(*submitted("--wait"))
+    assert result.code == 1
+    assert result.error.splitlines() == [
+        f"{task} failed; no log of it can be read" for task in tasks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "state"),
+    [("succeeded-cached", 0, "succeeded"), ("image-pull", 5, "running"), ("refused", 3, "failed")],
+)
+def test_status_says_how_a_run_is_doing(
+    run: Callable[..., Result], server: KubeflowServer, name: str, code: int, state: str
+) -> None:
+    run(*submitted())
+    server.details = recorded_run(name)
+    server.states = [server.details["state"]]
+    if name == "refused":
+        as_the_gate(server)
+    run_id = only(server.runs)["run_id"]
+    result = run("status", run_id)
+    assert result.code == code
+    assert result.out == f"{state}: {server.address}/#/runs/details/{run_id}\n"
+    assert (REASON in result.error) == (code == 3)
+
+
+def test_the_status_of_a_run_that_is_not_there_is_one_line(run: Callable[..., Result]) -> None:
+    result = run("status", "no-such-run")
+    assert result.code == 7
+    assert "Run no-such-run not found" in result.error
 
 
 def test_waiting_ends_at_the_deadline_and_the_run_goes_on(
@@ -434,7 +541,7 @@ def test_a_refused_change_leaves_the_old_schedule_awake(
     run(*NIGHTLY)
     before = dict(only(server.schedules))
     server.faults["recurring_run_service_create_recurring_run"] = [400]
-    assert run(*NIGHTLY, "-P", "seed=2").code == 2
+    assert run(*NIGHTLY, "-P", "seed=2").code == 7
     assert only(server.schedules) == before
 
 
@@ -452,7 +559,7 @@ def test_an_interrupted_change_is_completed_by_the_next_attempt(
     run(*NIGHTLY)
     server.faults[step] = [403]
     result = run(*NIGHTLY, "-P", "seed=2")
-    assert result.code == 2
+    assert result.code == 7
     assert "run the same command again" in result.error
     assert len(server.schedules) == 2
     assert run(*NIGHTLY, "-P", "seed=2").code == 0
@@ -579,7 +686,7 @@ def test_a_refusal_is_one_line_with_a_way_out(
 ) -> None:
     server.faults["run_service_create_run"] = [status] * 9
     result = run(*submitted())
-    assert result.code == 2
+    assert result.code == 7
     assert result.error.count("\n") == 1
     assert way_out in result.error
     assert server.runs == {}
@@ -597,7 +704,7 @@ def test_what_makes_something_is_not_tried_again(
 ) -> None:
     """After a 503 the run may exist; a second attempt could start it twice."""
     server.faults["run_service_create_run"] = [503]
-    assert run(*submitted()).code == 2
+    assert run(*submitted()).code == 7
     assert server.log.count("run_service_create_run") == 1
 
 
@@ -619,7 +726,7 @@ def test_a_host_that_is_not_kubeflow_is_recognised(
     server.html = status
     for arguments in (submitted(), NIGHTLY, ("unschedule", "nightly")):
         result = run(*arguments)
-        assert result.code == 2
+        assert result.code == 7
         assert "Kubeflow Pipelines" in result.error
     assert server.runs == server.schedules == {}
 
@@ -628,13 +735,13 @@ def test_an_unreachable_host_is_named(run: Callable[..., Result]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         host = f"http://127.0.0.1:{closed.getsockname()[1]}"
     result = run(*submitted(), host=host)
-    assert result.code == 2
+    assert result.code == 7
     assert f"{host} cannot be reached" in result.error
 
 
 def test_without_a_host_or_a_cluster_the_way_out_is_given(run: Callable[..., Result]) -> None:
     result = run(*submitted(), host=None)
-    assert result.code == 2
+    assert result.code == 7
     assert "--host" in result.error
 
 
@@ -649,7 +756,7 @@ def test_the_namespace_goes_with_every_request_that_takes_one(
         for arguments in (submitted(), NIGHTLY, ("unschedule", "nightly")):
             assert run(*arguments, "--namespace", "team", host=server.address).code == 0
         assert only(server.experiments)["namespace"] == "team"
-        assert run(*NIGHTLY, "--namespace", "others", host=server.address).code == 2
+        assert run(*NIGHTLY, "--namespace", "others", host=server.address).code == 7
     finally:
         server.close()
     assert server.broken == []
@@ -701,7 +808,7 @@ def test_a_wrong_token_is_not_shown(
     server.token = "right"
     (tmp_path / "token").write_text("wr0ng")
     result = run(*submitted("--token-file", str(tmp_path / "token")))
-    assert result.code == 2
+    assert result.code == 7
     assert "401" in result.error and "wr0ng" not in result.error
 
 
@@ -767,7 +874,7 @@ def test_a_certificate_is_checked_against_the_given_authority(
     server = KubeflowServer(certificate=(certificate, key))
     try:
         refused = run(*submitted(), host=server.address)
-        assert (refused.code, server.heard) == (2, [])
+        assert (refused.code, server.heard) == (7, [])
         assert "--ca-cert" in refused.error
         assert run(*submitted("--ca-cert", str(certificate)), host=server.address).code == 0
     finally:

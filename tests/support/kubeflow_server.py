@@ -1,7 +1,8 @@
 """A stand-in for the API of Kubeflow Pipelines, which holds state and checks what it is sent.
 
 Paths, query parameters and types are read from the installed `kfp_server_api`; anything that these
-do not know is answered by 418, which no test expects.
+do not know is answered by 418, which no test expects. Refusals, failed runs and logs are as a real
+one answered (`kubeflow/README.md`).
 """
 
 import inspect
@@ -21,13 +22,29 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import kfp_server_api as api
 import yaml
 
+RECORDED = Path(__file__).parent / "kubeflow"
+LOG = re.compile(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log")
 PAGE = 2  # small, so that a few things fill several pages
 
 
 class RefusedError(Exception):
-    def __init__(self, status: int, message: str):
+    """A refusal; without `body`, as the API's gateway sends it (uploads have their own form)."""
+
+    def __init__(self, status: int, message: str, body: dict[str, Any] | None = None):
         super().__init__(message)
         self.status = status
+        self.body = body or {"code": status, "message": message, "details": []}
+
+
+def recorded_run(name: str) -> dict[str, Any]:
+    """Return state and tasks of a run of a real Kubeflow."""
+    answer: dict[str, Any] = json.loads((RECORDED / f"run-{name}.json").read_text())
+    return answer
+
+
+def recorded_log(name: str) -> str:
+    """Return what a real Kubeflow gives as the log of a pod."""
+    return (RECORDED / f"log-{name}.txt").read_text()
 
 
 class ContractError(Exception):
@@ -94,6 +111,7 @@ class KubeflowServer:
         self.schedules: dict[str, dict[str, Any]] = {}
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]  # of a run, one a look; the last stays
         self.details: dict[str, Any] = {}
+        self.logs: dict[str, str] = {}  # of all runs, by node
         self.token: str | None = None
         self.html: int | None = None  # answer everything with a web page of this status
         self.faults: dict[str, list[int]] = {}
@@ -135,11 +153,13 @@ class KubeflowServer:
                     answer = server.answer(self, body)
                     json.dumps(answer)
                 except RefusedError as error:
-                    status, answer = error.status, {"error": str(error), "message": str(error)}
+                    status, answer = error.status, error.body
                 except Exception as error:  # a defect of the request, or of this stand-in
                     server.broken.append(f"{self.command} {self.path}: {error!r}")
                     status, answer = 418, {"message": repr(error)}
                 data = json.dumps(answer).encode()
+                if isinstance(answer, str):
+                    kind, data = "text/plain", answer.encode()
                 if server.html:
                     kind, status, data = "text/html", server.html, b"<html>Sign in</html>"
                 self.send_response(status)
@@ -158,6 +178,9 @@ class KubeflowServer:
         self.heard.append(f"{request.requestline}\n{request.headers}")
         parts = urlsplit(request.path)
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        if log := LOG.fullmatch(parts.path):
+            self._authorize(request)
+            return self.logs.get(log[2], recorded_log("unknown"))
         here: list[Any] = [
             (m, *route)
             for verb, path, *route in ROUTES
@@ -169,8 +192,7 @@ class KubeflowServer:
         if unknown := set(query) - known:
             raise ContractError(f"{name} has no query parameter {unknown}")
         self.log.append(name)
-        if self.token and request.headers["Authorization"] != f"Bearer {self.token}":
-            raise RefusedError(401, "unauthenticated")
+        self._authorize(request)
         if self.faults.get(name):
             status = self.faults[name].pop(0)
             if status:
@@ -186,6 +208,10 @@ class KubeflowServer:
         result = function(*map(unquote, match.groups()), content, query)
         self.awake.append(sum(s["mode"] == "ENABLE" for s in self.schedules.values()))
         return checked(result, kind, f"answer of {name}")
+
+    def _authorize(self, request: BaseHTTPRequestHandler) -> None:
+        if self.token and request.headers["Authorization"] != f"Bearer {self.token}":
+            raise RefusedError(401, "unauthenticated")
 
     def _file(self, request: BaseHTTPRequestHandler, body: bytes) -> bytes:
         message = BytesParser().parsebytes(
@@ -265,7 +291,8 @@ class KubeflowServer:
         if query["pipelineid"] not in self.pipelines:
             raise RefusedError(404, "no such pipeline")
         if any(v["display_name"] == query["name"] for v in self.versions.values()):
-            raise RefusedError(500, "Failed to upload pipeline version: already exists")
+            message = "Failed to create a pipeline version"
+            raise RefusedError(409, message, {"error_message": message, "error_details": message})
         made = self._made({}, "V2beta1PipelineVersion", "pipeline_version_id") | {
             "pipeline_id": query["pipelineid"],
             "display_name": query["name"],
@@ -285,9 +312,9 @@ class KubeflowServer:
         spec = self.specs[version["pipeline_version_id"]]
         known = spec["root"]["inputDefinitions"]["parameters"]
         given = body["runtime_config"]["parameters"]
-        if set(given) - set(known):
-            raise RefusedError(400, "parameter not found")
-        types: dict[str, Any] = {
+        if unknown := set(given) - set(known):
+            raise ContractError(f"the pipeline has no parameters {unknown}")
+        types = {
             "STRING": str,
             "NUMBER_INTEGER": int,
             "NUMBER_DOUBLE": (int, float),
@@ -297,7 +324,7 @@ class KubeflowServer:
         }
         for name, value in given.items():
             if not isinstance(value, types[known[name]["parameterType"]]):
-                raise RefusedError(400, f"{name} is of the wrong type")
+                raise ContractError(f"{name} is of the wrong type")
 
     def run_service_create_run(self, body: Any, _: Any) -> Any:
         made = self._made(body, "V2beta1Run", "run_id", state="PENDING")
@@ -307,7 +334,8 @@ class KubeflowServer:
 
     def run_service_get_run(self, run: str, _: Any, query: Any) -> Any:
         if run not in self.runs:
-            raise RefusedError(404, "no such run")
+            missing = f"ResourceNotFoundError: Run {run} not found"
+            raise RefusedError(404, f"Failed to get a run: Failed to fetch run {run}: {missing}")
         self.runs[run]["state"] = self.states[0]
         if len(self.states) > 1:
             self.states.pop(0)
