@@ -314,7 +314,7 @@ class KubeflowServer:
         given = body["runtime_config"]["parameters"]
         if unknown := set(given) - set(known):
             raise ContractError(f"the pipeline has no parameters {unknown}")
-        types = {
+        types: dict[str, Any] = {
             "STRING": str,
             "NUMBER_INTEGER": int,
             "NUMBER_DOUBLE": (int, float),
