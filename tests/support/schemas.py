@@ -40,11 +40,11 @@ def spoil(values: Any, path: str, value: Any) -> Any:
     *parents, last = path.split("/")
     for key in parents:
         place = place[int(key) if isinstance(place, list) else key]
-    key = int(last) if isinstance(place, list) else last
+    where: Any = int(last) if isinstance(place, list) else last
     if value is GONE:
-        del place[key]
+        del place[where]
     else:
-        place[key] = value
+        place[where] = value
     return values
 
 
