@@ -155,7 +155,7 @@ def numpy_adapt(
 
 def write_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any] | None = None) -> None:
     """Write manifest.json over the files that are there, `edit`ed at the end."""
-    graphs: dict[str, dict[str, Any]] = {}
+    graphs: dict[str, Any] = {}
     for name in ("adapt", "predict_adapted"):
         path = f"{name}/1/model.onnx"
         graph = onnx.load(folder / path).graph

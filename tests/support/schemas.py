@@ -38,13 +38,13 @@ def spoil(values: Any, path: str, value: Any) -> Any:
     """Return a copy with another value at a path such as `a/b/0`."""
     place = values = copy.deepcopy(values)
     *parents, last = path.split("/")
-    for parent in parents:
-        place = place[int(parent) if isinstance(place, list) else parent]
-    key: int | str = int(last) if isinstance(place, list) else last
+    for key in parents:
+        place = place[int(key) if isinstance(place, list) else key]
+    where: Any = int(last) if isinstance(place, list) else last
     if value is GONE:
-        del place[key]
+        del place[where]
     else:
-        place[key] = value
+        place[where] = value
     return values
 
 
