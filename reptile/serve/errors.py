@@ -29,8 +29,10 @@ def exception_handlers(
         return JSONResponse({"error": text}, status, headers)
 
     async def bad_input(request: Request, error: InputError) -> Response:
-        if isinstance(error, DivergedError):
-            diverged.inc()
+        return answer(422, str(error))
+
+    async def not_finite(request: Request, error: DivergedError) -> Response:
+        diverged.inc()
         return answer(422, str(error))
 
     async def busy(request: Request, error: BusyError) -> Response:
@@ -53,6 +55,7 @@ def exception_handlers(
 
     return {
         InputError: bad_input,
+        DivergedError: not_finite,
         BusyError: busy,
         TimeoutError: late,
         HTTPException: http,
