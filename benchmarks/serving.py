@@ -34,7 +34,7 @@ from reptile.files import write_json
 from reptile.runtime import AdaptedModel, FewShotModel
 
 RESULTS = Path("artifacts/load.json")
-PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools")
+PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools")
 CLIENTS = (1, 8, 64)
 SHOTS = 5
 TEACHERS = 4  # clients that adapt without a pause while others' predictions are timed

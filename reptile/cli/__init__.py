@@ -361,26 +361,28 @@ def classify(
 
 @app.command()
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `reptile export` wrote.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Folder that `reptile export` wrote.", show_default=False)
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 for all of the machine's addresses.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     tasks: Annotated[
-        Path | None, typer.Option(help="Folder that keeps adapted tasks across restarts.")
+        Path | None, typer.Option(help="Folder that keeps adapted tasks over a restart.")
     ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", "-S", metavar="NAME=VALUE", help="Change a limit; --bounds lists them."
+            "--set", "-S", metavar="NAME=VALUE", help="Change a setting; --bounds lists them."
         ),
     ] = None,
-    bounds: Annotated[bool, typer.Option("--bounds", help="List the limits and exit.")] = False,
+    bounds: Annotated[bool, typer.Option("--bounds", help="List the settings and exit.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, with a page to try it on; needs no torch.
 
-    If the environment variable REPTILE_TOKEN is set, every request must carry this token, except
-    health checks and the page's files; the page asks the user for it.
+    If the environment variable REPTILE_TOKEN is set, every request must carry it as a bearer token,
+    except health checks and the page's files; the page asks its visitor for it.
 
     Example: reptile serve artifacts/bundle --tasks tasks -S max_tasks=100
     """
@@ -393,6 +395,8 @@ def serve(
                 console.print(f"    {' '.join((field.description or '').split())}", style="dim")
         return
     settings = changed(tasks, changes or ())
+    if bundle is None:
+        raise InputError("BUNDLE is missing: give the folder that `reptile export` wrote")
     from reptile.serve.run import run
 
     run(bundle, host, port, settings)

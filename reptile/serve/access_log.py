@@ -37,7 +37,7 @@ class Ended(NamedTuple):
         }
 
 
-class Journal:
+class AccessLog:
     """Counts and logs requests."""
 
     def __init__(self, registry: CollectorRegistry) -> None:

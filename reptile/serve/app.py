@@ -1,40 +1,34 @@
-"""The application: the routes put together, the page, the metrics and the document.
+"""The application: all routes, the page, the metrics and the OpenAPI document."""
 
-Turns requests into calls of `service` and its errors into answers; decides nothing else.
-"""
-
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from inspect import isawaitable
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.routing import APIRoute
-from fastapi_offline import FastAPIOffline
+import yaml
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from pydantic import BaseModel
-from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from reptile import __version__
 from reptile.runtime import FewShotModel
-from reptile.serve.errors import handle_errors
-from reptile.serve.middleware import Guard
-from reptile.serve.protocol import InferenceRequest
+from reptile.serve.errors import exception_handlers
+from reptile.serve.middleware import RequestMiddleware
 from reptile.serve.protocol_routes import protocol_routes
-from reptile.serve.request_body import SCHEMAS
 from reptile.serve.service import Service
 from reptile.serve.settings import ServeSettings
-from reptile.serve.task_routes import Queries, Support, task_routes
+from reptile.serve.task_routes import task_routes
 
-PAGE = Path(str(files("reptile.serve"))) / "page"
-ORT = Path(str(files("reptile.serve"))) / "ort"
-PREDICTIONS = ("/v2/models/{model}/infer", "/tasks/{task_id}/predict")
+HERE = Path(str(files("reptile.serve")))
+PAGE, ORT, DOCS = HERE / "page", HERE / "ort", HERE / "docs.html"
+OPENAPI = HERE / "openapi.yaml"
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -46,83 +40,42 @@ def make_app(model: FewShotModel, settings: ServeSettings, token: str | None = N
 
     Args:
         model: the bundle, opened with one thread a call.
-        settings: the bounds.
-        token: what every request but health must carry as a bearer token, if anything.
+        settings: the limits.
+        token: the bearer token that every request but health must carry, if any.
     """
     service, registry = Service(model, settings), CollectorRegistry()
+    registry.register(_ServiceMetrics(service))
 
     @asynccontextmanager
-    async def live(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await service.start()
         try:
             yield
         finally:
             service.close()
 
-    app = FastAPIOffline(
-        title="Few-shot learning",
-        version=__version__,
-        description=f"Teach {model.manifest['name']} new classes from a few images of each.",
-        lifespan=live,
-        redoc_url=None,
-    )
-    app.state.service = service
-    if ORT.is_dir():
-        app.mount("/ort", StaticFiles(directory=ORT))
-    routers = (protocol_routes(service), task_routes(service), _files(model))
-    for router in routers:
-        app.include_router(router)
-    handle_errors(app, registry)
-    registry.register(_Measures(service))
-
-    @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    _describe_bodies(app)
-    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
-    return Guard(_Shortcut(app, routers), settings, token, registry)
+    # Routes are tried in this order, so the predictions come first.
+    routes = [
+        *task_routes(service),
+        *protocol_routes(service),
+        Route("/metrics", metrics),
+        *_document(),
+        *_files(model),
+    ]
+    app = Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers=exception_handlers(routes, registry)
+    )
+    # A redirect would name the scheme and host that a proxy hides: `/tasks/` is unknown instead.
+    app.router.redirect_slashes = False
+    paths = {route.endpoint: route.path for route in routes if isinstance(route, Route)}
+    return RequestMiddleware(app, settings, token, registry, paths)
 
 
-class _Shortcut:
-    """Answers predictions without FastAPI's work, which takes longer than a prediction."""
-
-    def __init__(self, app: FastAPI, routers: Sequence[APIRouter]) -> None:
-        self._app = app
-        self._routes = [
-            route
-            for router in routers
-            for route in router.routes
-            if isinstance(route, APIRoute) and route.path in PREDICTIONS
-        ]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            for route in self._routes:
-                if found := route.path_regex.match(scope["path"]):
-                    scope["app"], scope["route"] = self._app, route
-                    request = Request(scope, receive)
-                    try:
-                        response = await route.endpoint(request=request, **found.groupdict())
-                    except Exception as error:
-                        response = await self._refuse(request, error)
-                    await response(scope, receive, send)
-                    return
-        await self._app(scope, receive, send)
-
-    async def _refuse(self, request: Request, error: Exception) -> Response:
-        for kind in type(error).__mro__:
-            if kind is Exception:
-                break  # a fault, which the guard logs and answers
-            if handler := self._app.exception_handlers.get(kind):
-                answered = handler(request, error)
-                return await answered if isawaitable(answered) else answered
-        raise error
-
-
-class _Measures:
-    """What is read off the service when it is asked for."""
+class _ServiceMetrics:
+    """Metrics that are read from the service when they are asked for."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -130,45 +83,60 @@ class _Measures:
     def collect(self) -> list[GaugeMetricFamily]:
         service = self._service
         values = {
-            "reptile_adaptations_pending": ("Running and waiting.", service.adapter.pending),
+            "reptile_adaptations_pending": (
+                "Adaptations running and waiting.",
+                service.adapter.pending,
+            ),
             "reptile_predictions_pending": (
-                "Images, running and waiting.",
+                "Images whose prediction is running or waiting.",
                 service.predictor.images,
             ),
-            "reptile_tasks": ("Taught tasks that are kept.", len(service.store)),
-            "reptile_task_bytes": ("Taught tasks that are kept.", service.store.size),
-            "reptile_ready": ("1 when requests are taken.", int(service.ready)),
+            "reptile_tasks": ("Adapted tasks that are kept.", len(service.store)),
+            "reptile_task_bytes": ("Bytes of the adapted tasks.", service.store.size),
+            "reptile_ready": ("1 when requests are accepted.", int(service.ready)),
         }
         return [GaugeMetricFamily(name, text, value) for name, (text, value) in values.items()]
 
 
-def _files(model: FewShotModel) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI document of this version."""
+    document: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
+    document["info"]["version"] = __version__
+    return document
 
-    @router.get("/")
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
 
+def _document() -> list[BaseRoute]:
+    answer = JSONResponse(openapi())
+
+    async def document(request: Request) -> Response:
+        return answer
+
+    async def docs(request: Request) -> Response:
+        return FileResponse(DOCS)
+
+    return [Route("/openapi.json", document), Route("/docs", docs)]
+
+
+def _files(model: FewShotModel) -> list[BaseRoute]:
     allowed = {"manifest.json", *model.manifest["files"]}
 
-    @router.get("/bundle/{path:path}")
-    async def bundle_file(path: str) -> Response:
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+
+    async def bundle_file(request: Request) -> Response:
+        path = request.path_params["path"]
         if path not in allowed:
-            raise HTTPException(404, f"{path[:100]!r} is no file of the bundle")
+            raise HTTPException(404, f"{path[:100]!r} is not a file of the bundle")
         return FileResponse(model.bundle.folder / path, headers={"cache-control": "no-cache"})
 
-    @router.get("/ort/{path:path}")
-    async def no_runtime(path: str) -> Response:
+    async def no_runtime(request: Request) -> Response:
         raise HTTPException(404, "onnxruntime-web is not installed here: `make page` installs it")
 
-    return router
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Add to the document what bodies look like that are read by hand."""
-    written = app.openapi()
-    read: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-        (kind, "validation") for kind in (InferenceRequest, Queries, Support)
+    return [
+        Route("/", page),
+        Route("/bundle/{path:path}", bundle_file),
+        Mount("/ort", StaticFiles(directory=ORT))
+        if ORT.is_dir()
+        else Route("/ort/{path:path}", no_runtime),
+        Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
-    _, definitions = models_json_schema(read, ref_template=SCHEMAS)
-    written["components"]["schemas"].update(definitions["$defs"])

@@ -1,15 +1,18 @@
 """A connection whose requests' heads must arrive soon and be short.
 
-uvicorn waits for ever for a head that does not come, and keeps all of one that does not end.
+uvicorn waits for ever for a head that does not come, and keeps all of one that does not end. And
+httptools does not read the body of a request that offers an upgrade, such as `Upgrade: h2c`.
 """
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 10.0
 HEAD_BYTES = 2**15
+UPGRADE = re.compile(rb"\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
 class Connection(HttpToolsProtocol):
@@ -17,6 +20,7 @@ class Connection(HttpToolsProtocol):
 
     _since: float | None = None  # when it began to wait for a head
     _head = 0  # bytes of a head that is not complete
+    _ended = False  # whatever else is received is ignored
     _timer: asyncio.TimerHandle | None = None  # one for all heads
 
     def connection_made(self, transport: Any) -> None:
@@ -34,11 +38,25 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        if self._ended:
+            return
+        if self._since is not None:
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(b"\nX-Upgrade", head) + end + body  # an offer, which is declined
         super().data_received(data)
         if self._since is not None:
             self._head += len(data)
             if self._head > HEAD_BYTES:
                 self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Close after the answer: an offer split between packets was seen by the parser alone.
+
+        What follows is the request's body, which the parser would read as another request.
+        """
+        self._ended = True
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_message_begin(self) -> None:
         """See httptools."""

@@ -1,16 +1,15 @@
-"""How the server refuses: its errors as answers, and how the document tells of them."""
+"""Errors as HTTP answers: a status and one sentence."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter
-from pydantic import BaseModel
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.routing import compile_path
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from reptile.errors import DivergedError, InputError
 from reptile.serve.service import UnknownError
@@ -20,15 +19,13 @@ log = logging.getLogger(__name__)
 
 FAULT = "the server has a fault; its log says more"
 
-
-class Problem(BaseModel):
-    """Why a request was refused."""
-
-    error: str
+Handler = Callable[[Request, Any], Awaitable[Response]]
 
 
-def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
-    """Answer every error with its status and one sentence."""
+def exception_handlers(
+    routes: Sequence[BaseRoute], registry: CollectorRegistry
+) -> dict[Any, Handler]:
+    """Return what answers each error that may be raised while a request is handled."""
     diverged = Counter("reptile_not_finite", "Adaptations that diverged.", registry=registry)
 
     def answer(status: int, text: str, **headers: str) -> JSONResponse:
@@ -44,9 +41,6 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
         diverged.inc()
         return answer(422, str(error))
 
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(422, told(error.errors()))
-
     async def busy(request: Request, error: BusyError) -> Response:
         return answer(429, str(error), **{"retry-after": str(error.seconds)})
 
@@ -56,7 +50,7 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            headers |= _allowed(app, request.url.path)
+            headers["Allow"] = _allowed(routes, request.url.path)
         return answer(error.status_code, error.detail, **headers)
 
     async def unknown(request: Request, error: UnknownError) -> Response:
@@ -65,50 +59,28 @@ def handle_errors(app: FastAPI, registry: CollectorRegistry) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         return answer(500, FAULT)
 
-    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
+    return {
         InputError: bad_input,
         DivergedError: not_finite,
-        RequestValidationError: invalid,
         BusyError: busy,
         TimeoutError: late,
         HTTPException: http,
         UnknownError: unknown,
         Exception: failed,
     }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
 
 
-def _allowed(app: FastAPI, path: str) -> dict[str, str]:
-    """Return the header with all methods of a path; Starlette knows those of one route only."""
-    for template, methods in app.openapi()["paths"].items():
-        if compile_path(template)[0].match(path):
-            return {"allow": ", ".join(sorted(method.upper() for method in methods))}
-    return {}
+def _allowed(routes: Sequence[BaseRoute], path: str) -> str:
+    """Return all methods of a path; Starlette gives those of its first route only."""
+    methods: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.path_regex.match(path):
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
-def told(errors: Any) -> str:
-    """Say the first of pydantic's errors."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+def first_error(error: ValidationError) -> str:
+    """Return the first of pydantic's errors as one sentence."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}" if place else str(first["msg"])
-
-
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Describe refusals for the document."""
-    reasons = {
-        400: "The body is not what it says it is.",
-        401: "The token is missing or wrong.",
-        404: "There is no such task or model.",
-        408: "The body did not arrive in time.",
-        413: "The body is too large.",
-        415: "The body is of a type that is not understood.",
-        422: "A value that cannot be used.",
-        429: "Too much is waiting; try again after Retry-After seconds.",
-        503: "Not done in time, or not ready yet.",
-    }
-    always = (401, 408, 413, 503)
-    return {
-        status: {"model": Problem, "description": reasons[status]}
-        for status in sorted({*always, *statuses})
-    }

@@ -1,16 +1,20 @@
-"""What every request passes: an id, the token, bounds on body and time, a log line, the metrics.
+"""The ASGI middleware of every request: id, token, origin, limits on body and time, log, metrics.
 
 Plain ASGI, so that nothing of a body is read before it has been bounded.
 """
 
 import asyncio
 import hmac
+import ipaddress
 import itertools
 import logging
 import re
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.exceptions import HTTPException
@@ -18,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reptile.serve.access_log import Ended, Journal
+from reptile.serve.access_log import AccessLog, Ended
 from reptile.serve.errors import FAULT
 from reptile.serve.settings import ServeSettings
 
@@ -27,19 +31,32 @@ numbers = itertools.count(1)
 
 GONE = 499  # logged for a client that hung up while it sent
 TICK = 0.1  # seconds between looks for requests that are late
-# Answered without the token: a page is asked for by browsers, which have no place for one.
+# Answered without the token: a browser that opens the page has no way to send one.
 OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
+# Read or change tasks: not for pages of other sites.
+GUARDED = re.compile(r"/tasks(/.*)?|/v2/models/.*")
 REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")
-PROCESS = secrets.token_hex(8)  # so that its ids are not another's
+LINGER_SECONDS = 5.0  # for a client to finish sending a body that was refused
+PROCESS = secrets.token_hex(8)  # makes request ids unique among processes
 
 
 class _Request:
     """A request under way: its bounds on body and time, and what was answered."""
 
     def __init__(
-        self, guard: "Guard", settings: ServeSettings, given_id: bytes, receive: Receive, send: Send
+        self,
+        middleware: "RequestMiddleware",
+        settings: ServeSettings,
+        given_id: bytes,
+        receive: Receive,
+        send: Send,
     ) -> None:
-        self._guard, self._settings, self._receive, self._send = guard, settings, receive, send
+        self._middleware, self._settings, self._receive, self._send = (
+            middleware,
+            settings,
+            receive,
+            send,
+        )
         known = REQUEST_ID.fullmatch(given_id)
         self.id = given_id.decode() if known else f"{PROCESS}-{next(numbers)}"
         self.task = asyncio.current_task()
@@ -49,44 +66,74 @@ class _Request:
         self.status = 0  # of the answer, once it began
         self.size = 0  # bytes of its body that are here
         self.complete = False  # its body is
+        self._lingers = False  # the connection is closed after the answer, before the body's end
 
     async def send(self, message: Message) -> None:
         """See ASGI."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            closes = (b"connection", b"close") in message["headers"]
+            self._lingers = closes and self.status != 408 and not self.complete
             message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode())]
+        elif self._lingers and not message.get("more_body", False):
+            # Closing with unread data resets the connection, and the client may lose the answer.
+            await self._send({**message, "more_body": True})
+            await self._discard_body()
+            message = {"type": "http.response.body"}
         await self._send(message)
+
+    async def _discard_body(self) -> None:
+        left = self.until - time.monotonic() - 2 * TICK
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(LINGER_SECONDS, left))):
+                while (await self._receive()).get("more_body", False):
+                    pass
 
     async def receive(self) -> Message:
         """See ASGI."""
         message = await self._receive()
         if self.complete:  # what comes now is the end of the connection, however late
             return message
-        guard, settings = self._guard, self._settings
+        middleware, settings = self._middleware, self._settings
         received = len(message.get("body", b""))
         self.size += received
-        guard.held += received
+        middleware.held += received
         if not message.get("more_body", False):
             self.complete = True
             self.until = self.start + settings.request_seconds
         if self.size > settings.max_body_bytes:
-            guard.refused.labels("body").inc()
+            middleware.refused.labels("body").inc()
             raise HTTPException(413, _too_large(settings), {"connection": "close"})
-        if guard.held > settings.max_held_bytes:
-            guard.refused.labels("held").inc()
+        if middleware.held > settings.max_held_bytes:
+            middleware.refused.labels("held").inc()
             full = "too much is being sent at once; try again in 1 s"
             raise HTTPException(429, full, {"connection": "close", "retry-after": "1"})
         return message
 
 
-class Guard:
+class RequestMiddleware:
     """Wraps the application."""
 
     def __init__(
-        self, app: ASGIApp, settings: ServeSettings, token: str | None, registry: CollectorRegistry
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        token: str | None,
+        registry: CollectorRegistry,
+        paths: Mapping[Any, str],
     ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            settings: the limits.
+            token: the bearer token that requests must carry, if any.
+            registry: where metrics are registered.
+            paths: the path template of each endpoint, for the metrics.
+        """
+        self._paths = paths
         self._app, self._settings, self._token = app, settings, token
-        self._journal = Journal(registry)
+        self._log = AccessLog(registry)
         self._under_way: set[_Request] = set()
         self.held = 0  # bytes of all their bodies
         self.refused = Counter(
@@ -129,12 +176,12 @@ class Guard:
             finally:
                 self._under_way.remove(request)
                 self.held -= request.size
-        self._journal.add(
+        self._log.add(
             Ended(
                 request.id,
                 scope["method"],
                 scope["path"],
-                getattr(scope.get("route"), "path", "unknown"),
+                self._paths.get(scope.get("endpoint"), "unknown"),
                 request.status,
                 time.monotonic() - request.start,
             )
@@ -168,6 +215,10 @@ class Guard:
                     401,
                     {"www-authenticate": "Bearer"},
                 )
+        guarded = not self._token and GUARDED.fullmatch(path)  # other sites do not know a token
+        if guarded and (foreign := _foreign(headers, self._settings.hosts)):
+            self.refused.labels("origin").inc()
+            return JSONResponse({"error": foreign}, 403)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
             self.refused.labels("body").inc()
@@ -186,3 +237,49 @@ class Guard:
 
 def _too_large(settings: ServeSettings) -> str:
     return f"the body is larger than {settings.max_body_bytes} bytes"
+
+
+def _foreign(headers: Mapping[bytes, bytes], hosts: tuple[str, ...]) -> str | None:
+    """Return why a request may come from a web page of another site, or None.
+
+    A page of another site can send forms and text to any address that its visitor's browser
+    reaches; and by DNS rebinding it can give such an address a name of its own, and read.
+    """
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    if host and not _known(host, hosts):
+        return (
+            f"host {host[:100]!r} is not known: allow it with `-S hosts=NAME`, or set a token in "
+            "REPTILE_TOKEN"
+        )
+    if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+        return "requests from pages of other sites are refused; set a token in REPTILE_TOKEN"
+    origin = headers.get(b"origin")
+    if origin is None:
+        return None
+    source = origin.decode("latin-1").lower().partition("://")[2]
+    if source and (source == host or _name(source) in hosts):
+        return None
+    return (
+        f"requests from pages of {origin.decode('latin-1')[:100]!r} are refused: allow its host "
+        "with `-S hosts=NAME`, or set a token in REPTILE_TOKEN"
+    )
+
+
+@lru_cache(maxsize=64)
+def _known(host: str, hosts: tuple[str, ...]) -> bool:
+    """Return whether no other site can give the server's address this name."""
+    name = _name(host)
+    if name in hosts or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _name(host: str) -> str:
+    """Return a host without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].removesuffix(".")

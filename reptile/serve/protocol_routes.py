@@ -4,15 +4,15 @@ from functools import lru_cache
 from typing import Any
 
 import numpy.typing as npt
-from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from reptile import __version__
-from reptile.serve.errors import responses
 from reptile.serve.protocol import (
     EXTENSIONS,
     InferenceRequest,
-    InferenceResponse,
     ModelMetadata,
     ServerMetadata,
     metadata,
@@ -20,92 +20,73 @@ from reptile.serve.protocol import (
     write_outputs,
 )
 from reptile.serve.request_body import (
-    apart,
-    described_body,
+    in_thread_if_large,
     json_body,
     parse,
-    unless_gone,
+    unless_disconnected,
     whole_body,
 )
 from reptile.serve.service import GRAPHS, Service
 
 Array = npt.NDArray[Any]
 
-SMALL = 2**10  # bytes of JSON that may be kept
+SMALL = 2**10  # bytes of JSON whose parsed form may be cached
 LENGTH = "inference-header-content-length"
-_LENGTH = {
-    "description": "Bytes of the body that are JSON; the rest are binary tensors.",
-    "schema": {"type": "integer", "minimum": 0},
-}
-_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_BODY = described_body({"application/json": InferenceRequest})
-_BODY["requestBody"]["content"].update(_BINARY)
 
 
-def protocol_routes(service: Service) -> APIRouter:
+def protocol_routes(service: Service) -> list[BaseRoute]:
     """Return the routes."""
-    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
-    @router.get("", responses=responses())
-    async def server() -> ServerMetadata:
-        """What serves."""
-        return ServerMetadata(name="reptile", version=__version__, extensions=list(EXTENSIONS))
+    async def server(request: Request) -> Response:
+        answer = ServerMetadata(name="reptile", version=__version__, extensions=list(EXTENSIONS))
+        return JSONResponse(answer.model_dump())
 
-    @router.get("/health/live", response_class=Response)
-    async def live() -> Response:
-        """200 as long as the process answers."""
-        return Response()
+    async def live(request: Request) -> Response:
+        return JSONResponse({"live": True})
 
-    @router.get("/health/ready", response_class=Response, responses=responses())
-    async def ready() -> Response:
-        """200 when requests are taken; 503 before and while stopping."""
+    async def ready(request: Request) -> Response:
         if not service.ready:
             raise HTTPException(503, "not ready: starting or stopping", {"retry-after": "1"})
-        return Response()
+        return JSONResponse({"ready": True})
 
-    @router.get("/models/{model}", responses=responses(404, 422))
-    async def describe(model: str) -> ModelMetadata:
-        """The inputs and outputs of `few_shot`, `predict`, or a taught task `task-ID`."""
+    async def model_metadata(request: Request) -> Response:
+        model = request.path_params["model"]
         inputs, outputs = service.tensors(model)
-        return ModelMetadata(name=model, inputs=metadata(inputs), outputs=metadata(outputs))
+        answer = ModelMetadata(name=model, inputs=metadata(inputs), outputs=metadata(outputs))
+        return JSONResponse(answer.model_dump())
 
-    @router.get("/models/{model}/ready", response_class=Response, responses=responses(404, 422))
-    async def model_ready(model: str) -> Response:
-        """200 if there is such a model."""
+    async def model_ready(request: Request) -> Response:
+        model = request.path_params["model"]
         service.tensors(model)
-        return Response()
+        return JSONResponse({"name": model, "ready": True})
 
-    @router.post(
-        "/models/{model}/infer",
-        responses={
-            200: {"model": InferenceResponse, "content": _BINARY, "headers": {LENGTH: _LENGTH}},
-            **responses(400, 404, 422, 429),
-        },
-        openapi_extra={
-            **_BODY,
-            "parameters": [{"name": LENGTH, "in": "header", **_LENGTH}],
-        },
-    )
-    async def infer(model: str, request: Request) -> Response:
-        """Run a model on tensors, as JSON or after it."""
+    async def infer(request: Request) -> Response:
+        model = request.path_params["model"]
         inputs, _ = service.tensors(model)
         body, size = await _json_and_binary(request, service)
 
         def read() -> tuple[InferenceRequest, dict[str, Array]]:
-            asked = _parsed(body[:size]) if size <= SMALL else parse(InferenceRequest, body[:size])
-            return asked, read_inputs(asked, inputs, memoryview(body)[size:])
+            wanted = _parsed(body[:size]) if size <= SMALL else parse(InferenceRequest, body[:size])
+            return wanted, read_inputs(wanted, inputs, memoryview(body)[size:])
 
-        asked, feeds = await apart(len(body), read)
+        wanted, feeds = await in_thread_if_large(len(body), read)
         if model in GRAPHS:
-            found = await unless_gone(request, service.run_graph(model, feeds))
+            outputs = await unless_disconnected(request, service.run_graph(model, feeds))
         else:
-            found = await service.predict(model, feeds["images"])
-        return await apart(
-            sum(array.nbytes for array in found.values()),
-            lambda: _answer(*write_outputs(asked, model, found)),
+            outputs = await service.predict(model, feeds["images"])
+        return await in_thread_if_large(
+            sum(array.nbytes for array in outputs.values()),
+            lambda: _answer(*write_outputs(wanted, model, outputs)),
         )
 
-    return router
+    return [
+        Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+        Route("/v2", server),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+        Route("/v2/models/{model}", model_metadata),
+        Route("/v2/models/{model}/ready", model_ready),
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -116,16 +97,16 @@ def _parsed(json: bytes) -> InferenceRequest:
 
 async def _json_and_binary(request: Request, service: Service) -> tuple[bytes, int]:
     """Return the body, and how many of its bytes are JSON."""
-    told = request.headers.get(LENGTH)
-    if told is None:
+    given = request.headers.get(LENGTH)
+    if given is None:
         body = await json_body(request, service)
         return body, len(body)
     body, most = await whole_body(request), service.settings.max_json_bytes
-    size = int(told) if told.isascii() and told.isdecimal() and len(told) < 20 else -1
+    size = int(given) if given.isascii() and given.isdecimal() and len(given) < 20 else -1
     if not 0 <= size <= min(len(body), most):
         raise HTTPException(
             400,
-            f"{LENGTH} {told[:50]!r}: give the bytes of the JSON, at most {most} "
+            f"{LENGTH} {given[:50]!r}: give the bytes of the JSON, at most {most} "
             f"of the body's {len(body)}",
         )
     return body, size

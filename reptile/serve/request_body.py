@@ -8,38 +8,23 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
-from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
 
 from reptile.errors import InputError
 from reptile.images import decode, fit
-from reptile.serve.errors import told
+from reptile.serve.errors import first_error
 from reptile.serve.service import Service
 
 Array = npt.NDArray[Any]
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 MAX_LABEL = 200  # characters
-SCHEMAS = "#/components/schemas/{model}"
 LARGE = 2**16  # bytes of a body that is parsed in a thread of its own
-
-
-def described_body(kinds: dict[str, type[BaseModel] | None]) -> dict[str, Any]:
-    """Describe a body that is read by hand, so that nothing is parsed before it is bounded."""
-    files = {
-        "type": "object",
-        "additionalProperties": {"type": "string", "format": "binary"},
-        "minProperties": 1,
-    }
-    content = {
-        kind: {"schema": {"$ref": SCHEMAS.format(model=model.__name__)} if model else files}
-        for kind, model in kinds.items()
-    }
-    return {"requestBody": {"required": True, "content": content}}
 
 
 async def json_body(request: Request, service: Service) -> bytes:
@@ -53,7 +38,7 @@ async def json_body(request: Request, service: Service) -> bytes:
 
 
 async def whole_body(request: Request) -> bytes:
-    """Return a body, which the guard has bounded; Request.body does the same more slowly."""
+    """Return a body, which the middleware bounds; Request.body does the same more slowly."""
     parts, more = [], True
     while more:
         message = await request.receive()
@@ -69,31 +54,31 @@ def parse(kind: type[Model], body: bytes) -> Model:
 
     Raises:
         HTTPException: not JSON.
-        InputError: values that do not belong there.
+        InputError: values that do not fit the model.
     """
     try:
         values = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise HTTPException(400, f"the body is no JSON: {str(error)[:200]}") from None
+        raise HTTPException(400, f"the body is not JSON: {str(error)[:200]}") from None
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(told(error.errors(include_url=False, include_input=False))) from None
+        raise InputError(first_error(error)) from None
 
 
-async def apart(size: int, work: Callable[[], Result]) -> Result:
-    """Run what takes long for large bodies in a thread, so that others are answered meanwhile."""
+async def in_thread_if_large(size: int, work: Callable[[], Result]) -> Result:
+    """Run `work` on `size` bytes; in a thread if they are many, so as not to block others."""
     return await to_thread.run_sync(work, limiter=_few()) if size > LARGE else work()
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Wait for what takes long; stop if the client hangs up. The body must have been read.
 
     Raises:
         ClientDisconnect: it did.
     """
     working = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
+    gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -104,7 +89,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         gone.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -133,19 +118,35 @@ def is_form(request: Request) -> bool:
     return False
 
 
+class _InMemoryParser(MultiPartParser):
+    """Keeps files in memory, whose size the middleware bounds; needs no temporary folder."""
+
+    spool_max_size = 0  # never moves a file to disk
+
+
+def _unescaped(name: str) -> str:
+    """Undo the escapes of a field's name; browsers and HTTP clients follow WHATWG's standard."""
+    return name.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
+
+
 async def read_files(request: Request, service: Service) -> list[tuple[str, Array]]:
     """Return the form's image files as (field name, pixels [C, H, W])."""
     settings = service.settings
-    async with request.form(max_files=settings.max_images, max_fields=16) as form:
-        contents: list[tuple[str, str, bytes]] = []
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                raise InputError(
-                    f"field {name[:100]!r} is text: send image files, as -F NAME=@FILE"
-                )
-            if len(name) > MAX_LABEL:
-                raise InputError(f"a field's name has {len(name)} characters: at most {MAX_LABEL}")
-            contents.append((name, value.filename or name, await value.read()))
+    parser = _InMemoryParser(
+        request.headers, request.stream(), max_files=settings.max_images, max_fields=16
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"the form cannot be read: {error.message}") from None
+    contents: list[tuple[str, str, bytes]] = []
+    for encoded, value in form.multi_items():
+        name = _unescaped(encoded)
+        if not isinstance(value, UploadFile):
+            raise InputError(f"field {name[:100]!r} is text: send image files, as -F NAME=@FILE")
+        if len(name) > MAX_LABEL:
+            raise InputError(f"a field's name has {len(name)} characters: at most {MAX_LABEL}")
+        contents.append((name, value.filename or name, await value.read()))
     if not contents:
         raise InputError("no images: send one or more files, as -F NAME=@FILE")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
+from reptile.errors import InputError
 from reptile.runtime import FewShotModel
 from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
@@ -22,8 +23,10 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
     """Serve a bundle until SIGTERM or SIGINT; what has begun by then is finished.
 
     Raises:
-        InputError: a bundle that cannot be opened, or a folder for tasks that cannot be used.
+        InputError: a bundle that cannot be opened, or a folder for tasks that cannot be used, or an
+            empty token.
     """
+    token = read_token()
     _log_as_json()
     # The thread that predicts waits so long for the interpreter after each run: by default 5 ms.
     sys.setswitchinterval(0.0005)
@@ -33,7 +36,8 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
     gc.set_threshold(
         20_000
     )  # by default it looks for cycles after 700 objects: a tenth of the time
-    app = make_app(FewShotModel.load(bundle, threads=1), settings, os.environ.get(TOKEN))
+    settings = settings.model_copy(update={"hosts": (*settings.hosts, host.lower())})
+    app = make_app(FewShotModel.load(bundle, threads=1), settings, token)
     uvicorn.run(
         app,
         host=host,
@@ -42,12 +46,26 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=2 * settings.connections,  # the guard answers before
+        limit_concurrency=2 * settings.connections,  # the middleware answers before
         timeout_keep_alive=int(settings.body_seconds),
         timeout_graceful_shutdown=int(settings.request_seconds),
         http=Connection,
         ws="none",
     )
+
+
+def read_token() -> str | None:
+    """Return the token of the environment, if any, without the newline of a file it came from.
+
+    Raises:
+        InputError: it is empty, which would leave the server open.
+    """
+    token = os.environ.get(TOKEN)
+    if token is None:
+        return None
+    if not token.strip():
+        raise InputError(f"{TOKEN} is empty: give it a value, or unset it to serve without a token")
+    return token.strip()
 
 
 def _log_as_json() -> None:

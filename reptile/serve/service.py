@@ -1,4 +1,4 @@
-"""What the server does with a bundle, without HTTP: teach, predict, run graphs as models."""
+"""What the server does with a bundle, without HTTP: adapt, predict, run graphs as models."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from reptile.runtime.inputs import check_images, check_learning_rate
 from reptile.runtime.provider import run_within
 from reptile.serve.pixels import whole_pixels
 from reptile.serve.settings import ServeSettings
-from reptile.serve.task_store import TaskStore, TaughtTask
+from reptile.serve.task_store import AdaptedTask, TaskStore, check_labels
 from reptile.serve.workers import Adapter, Predictor
 
 Array = npt.NDArray[Any]
 
 GRAPHS = ("few_shot", "predict")
 IMAGES = {"images", "support_images", "query_images"}  # inputs that hold pixels
-TASK = "task-"  # a taught task's model is called so, then its id
+TASK = "task-"  # prefix of the model name of an adapted task; its id follows
 
 
 class UnknownError(Exception):
@@ -59,6 +59,7 @@ class Service:
         self.ready = False
         self.adapter.close()
         self.predictor.close()
+        self.store.close()
 
     def images(self, values: Any) -> Array:
         """Return images as uint8 or float32 [N, C, H, W].
@@ -76,7 +77,7 @@ class Service:
             )
         return images.astype(np.float32 if images.dtype.kind == "f" else np.uint8)
 
-    async def teach(self, images: Array, labels: list[Any], **options: Any) -> TaughtTask:
+    async def adapt(self, images: Array, labels: list[Any], **options: Any) -> AdaptedTask:
         """Adapt to a new task and keep it; once it returns, it survives a restart.
 
         Raises:
@@ -84,9 +85,10 @@ class Service:
             TimeoutError: not done in time.
             InputError: arguments that cannot be used, or an adaptation that diverged.
         """
+        check_labels(labels)
         loop = asyncio.get_running_loop()
 
-        def work(seconds: float) -> TaughtTask:
+        def work(seconds: float) -> AdaptedTask:
             adapted = self.model.adapt(images, labels, timeout=seconds, **options)
             task = self.store.write(adapted)
             # Even if its client has gone by now: what is on disk is in memory.
@@ -95,8 +97,8 @@ class Service:
 
         return await self.adapter.run(work)
 
-    def task(self, name: str) -> TaughtTask:
-        """Return a taught task.
+    def task(self, name: str) -> AdaptedTask:
+        """Return an adapted task.
 
         Raises:
             UnknownError: there is none of this id.
@@ -104,8 +106,8 @@ class Service:
         if task := self.store.get(name):
             return task
         raise UnknownError(
-            f"no task {name[:50]!r}: it was never taught here, was deleted, or has expired; "
-            "POST /tasks teaches one"
+            f"no task {name[:50]!r}: it was never created here, was deleted, or has expired; "
+            "POST /tasks adapts to one"
         )
 
     def tensors(self, name: str) -> tuple[Mapping[str, TensorType], Mapping[str, TensorType]]:
@@ -126,7 +128,7 @@ class Service:
         }
 
     async def predict(self, name: str, images: Array) -> dict[str, Array]:
-        """Run the model of a taught task on images of its type and shape.
+        """Run the model of an adapted task on images of its type and shape.
 
         Raises:
             UnknownError, BusyError, InputError: see there.

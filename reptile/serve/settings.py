@@ -1,54 +1,65 @@
-"""The server's limits: what one request, and all together, may ask for."""
+"""The server's settings: limits of one request and of all together."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from reptile.errors import InputError
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
 class ServeSettings(BaseModel):
-    """Every bound has a default that suits a machine of two cores and a gigabyte."""
+    """The server's limits; the defaults suit a machine of two cores and a gigabyte."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tasks: Path | None = None
-    """Folder that keeps taught tasks over a restart; None forgets them."""
+    """Folder that keeps adapted tasks over a restart; without one they are lost."""
+    hosts: tuple[str, ...] = ()
+    """Host names, separated by commas, under which the server may be used without a token, such as
+    a proxy's; localhost, IP addresses and --host are always allowed."""
     max_tasks: Positive = 1000
-    """Taught tasks that are kept; the one used longest ago is forgotten first."""
+    """Maximum number of adapted tasks; the least recently used is deleted first."""
     max_task_bytes: Positive = 2**29
-    """All taught tasks together, in memory and on disk."""
-    task_days: Annotated[float, Field(gt=0)] = 30.0
-    """A task is forgotten so long after it was taught."""
-    adaptations: Positive = 1
-    """Adaptations at the same time, each on one thread."""
-    waiting_adaptations: Annotated[int, Field(ge=0)] = 8
-    """More than these are refused at once (429)."""
+    """Maximum size of all adapted tasks in bytes, in memory and on disk."""
+    task_days: Annotated[float, Field(gt=0, le=36_500)] = 30.0
+    """Days after which a task expires."""
+    adaptations: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Maximum concurrent adaptations, each on one thread."""
+    waiting_adaptations: Annotated[int, Field(ge=0, le=2**53)] = 8
+    """Maximum adaptations that wait; further ones get 429."""
     waiting_images: Positive = 10_000
-    """Images that may wait for a prediction; more are refused at once (429)."""
+    """Maximum images that wait for a prediction; further ones get 429."""
     request_seconds: Seconds = 60.0
-    """From a request's first byte to its answer."""
+    """Maximum seconds from the first byte of a request to its answer."""
     body_seconds: Seconds = 20.0
-    """For a client to send a whole body."""
+    """Maximum seconds for a client to send a body."""
     max_body_bytes: Positive = 2**24
-    """Of one request; image files, mostly."""
+    """Maximum size of a body in bytes, such as a form of image files."""
     max_json_bytes: Positive = 2**23
-    """Of one request in JSON, which grows twentyfold when it is read."""
+    """Maximum size of a JSON body in bytes; parsed, it takes about 20 times as much memory."""
     max_held_bytes: Positive = 2**27
-    """Of all requests that are being received or answered."""
+    """Maximum size in bytes of the bodies of all requests in progress."""
     max_image_pixels: Positive = 2**24
-    """Of one uploaded image file, before it is fitted."""
+    """Maximum pixels of one image file."""
     max_request_pixels: Positive = 2**26
-    """Of all image files of one request."""
+    """Maximum pixels of all image files of one request."""
     max_images: Positive = 1000
-    """In one request."""
+    """Maximum images in one request."""
     connections: Positive = 500
-    """Requests at the same time, of which more are answered 503; and half of all connections."""
+    """Maximum concurrent requests; further ones get 503. At most twice as many connections are
+    kept open."""
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+        return value
 
 
 def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
@@ -70,6 +81,6 @@ def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise InputError(
-                f"{name}: no such bound; `reptile serve --bounds` lists them"
+                f"{name}: no such setting; `reptile serve --bounds` lists them"
             ) from None
         raise InputError(f"{name} = {first['input']}: {first['msg']}") from None

@@ -1,48 +1,55 @@
-"""The task API: teach, list, forget, and name images. For people; models' tensors are elsewhere."""
+"""The task API for people: adapt, list, delete, classify. Models' tensors are elsewhere."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
-from reptile.serve.errors import responses
+from reptile.errors import InputError
+from reptile.serve.errors import first_error
 from reptile.serve.request_body import (
     MAX_LABEL,
-    apart,
-    described_body,
+    in_thread_if_large,
     is_form,
     json_body,
     parse,
     read_files,
-    unless_gone,
+    unless_disconnected,
 )
 from reptile.serve.service import Service
-from reptile.serve.task_store import TaughtTask
+from reptile.serve.task_store import AdaptedTask
 
 Array = npt.NDArray[Any]
 Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float
 
 
-class Support(BaseModel):
-    """A task to teach, as JSON."""
+class Options(BaseModel):
+    """Options of an adaptation, as query parameters or in JSON."""
+
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+
+
+class Support(Options):
+    """A support set, as JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
     images: list[Any]
     """[N, C, H, W], or [N, H, W] where C is 1; pixels 0..255."""
     labels: list[Label]
-    """A name for each image."""
-    steps: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
+    """The label of each image."""
 
 
-class Queries(BaseModel):
-    """Images to name, as JSON."""
+class Images(BaseModel):
+    """Images to classify, as JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,70 +57,35 @@ class Queries(BaseModel):
 
 
 class Task(BaseModel):
-    """A task that was taught."""
+    """An adapted task."""
 
     id: str
     labels: list[Label]
     losses: list[float]
     """The loss before each inner step."""
     taught: datetime
+    """When it was adapted."""
     expires: datetime
 
 
-class Tasks(BaseModel):
-    """All tasks that are there."""
-
-    tasks: list[Task]
-
-
-class NamedImage(BaseModel):
-    """What an image is taken for."""
-
-    label: Label
-    probabilities: dict[str, float]
-
-
-class Predictions(BaseModel):
-    """An answer for each image, in order."""
-
-    predictions: list[NamedImage]
-
-
-def task_routes(service: Service) -> APIRouter:
+def task_routes(service: Service) -> list[BaseRoute]:
     """Return the routes."""
-    router = APIRouter(prefix="/tasks", tags=["Tasks"])
 
-    def shown(task: TaughtTask) -> Task:
+    def shown(task: AdaptedTask) -> Task:
         return Task(
             id=task.id,
             labels=task.model.labels,
             losses=task.model.losses.tolist(),
-            taught=datetime.fromtimestamp(task.taught, UTC),
+            taught=datetime.fromtimestamp(task.created, UTC),
             expires=datetime.fromtimestamp(service.store.expires(task), UTC),
         )
 
-    @router.post(
-        "",
-        status_code=201,
-        responses=responses(400, 415, 422, 429),
-        openapi_extra=described_body({"application/json": Support, "multipart/form-data": None}),
-    )
-    async def teach(
-        request: Request,
-        response: Response,
-        steps: Annotated[int | None, Query()] = None,
-        learning_rate: Annotated[float | None, Query()] = None,
-        seed: Annotated[int | None, Query()] = None,
-    ) -> Task:
-        """Teach a task: image files whose field names are their labels, or JSON.
-
-        As a form, options are query parameters.
-        """
-        given = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    async def adapt(request: Request) -> Response:
+        options = _options(request)
         if is_form(request):
-            named = await read_files(request, service)
-            images = np.stack([image for _, image in named])
-            labels: list[Any] = [name for name, _ in named]
+            files = await read_files(request, service)
+            images = np.stack([image for _, image in files])
+            labels: list[Any] = [name for name, _ in files]
         else:
             body = await json_body(request, service)
 
@@ -121,56 +93,62 @@ def task_routes(service: Service) -> APIRouter:
                 support = parse(Support, body)
                 return service.images(support.images), support
 
-            images, support = await apart(len(body), read)
+            images, support = await in_thread_if_large(len(body), read)
             labels = support.labels
-            given = {
-                name: getattr(support, name) if value is None else value
-                for name, value in given.items()
-            }
-        options = {name: value for name, value in given.items() if value is not None}
-        task = await unless_gone(request, service.teach(images, labels, **options))
-        response.headers["location"] = f"/tasks/{task.id}"
-        return shown(task)
+            in_body = support.model_dump(include=set(Options.model_fields), exclude_none=True)
+            options = in_body | options
+        task = await unless_disconnected(request, service.adapt(images, labels, **options))
+        return _json(shown(task), 201, {"location": f"/tasks/{task.id}"})
 
-    @router.get("", responses=responses())
-    async def list_all() -> Tasks:
-        """All tasks that are there."""
-        return Tasks(tasks=[shown(task) for task in service.store])
+    async def list_all(request: Request) -> Response:
+        return _json({"tasks": [shown(task) for task in service.store]})
 
-    @router.get("/{task_id}", responses=responses(404, 422))
-    async def get(task_id: str) -> Task:
-        """One task."""
-        return shown(service.task(task_id))
+    async def get(request: Request) -> Response:
+        return _json(shown(service.task(request.path_params["task_id"])))
 
-    @router.delete("/{task_id}", status_code=204, responses=responses(404, 422))
-    async def delete(task_id: str) -> None:
-        """Forget a task."""
-        service.task(task_id)
-        service.store.remove(task_id)
+    async def delete(request: Request) -> Response:
+        task = service.task(request.path_params["task_id"])
+        service.store.remove(task.id)
+        return Response(status_code=204)
 
-    @router.post(
-        "/{task_id}/predict",
-        responses={200: {"model": Predictions}, **responses(400, 404, 415, 422, 429)},
-        openapi_extra=described_body({"application/json": Queries, "multipart/form-data": None}),
-    )
-    async def predict(task_id: str, request: Request) -> Response:
-        """Name images: files in fields of any name, or JSON."""
-        task = service.task(task_id)
+    async def predict(request: Request) -> Response:
+        task = service.task(request.path_params["task_id"])
         if is_form(request):
-            named = await read_files(request, service)
-            images = np.stack([image for _, image in named])
+            files = await read_files(request, service)
+            images = np.stack([image for _, image in files])
         else:
             body = await json_body(request, service)
-            images = await apart(len(body), lambda: service.images(parse(Queries, body).images))
-        found = await service.predictor.predict(task.model, images)
+            images = await in_thread_if_large(
+                len(body), lambda: service.images(parse(Images, body).images)
+            )
+        outputs = await service.predictor.predict(task.model, images)
         labels = task.model.labels
         names = [str(label) for label in labels]
         predictions = [
             {"label": labels[best], "probabilities": dict(zip(names, row, strict=True))}
             for best, row in zip(
-                found.logits.argmax(1).tolist(), found.probabilities.tolist(), strict=True
+                outputs.logits.argmax(1).tolist(), outputs.probabilities.tolist(), strict=True
             )
         ]
-        return Response(to_json({"predictions": predictions}), media_type="application/json")
+        return _json({"predictions": predictions})
 
-    return router
+    return [
+        Route("/tasks/{task_id}/predict", predict, methods=["POST"]),
+        Route("/tasks", adapt, methods=["POST"]),
+        Route("/tasks", list_all),
+        Route("/tasks/{task_id}", get),
+        Route("/tasks/{task_id}", delete, methods=["DELETE"]),
+    ]
+
+
+def _options(request: Request) -> dict[str, Any]:
+    """Return the adaptation's options among the query parameters."""
+    try:
+        options = Options.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        raise InputError(first_error(error)) from None
+    return options.model_dump(exclude_none=True)
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(value), status, headers, media_type="application/json")

@@ -1,17 +1,19 @@
-"""The tasks that were taught: in memory and in a folder, bounded in number, bytes and age.
+"""Adapted tasks: in memory and in a folder, bounded in number, bytes and age.
 
-What was acknowledged is on disk and is there after a restart. Not for teaching or predicting.
+What was acknowledged is on disk and is there after a restart. It neither adapts nor predicts.
 """
 
 import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from reptile.errors import InputError
+from reptile.files import lock_folder
 from reptile.runtime import AdaptedModel, FewShotModel
 from reptile.serve.settings import ServeSettings
 
@@ -22,27 +24,41 @@ DAY = 86400.0
 
 
 @dataclass(frozen=True)
-class TaughtTask:
-    """One task: the adapted model, when it was taught, and what it weighs."""
+class AdaptedTask:
+    """One task: the adapted model, when it was created, and its size."""
 
     id: str
     model: AdaptedModel
-    taught: float  # seconds since 1970
+    created: float  # seconds since 1970
     size: int  # bytes
 
 
+def check_labels(labels: Sequence[object]) -> None:
+    """Check that labels differ as text, as answers have a probability by label.
+
+    Raises:
+        InputError: two labels, such as 1 and "1", do not.
+    """
+    seen: dict[str, object] = {}
+    for label in labels:
+        other = seen.setdefault(str(label), label)
+        if type(other) is not type(label):
+            raise InputError(f"labels {other!r} and {label!r} are the same as text: rename one")
+
+
 class TaskStore:
-    """Taught tasks by id; the one used longest ago goes first when room is needed."""
+    """Adapted tasks by id; the one used longest ago goes first when room is needed."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
-        self._tasks: OrderedDict[str, TaughtTask] = OrderedDict()
+        self._tasks: OrderedDict[str, AdaptedTask] = OrderedDict()
         self.size = 0  # bytes of all tasks
+        self._lock = ExitStack()  # keeps other servers out of the folder
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __iter__(self) -> Iterator[TaughtTask]:
+    def __iter__(self) -> Iterator[AdaptedTask]:
         self._forget_old()
         return iter(tuple(self._tasks.values()))
 
@@ -50,13 +66,13 @@ class TaskStore:
         """Read the folder; what cannot be read is reported and left alone.
 
         Raises:
-            InputError: the folder cannot be made or read.
+            InputError: the folder cannot be made or read, or another server uses it.
         """
         folder = self._settings.tasks
         if folder is None:
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(lock_folder(folder))
             for unfinished in folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
                 unfinished.unlink(missing_ok=True)
             files = sorted(folder.glob(f"*{SUFFIX}"))
@@ -66,16 +82,21 @@ class TaskStore:
         for file in files:
             try:
                 if not file.is_file() or str(uuid.UUID(file.stem)) != file.stem:
-                    raise InputError("no file that this server has written")
+                    raise InputError("not a file that this server has written")
                 adapted, status = model.load_adapted(file), file.stat()
+                check_labels(adapted.labels)
             except (InputError, OSError, ValueError) as error:
                 log.warning("%s is left out: %s", file, error)
                 continue
-            found.append(TaughtTask(file.stem, adapted, status.st_mtime, status.st_size))
-        for task in sorted(found, key=lambda task: task.taught):
+            found.append(AdaptedTask(file.stem, adapted, status.st_mtime, status.st_size))
+        for task in sorted(found, key=lambda task: task.created):
             self.add(task)
 
-    def write(self, adapted: AdaptedModel) -> TaughtTask:
+    def close(self) -> None:
+        """Let other servers use the folder."""
+        self._lock.close()
+
+    def write(self, adapted: AdaptedModel) -> AdaptedTask:
         """Save a new task to disk; to be called from a worker thread, before `add`.
 
         Raises:
@@ -92,9 +113,9 @@ class TaskStore:
                 f"a task of {size} bytes is above max_task_bytes = {most}: "
                 "start the server with a larger bound"
             )
-        return TaughtTask(name, adapted, time.time(), size)
+        return AdaptedTask(name, adapted, time.time(), size)
 
-    def add(self, task: TaughtTask) -> None:
+    def add(self, task: AdaptedTask) -> None:
         """Take a task in that was written, and make room for it."""
         self._tasks[task.id] = task
         self.size += task.size
@@ -104,7 +125,7 @@ class TaskStore:
         ):
             self.remove(next(iter(self._tasks)))
 
-    def get(self, name: str) -> TaughtTask | None:
+    def get(self, name: str) -> AdaptedTask | None:
         """Return a task and mark it as used; None if there is none of this id."""
         task = self._tasks.get(name)
         if task and self.expires(task) < time.time():
@@ -123,9 +144,9 @@ class TaskStore:
         self._erase(name)
         return True
 
-    def expires(self, task: TaughtTask) -> float:
+    def expires(self, task: AdaptedTask) -> float:
         """Return when a task will be forgotten, in seconds since 1970."""
-        return task.taught + self._settings.task_days * DAY
+        return task.created + self._settings.task_days * DAY
 
     def _forget_old(self) -> None:
         now = time.time()

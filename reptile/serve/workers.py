@@ -84,8 +84,8 @@ class Adapter:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Named(NamedTuple):
-    """What is said of N images."""
+class Prediction(NamedTuple):
+    """The prediction for N images."""
 
     probabilities: Array  # [N, names]
     logits: Array  # [N, names]
@@ -93,7 +93,7 @@ class Named(NamedTuple):
 
 class _Waiting(NamedTuple):
     images: Array
-    answer: "asyncio.Future[Named]"
+    answer: "asyncio.Future[Prediction]"
 
 
 Kind = tuple[AdaptedModel, np.dtype[Any]]  # what can be run together
@@ -109,7 +109,7 @@ class Predictor:
         self._running: set[Kind] = set()
         self.images = 0  # running and waiting
 
-    async def predict(self, model: AdaptedModel, images: Array) -> Named:
+    async def predict(self, model: AdaptedModel, images: Array) -> Prediction:
         """Name checked images [N, C, H, W].
 
         Raises:
@@ -120,7 +120,7 @@ class Predictor:
         self.images += len(images)
         try:
             loop = asyncio.get_running_loop()
-            answer: asyncio.Future[Named] = loop.create_future()
+            answer: asyncio.Future[Prediction] = loop.create_future()
             kind = model, images.dtype
             if kind not in self._waiting:
                 self._waiting[kind] = []
@@ -149,7 +149,7 @@ class Predictor:
         loop = asyncio.get_running_loop()
         future.add_done_callback(partial(_from_thread, loop, self._finish, kind, batch, future))
 
-    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Named]") -> None:
+    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Prediction]") -> None:
         self._running.discard(kind)
         error, start = future.exception(), 0
         for one in batch:
@@ -159,7 +159,7 @@ class Predictor:
             elif error:
                 one.answer.set_exception(error)
             else:
-                one.answer.set_result(Named(*(every[own] for every in future.result())))
+                one.answer.set_result(Prediction(*(every[own] for every in future.result())))
             start = own.stop
         self._start(kind)
 
@@ -176,9 +176,9 @@ class _Hot:
         self._asked: WeakKeyDictionary[AdaptedModel, int] = WeakKeyDictionary()
         self._own: WeakKeyDictionary[AdaptedModel, AdaptedModel] = WeakKeyDictionary()
 
-    def predict(self, model: AdaptedModel, images: Array) -> Named:
+    def predict(self, model: AdaptedModel, images: Array) -> Prediction:
         logits = self._fastest(model, len(images)).logits(images)
-        return Named(softmax(logits), logits)
+        return Prediction(softmax(logits), logits)
 
     def _fastest(self, model: AdaptedModel, images: int) -> AdaptedModel:
         if own := self._own.pop(model, None):

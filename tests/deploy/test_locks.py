@@ -47,5 +47,5 @@ def test_the_server_s_image_has_the_versions_that_are_tested_and_no_torch(ort: s
     runtime = found.pop("onnxruntime" if ort == "cpu" else "onnxruntime-gpu")
     assert ort == "gpu" or runtime == tested["onnxruntime"]
     assert {name: version for name, version in found.items() if tested.get(name) != version} == {}
-    assert {"fastapi", "uvicorn", "pillow", "numpy", "onnx"} <= set(found)
+    assert {"starlette", "uvicorn", "pillow", "numpy", "onnx"} <= set(found)
     assert not {"torch", "onnxscript", "kfp", "dvc", "onnxruntime", "onnxruntime-gpu"} & set(found)

@@ -22,13 +22,14 @@ def serve(exported: Path) -> Iterator[Serve]:
 
     def start(token: str | None = None, **bounds: object) -> TestClient:
         app = make_app(FewShotModel.load(exported), ServeSettings(**bounds), token)
-        client = TestClient(app, raise_server_exceptions=True)
+        client = TestClient(app, "http://127.0.0.1")
         running.append(client.__enter__())
         return running[-1]
 
     yield start
     for client in running:
-        client.__exit__(None, None, None)
+        if client.portal is not None:  # the test has not stopped it
+            client.__exit__(None, None, None)
 
 
 @pytest.fixture

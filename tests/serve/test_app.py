@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,23 @@ import pytest
 from bundles import make_checkpoint, write_bundle
 from httpx import Response
 from PIL import Image
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from reptile.data.dataset import PreparedData
+from reptile.errors import InputError
 from reptile.runtime import FewShotModel
 from reptile.runtime.model import softmax
+from reptile.serve import protocol, task_routes
 from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
 from reptile.serve.errors import FAULT
-from reptile.serve.settings import ServeSettings
+from reptile.serve.run import read_token
+from reptile.serve.settings import ServeSettings, changed
 from reptile.serve.workers import Predictor
 from reptile.settings import ModelSettings, OptimizerSettings
+
+Serve = Callable[..., TestClient]
 
 
 def png(image: np.ndarray) -> bytes:
@@ -76,8 +83,160 @@ def test_a_task_is_listed_shown_and_forgotten(client: TestClient, support: tuple
 
 def test_labels_keep_their_type(client: TestClient, support: tuple, queries: np.ndarray) -> None:
     images, _ = support
-    task = teach(client, (images, [7] * 3 + [True] * 3 + ["7"] * 3), steps=2)
-    assert task["labels"] == [7, True, "7"]
+    task = teach(client, (images, [7] * 3 + [True] * 3 + ["x"] * 3), steps=2)
+    assert task["labels"] == [7, True, "x"]
+
+
+@pytest.mark.parametrize("pair", [(1, "1"), (True, "True"), ("2.5", 2.5)])
+def test_labels_that_are_the_same_as_text_are_refused(
+    client: TestClient, support: tuple, pair: tuple
+) -> None:
+    images, _ = support
+    body = {"images": images[:2].tolist(), "labels": list(pair)}
+    answer = client.post("/tasks", json=body)
+    assert answer.status_code == 422
+    assert "the same as text" in answer.json()["error"]
+    assert client.get("/tasks").json() == {"tasks": []}
+
+
+def test_a_field_s_name_is_the_label_that_was_written(client: TestClient, support: tuple) -> None:
+    images, _ = support
+    # httpx escapes as browsers do, by WHATWG's standard
+    names = ['5" pipe', "a\r\nb", "100%"]
+    files = [(name, ("a.png", png(image))) for name, image in zip(names, images, strict=False)]
+    task = client.post("/tasks", params={"steps": 1}, files=files).json()
+    assert task["labels"] == names
+
+
+def test_options_of_a_form_are_checked(client: TestClient, support: tuple) -> None:
+    files = [("a", ("a.png", png(support[0][0])))]
+    for query, named in (({"steps": "many"}, "steps"), ({"learning_rate": "x"}, "learning_rate")):
+        answer = client.post("/tasks", params=query, files=files)
+        assert answer.status_code == 422 and answer.json()["error"].startswith(named)
+
+
+def test_every_route_is_in_the_document_and_the_document_in_the_routes(serve: Serve) -> None:
+    client = serve()
+    routes = client.app._app.routes  # type: ignore[attr-defined]
+    undocumented = ("/", "/metrics", "/openapi.json", "/docs", "/bundle/{path}", "/ort/{path}")
+    served = {
+        (route.path_format, method.lower())
+        for route in routes
+        if isinstance(route, Route) and route.path_format not in undocumented
+        for method in route.methods - {"HEAD"}
+    }
+    paths = client.get("/openapi.json").json()["paths"]
+    assert served == {(path, method) for path, item in paths.items() for method in item}
+    for path, item in paths.items():
+        in_path = {p["name"] for each in item.values() for p in each.get("parameters", [])}
+        assert set(re.findall(r"{(\w+)}", path)) <= in_path
+
+
+def test_the_document_s_schemas_have_the_fields_of_the_models(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for model in (
+        *(task_routes.Support, task_routes.Images, task_routes.Task),
+        *(protocol.InferenceRequest, protocol.InputTensor, protocol.InferenceResponse),
+        *(protocol.ServerMetadata, protocol.ModelMetadata, protocol.TensorMetadata),
+    ):
+        described = schemas[model.__name__]
+        generated = model.model_json_schema()
+        assert described["properties"].keys() == generated["properties"].keys()
+        assert set(described["required"]) == set(generated["required"])
+
+
+def test_methods_that_a_path_lacks_are_answered_with_those_it_has(client: TestClient) -> None:
+    answer = client.put("/tasks")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+
+
+def test_a_slash_at_the_end_is_unknown_and_leads_nowhere(client: TestClient) -> None:
+    for path in ("/tasks/", "/v2/", "/v2/health/ready/"):
+        answer = client.get(path, follow_redirects=False)
+        assert answer.status_code == 404 and "location" not in answer.headers
+
+
+OTHER_SITES = [
+    {"origin": "http://evil.test"},
+    {"origin": "null"},
+    {"origin": "http://127.0.0.1:9999"},  # another server of the same machine
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+    {"host": "evil.test"},
+    {"host": "localhost.evil.test:8080"},
+    {"host": "127.0.0.1.evil.test"},
+    {"host": "evil.test", "origin": "http://evil.test"},
+]
+
+
+@pytest.mark.parametrize("headers", OTHER_SITES)
+def test_pages_of_other_sites_neither_read_nor_change_tasks(
+    serve: Serve, support: tuple, headers: dict
+) -> None:
+    client = serve(max_tasks=1)
+    task = teach(client, support, steps=1)
+    one = f"/tasks/{task['id']}"
+    for method, path in (
+        *(("POST", "/tasks"), ("GET", "/tasks"), ("GET", one), ("DELETE", one)),
+        *(("POST", f"{one}/predict"), ("POST", f"/v2/models/task-{task['id']}/infer")),
+    ):
+        assert client.request(method, path, headers=headers).status_code == 403, path
+    assert client.get("/tasks").json() == {"tasks": [task]}
+    assert client.get("/v2/health/ready", headers=headers).status_code == 200
+
+
+def test_the_page_itself_and_known_names_are_let_in(serve: Serve) -> None:
+    for headers in (
+        {"origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8080", "origin": "http://localhost:8080"},
+        {"host": "[::1]:8080"},
+        {"host": "10.1.2.3"},
+    ):
+        assert serve().get("/tasks", headers=headers).status_code == 200, headers
+    behind = serve(hosts="Shop.example, api.example")
+    proxied = {"host": "shop.example", "origin": "https://shop.example"}
+    assert behind.get("/tasks", headers=proxied).status_code == 200
+    assert behind.get("/tasks", headers={"host": "evil.test"}).status_code == 403
+    secret = {"authorization": "Bearer s", "host": "any.name"}
+    assert serve("s").get("/tasks", headers=secret).status_code == 200
+
+
+def test_health_is_told_as_the_protocol_says(client: TestClient) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    ready = client.get("/v2/models/few_shot/ready").json()
+    assert ready == {"name": "few_shot", "ready": True}
+
+
+def test_a_folder_of_tasks_has_one_server(serve: Serve, exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    first = serve(tasks=folder)
+    with pytest.raises(InputError, match="in use by another process"):
+        make_app(FewShotModel.load(exported), ServeSettings(tasks=folder))
+    first.__exit__(None, None, None)
+    make_app(FewShotModel.load(exported), ServeSettings(tasks=folder))
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_an_empty_token_is_refused(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPTILE_TOKEN", token)
+    with pytest.raises(InputError, match="REPTILE_TOKEN is empty"):
+        read_token()
+
+
+def test_a_token_loses_the_newline_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPTILE_TOKEN", "secret\n")
+    assert read_token() == "secret"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["task_days=inf", "task_days=1e7", "task_days=nan", "adaptations=1e9", "max_images=-1"],
+)
+def test_settings_that_cannot_work_are_refused_when_read(change: str) -> None:
+    with pytest.raises(InputError, match=change.partition("=")[0]):
+        changed(None, [change])
 
 
 def test_few_shot_is_the_graph(client: TestClient, exported: Path) -> None:
@@ -218,7 +377,7 @@ def parts(answer: Response) -> tuple[dict, bytes]:
         ({"length": "99999999"}, 400, "give the bytes of the JSON"),
         ({"length": "-1"}, 400, "give the bytes of the JSON"),
         ({"length": "1e3"}, 400, "give the bytes of the JSON"),
-        ({"length": "5"}, 400, "no JSON"),
+        ({"length": "5"}, 400, "not JSON"),
         ({"nan": True}, 422, "NaN"),
     ],
 )
@@ -277,7 +436,8 @@ def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
     task = teach(first, support, steps=3)
     path = f"/tasks/{task['id']}/predict"
     before = first.post(path, json={"images": queries.tolist()}).json()
-    (file,) = folder.iterdir()
+    first.__exit__(None, None, None)
+    (file,) = folder.glob("*.safetensors")
     (folder / "00000000-0000-0000-0000-000000000000.safetensors").write_bytes(
         file.read_bytes()[:99]
     )
@@ -294,7 +454,7 @@ def test_the_store_forgets_the_one_used_longest_ago(serve, support: tuple, tmp_p
     assert client.get(f"/tasks/{first}").status_code == 200  # now the second is the oldest
     third = teach(client, support, steps=0)["id"]
     assert {t["id"] for t in client.get("/tasks").json()["tasks"]} == {first, third}
-    assert {path.stem for path in tmp_path.iterdir()} == {first, third}
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {first, third}
     assert client.get(f"/tasks/{second}").status_code == 404
 
 
@@ -303,7 +463,7 @@ def test_a_task_expires(serve, support: tuple, tmp_path: Path) -> None:
     task = teach(client, support, steps=0)
     time.sleep(0.6)
     assert client.get(f"/tasks/{task['id']}").status_code == 404
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 def test_bounds_are_kept(serve, support: tuple, queries: np.ndarray) -> None:
@@ -411,7 +571,7 @@ def test_a_diverging_adaptation_is_refused_counted_and_not_kept(
     write_bundle(tmp_path / "bundle", data, checkpoint)
     app = make_app(FewShotModel.load(tmp_path / "bundle"), ServeSettings())
     images, labels = support
-    with TestClient(app) as client:
+    with TestClient(app, "http://127.0.0.1") as client:
         body = {"images": images.tolist(), "labels": labels, "learning_rate": 100, "steps": 60}
         answer = client.post("/tasks", json=body)
         assert answer.status_code == 422 and "diverged" in answer.json()["error"]
@@ -440,4 +600,4 @@ def test_metrics_requests_and_the_document(client: TestClient, support: tuple) -
     references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     assert "/v2/models/{model}/infer" in document["paths"]
-    assert "http" not in client.get("/docs").text.replace("http://testserver", "")
+    assert "http" not in client.get("/docs").text.replace("http://127.0.0.1", "")

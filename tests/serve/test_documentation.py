@@ -76,7 +76,9 @@ def test_every_bound_can_be_changed_and_a_wrong_one_is_named(exported: Path) -> 
         command = [sys.executable, "-m", "reptile", "serve", str(exported), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    listed = reptile("--bounds").stdout
+    without = [sys.executable, "-m", "reptile", "serve", "--bounds"]
+    listed = subprocess.run(without, capture_output=True, text=True, check=True).stdout
+    assert listed == reptile("--bounds").stdout
     assert "max_tasks = 1000" in listed and "max_json_bytes" in listed
     for wrong in ("max_tasks=0", "no_such=1", "adaptations"):
         done = reptile("-S", wrong)

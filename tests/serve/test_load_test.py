@@ -108,4 +108,4 @@ def test_the_command_prints_one_table_and_keeps_every_round(
     assert len(rows) == 2 + len(kept["lines"])
     assert len({row.count("|") for row in rows}) == 1
     assert kept["machine"]["cpus"] >= 1
-    assert kept["serving_versions"].keys() >= {"fastapi", "uvicorn"}
+    assert kept["serving_versions"].keys() >= {"starlette", "uvicorn"}
