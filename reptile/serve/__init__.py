@@ -1,1 +1,1 @@
-"""A bundle over HTTP: teach tasks, predict, and the Open Inference Protocol. No torch."""
+"""A bundle over HTTP: adapt to tasks, predict, and the Open Inference Protocol. No torch."""

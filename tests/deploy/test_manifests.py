@@ -235,6 +235,7 @@ def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
     assert unknown_fields(pod, "V1PodSpec") == [
         ".minReplicas",
         ".maxReplicas",
+        ".deploymentStrategy",
         ".timeout",  # KServe's own
     ]
 
