@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 from reptile.errors import DivergedError, InputError
 from reptile.serve.service import UnknownError
+from reptile.serve.task_store import StorageError
 from reptile.serve.workers import BusyError
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,11 @@ def exception_handlers(
         return JSONResponse({"error": text}, status, headers)
 
     async def bad_input(request: Request, error: InputError) -> Response:
-        if isinstance(error.__cause__, OSError):  # the server's own disk, whose paths stay here
-            log.error("%s", error)
-            return answer(507, "the server cannot store this now; its log says why")
         return answer(422, str(error))
+
+    async def storage(request: Request, error: StorageError) -> Response:
+        log.error("%s", error)  # with the path, which is not the client's to know
+        return answer(507, "the server cannot store the task; its log says why")
 
     async def not_finite(request: Request, error: DivergedError) -> Response:
         diverged.inc()
@@ -61,6 +63,7 @@ def exception_handlers(
 
     return {
         InputError: bad_input,
+        StorageError: storage,
         DivergedError: not_finite,
         BusyError: busy,
         TimeoutError: late,

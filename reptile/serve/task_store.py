@@ -23,6 +23,10 @@ SUFFIX = ".safetensors"
 DAY = 86400.0
 
 
+class StorageError(Exception):
+    """The folder of tasks cannot be written to, for instance because the disk is full."""
+
+
 @dataclass(frozen=True)
 class AdaptedTask:
     """One task: the adapted model, when it was created, and its size."""
@@ -100,12 +104,18 @@ class TaskStore:
         """Save a new task to disk; to be called from a worker thread, before `add`.
 
         Raises:
-            InputError: it cannot be written, or alone is larger than the bound.
+            InputError: it alone is larger than the bound.
+            StorageError: the folder cannot be written to.
         """
         name, most = str(uuid.uuid4()), self._settings.max_task_bytes
         size = sum(array.nbytes for array in adapted.state.weights.values())
         if path := self._path(name):
-            adapted.save(path)
+            try:
+                adapted.save(path)
+            except InputError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise StorageError(str(error)) from error
+                raise
             size = path.stat().st_size
         if size > most:
             self._erase(name)

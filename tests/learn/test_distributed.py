@@ -82,6 +82,13 @@ def test_every_process_ends_with_the_weights_of_one_process(
             assert (shared / case / rank / file).read_bytes() == alone
 
 
+def write_prepared(folder: Path, data: PreparedData) -> None:
+    prepared = folder / "artifacts/prepared"
+    prepared.mkdir(parents=True)
+    np.save(prepared / "images.npy", data.images)
+    write_json(prepared / "dataset.json", data.index.model_dump(mode="json"))
+
+
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "reptile", "train", "--params", "params.yaml", *options]
@@ -91,10 +98,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 def test_a_killed_process_ends_the_run_and_resuming_equals_never_having_stopped(
     data: PreparedData, tmp_path: Path
 ) -> None:
-    prepared = tmp_path / "artifacts/prepared"
-    prepared.mkdir(parents=True)
-    np.save(prepared / "images.npy", data.images)
-    write_json(prepared / "dataset.json", data.index.model_dump(mode="json"))
+    write_prepared(tmp_path, data)
     changes = {"meta_iterations": 400, "checkpoint_every": 2, "validation_tasks": 1}
     settings = SETTINGS | CASES["parallel"] | changes
     (tmp_path / "params.yaml").write_text(json.dumps({"train": settings}))
@@ -122,8 +126,9 @@ def test_a_killed_process_ends_the_run_and_resuming_equals_never_having_stopped(
     assert found.info == whole.info
 
 
-def test_processes_that_do_not_meet_are_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("")
+def test_processes_that_do_not_meet_are_one_clear_error(data: PreparedData, tmp_path: Path) -> None:
+    write_prepared(tmp_path, data)
+    (tmp_path / "params.yaml").write_text(json.dumps({"train": SETTINGS}))
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
     environment.pop("MASTER_ADDR", None)
     command = [sys.executable, "-m", "reptile", "train"]

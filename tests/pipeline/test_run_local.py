@@ -17,6 +17,7 @@ import yaml
 
 from components.fetch import content_md5
 from pipeline.local import Outcome, examine
+from pipeline.revisions import CODE
 from reptile.provenance import settings_sha256
 from reptile.runtime import FewShotModel
 from reptile.settings import load_settings
@@ -68,7 +69,7 @@ def test_every_artifact_says_what_it_was_made_of(delivered: Ended, clone: Path) 
     lineage = {
         "data_md5": yaml.safe_load((clone / "data.dvc").read_text())["outs"][0]["md5"],
         "data_revision": git(clone, "log", "-1", "--format=%H", "--", "data.dvc"),
-        "git_commit": git(clone, "log", "-1", "--format=%H", "--", "reptile", "components"),
+        "git_commit": git(clone, "log", "-1", "--format=%H", "--", *CODE),
     }
     assert git(clone, "rev-parse", "HEAD") == lineage["data_revision"]
     assert lineage["git_commit"] != lineage["data_revision"], "the data's commit left code alone"
