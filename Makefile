@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 repro: setup
-	dvc pull --quiet data.dvc
+	dvc pull --quiet --remote starter data.dvc
 	dvc repro
 	@python -m reptile show
 
