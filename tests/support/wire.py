@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.server import HOST
 
-COLLECTIVE_TIMEOUT = 90.0  # seconds without an answer after which a case has hung
+HANG_SECONDS = 90.0  # seconds without an answer after which a case has hung
 MOMENT = 0.1  # seconds for a server to answer half a request, if it likes to
 
 
@@ -16,7 +16,7 @@ class Case(NamedTuple):
     name: str
     sent: tuple[bytes | float, ...]  # bytes, and between them pauses in seconds
     statuses: frozenset[int] | None = None  # all that will do; None for whatever is no failure
-    answered: bool = True  # whether mask_absent_outputs is a failure
+    answered: bool = True  # whether no answer is a failure
     ends: bool = False  # not a whole request: says after a moment that no more will come
     closes: bool = False  # hangs up without waiting for an answer
     malformed: bool = False  # no HTTP: the answer need not be this server's JSON
@@ -45,7 +45,7 @@ SILENCE, HANG = Reply(0, {}, b""), Reply(-1, {}, b"")
 async def attack(port: int, case: Case) -> Reply:
     """Send one case on a connection of its own."""
     try:
-        async with asyncio.timeout(COLLECTIVE_TIMEOUT):
+        async with asyncio.timeout(HANG_SECONDS):
             return await _attack(port, case)
     except TimeoutError:
         return HANG if case.answered else SILENCE
