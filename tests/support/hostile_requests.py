@@ -80,6 +80,8 @@ class Attacker:
             (5, self._type),
             (3, self._slow),
             (3, self._dropped),
+            (8, self._foreign),
+            (3, self._upgrade),
             (0.3, self._large),
         ]
         self._weights = [weight for weight, _ in kinds]
@@ -444,6 +446,51 @@ class Attacker:
         sent = first + lines[number] + b"\r\n"
         # Of a large head the connection is closed before it has been read.
         return Case(f"head {number}", (sent,), answered=len(sent) < 30_000, malformed=True)
+
+    def _foreign(self, rng: random.Random) -> Case:
+        """What a page of another site makes a browser send, or a name rebound to this address."""
+        host, header = rng.choice(
+            (
+                (HOST, "Origin: http://evil.example"),
+                (HOST, "Origin: null"),
+                (HOST, "Origin: file://"),
+                (HOST, f"Origin: http://{HOST}.evil.example"),
+                (HOST, f"Origin: https://evil.example/{HOST}"),
+                (HOST, f"Origin: http://{HOST}@evil.example"),
+                (HOST, "Sec-Fetch-Site: cross-site"),
+                (HOST, "Sec-Fetch-Site: same-site"),
+                ("evil.example", "Origin: http://evil.example"),
+                ("evil.example", "Sec-Fetch-Site: same-origin"),
+                ("localhost.evil.example", "Accept: */*"),
+            )
+        )
+        method, place, body = rng.choice(
+            (
+                ("GET", "/tasks", b""),
+                ("GET", f"/tasks/{self._target.task}", b""),
+                ("DELETE", f"/tasks/{self._target.task}", b""),
+                ("POST", "/tasks", json.dumps(self.task(rng)).encode()),
+                ("POST", self._predict, json.dumps({"images": self.images(rng, 1)}).encode()),
+                ("POST", "/v2/models/predict/infer", json.dumps(self.inference(rng)[1]).encode()),
+            )
+        )
+        kind = rng.choice((JSON, "text/plain", "application/x-www-form-urlencoded"))
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {host}", header, f"Content-Type: {kind}"]
+        lines += [f"Content-Length: {len(body)}"]
+        sent = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+        return Case(f"{method} {header}", (sent,), frozenset({403}))
+
+    def _upgrade(self, rng: random.Random) -> Case:
+        """A good request that also offers another protocol, as Java's client does."""
+        offer = rng.choice(
+            (
+                ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMA"),
+                ("Connection: keep-alive, upgrade", "Upgrade: TLS/1.0"),
+                ("Connection: upgrade", "Upgrade: websocket"),
+            )
+        )
+        body = json.dumps({"images": self.images(rng, 1)}).encode()
+        return self._post(offer[1], self._predict, body, JSON, *offer, statuses=frozenset({200}))
 
     def _noise(self, rng: random.Random) -> Case:
         made: tuple[bytes, ...] = (
