@@ -42,7 +42,7 @@ class Model(Protocol):
 
     @property
     def outputs(self) -> int:
-        """Number of outputs: the ways of a classifier, the values that a regressor predicts."""
+        """Number of outputs: ways of a classifier, values of a regressor; 0 without a head."""
 
     @property
     def objective(self) -> Objective:
@@ -68,8 +68,17 @@ class Model(Protocol):
     ) -> Tensor:
         """Map inputs [B, *image_shape], pixels in 0..1, to logits or values [B, outputs].
 
-        Batch norm uses the batch's statistics, or `statistics` if given.
+        Batch norm uses the batch's statistics, or `statistics` if given. Without a head: features.
         """
+
+    @property
+    def feature_size(self) -> int:
+        """D, the number of features that the head sees."""
+
+    def features(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """Map inputs to what the head sees, [B, D]; arguments as for `forward`."""
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """Return each batch norm's statistics on this batch; empty without batch norm."""
