@@ -1,12 +1,14 @@
 """Any `torch.nn.Module` as a network: a pure function of its parameters.
 
-The module is copied, so that training never changes it. Its copy runs in evaluation mode (dropout
-is off) but for batch norm, which uses each batch's statistics, as in the paper, and keeps no
-running ones. Parameters that need no gradient, and buffers, stay as they are.
+The module is copied, so that training never changes it. Its copy runs in evaluation mode: dropout
+is off. Parameters that are not adapted, and buffers, stay as they are. Batch norm whose parameters
+are adapted uses each batch's statistics, as in the paper; batch norm that is fixed keeps its running
+statistics.
 """
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reptile.errors import InputError
+from reptile.models.adapted import adapted_parameters
 from reptile.models.base import LayerStatistics, Params, Statistics
+from reptile.models.forward_order import run_once
 from reptile.objectives import Objective
+from reptile.settings import Adapt
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -29,36 +34,60 @@ class ModuleNetwork:
         outputs: number that the data needs: classes per task, or values; 0 for a module without a
             head, whose outputs, flattened, are the features.
         objective: what the outputs are for.
+        adapt: which of the parameters that need a gradient are adapted and meta-trained; all others
+            are fixed.
+        preprocess: runs before the module, without parameters.
+        name: in messages; the module's class by default.
+        weights_sha256: hash of the weights that were loaded; empty for none.
 
     Raises:
         InputError: it has no trainable parameters, or does not map such inputs to such outputs.
     """
 
     def __init__(
-        self, module: nn.Module, image_shape: tuple[int, ...], outputs: int, objective: Objective
+        self,
+        module: nn.Module,
+        image_shape: tuple[int, ...],
+        outputs: int,
+        objective: Objective,
+        *,
+        adapt: Adapt = "all",
+        preprocess: nn.Module | None = None,
+        name: str = "",
+        weights_sha256: str = "",
     ) -> None:
-        self.name = f"{type(module).__module__}.{type(module).__qualname__}"
+        self.name = name or f"{type(module).__module__}.{type(module).__qualname__}"
         self.image_shape, self.outputs, self.objective = image_shape, outputs, objective
+        self.preprocess, self.weights_sha256 = preprocess, weights_sha256
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
             raise InputError(
                 f"{self.name}: has lazy layers without a shape; pass a batch through it first"
             )
         self.module = copy.deepcopy(module).cpu().float().eval()
-        self.feature_size, self._head = self._probe()
-        self._norms = _replace_batch_norms(self.module)
+        self.feature_size, self._head, adapted = self._probe(adapt)
         parameters = dict(self.module.named_parameters())
+        for each, value in parameters.items():
+            value.requires_grad_(each in adapted)
+        _replace_batch_norms(self.module)
+        _disable_in_place(self.module)
+        self._norms = [
+            each for each in self.module.modules() if isinstance(each, BatchStatisticsNorm)
+        ]
         self._learnt = {name: value for name, value in parameters.items() if value.requires_grad}
-        if not self._learnt:
+        if not self._learnt and outputs:
             raise InputError(f"{self.name}: no parameter needs a gradient: nothing can be learnt")
-        self._fixed = {
+        self.fixed: dict[str, Tensor] = {
             **{name: value for name, value in parameters.items() if name not in self._learnt},
             **dict(self.module.named_buffers()),
         }
-        self._initial = nn.utils.parameters_to_vector(self._learnt.values()).detach().clone()
+        """Parameters and buffers that never change, by name."""
+        self._initial = torch.cat(
+            [torch.empty(0), *(value.detach().flatten() for value in self._learnt.values())]
+        )
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters that need a gradient, in the module's order."""
+        """Names and shapes of the adapted parameters, in the module's order."""
         return {name: value.shape for name, value in self._learnt.items()}
 
     @property
@@ -70,9 +99,12 @@ class ModuleNetwork:
         """Return the module's original weights, whatever the seed."""
         return self._initial.clone()
 
-    def start_from(self, weights: Tensor) -> None:
-        """Replace the module's original weights by [P]."""
+    @torch.no_grad()
+    def start_from(self, weights: Tensor, fixed: Mapping[str, Tensor]) -> None:
+        """Replace the module's original weights by [P], and what never changes."""
         self._initial = weights.clone()
+        for name, value in self.fixed.items():
+            value.copy_(fixed[name])
 
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
@@ -122,51 +154,49 @@ class ModuleNetwork:
         for name, value in module.named_parameters():
             if name in params:
                 value.copy_(params[name])
-        return module
+        return nn.Sequential(self.preprocess, module) if self.preprocess else module
 
     def _call(self, params: Params, images: Tensor) -> Tensor:
         fixed = {
             name: value.to(images.device, images.dtype if value.is_floating_point() else None)
-            for name, value in self._fixed.items()
+            for name, value in self.fixed.items()
         }
-        outputs: Tensor = functional_call(self.module, {**fixed, **params}, (images,))
+        inputs = self.preprocess(images) if self.preprocess else images
+        outputs: Tensor = functional_call(self.module, {**fixed, **params}, (inputs,))
         return outputs if self.outputs else outputs.flatten(1)
 
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, str]:
-        """Run the module once; return the number of its features, and its head's name or `""`."""
+    def _probe(self, adapt: Adapt) -> tuple[int, str, set[str]]:
+        """Run the module once.
+
+        Returns:
+            the number of its features, its head's name (empty without one), and the names of the
+            parameters to adapt.
+        """
         inputs = torch.zeros(2, *self.image_shape)
-        ran: list[tuple[str, Tensor]] = []
-        hooks = [
-            each.register_forward_pre_hook(lambda _, seen, name=name: ran.append((name, seen[0])))
-            for name, each in self.module.named_modules()
-            if isinstance(each, nn.Linear)
-        ]
-        try:
-            outputs = self.module(inputs)
-        except Exception as error:  # whatever the module's code raises
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(
-                f"{self.name}: inputs of shape {list(inputs.shape)} do not pass ({reason})"
-            ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        forward = run_once(
+            self.module, self.preprocess(inputs) if self.preprocess else inputs, self.name
+        )
+        outputs = forward.outputs
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        expected = [2, self.outputs] if self.outputs else [2, "..."]
-        if shape != expected and (self.outputs or not isinstance(shape, list) or shape[:1] != [2]):
-            wanted = "one output for each class, or for each value" if self.outputs else "features"
-            raise InputError(
-                f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need "
-                f"{expected}: {wanted}"
+        fits = shape == [2, self.outputs] if self.outputs else shape[:1] == [2]
+        if not isinstance(outputs, Tensor) or not fits:
+            needed = (
+                f"{[2, self.outputs]}: one output for each class, or for each value"
+                if self.outputs
+                else "a tensor of features for each input"
             )
-        head, features = ran[-1] if ran and self.outputs else ("", outputs)
-        if len(features) != 2:  # a linear layer that runs over the parts of an input
-            head, features = "", outputs
-        return math.prod(features.shape[1:]), head
+            raise InputError(
+                f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need {needed}"
+            )
+        adapted = adapted_parameters(
+            self.module, adapt, forward, has_head=self.outputs > 0, name=self.name
+        )
+        head = forward.head if self.outputs else None
+        features = head.input if head else outputs
+        return math.prod(features.shape[1:]), head.name if head else "", adapted
 
 
-class _BatchStatisticsNorm(nn.Module):
+class BatchStatisticsNorm(nn.Module):
     """Batch norm on each batch's statistics or given ones; no running statistics."""
 
     def __init__(self, norm: BatchNorm) -> None:
@@ -194,12 +224,26 @@ class _BatchStatisticsNorm(nn.Module):
         return self.seen
 
 
-def _replace_batch_norms(module: nn.Module) -> list[_BatchStatisticsNorm]:
-    """Replace every batch norm in place; return the replacements, one for each."""
-    norms: dict[nn.Module, _BatchStatisticsNorm] = {}
+def _replace_batch_norms(module: nn.Module) -> None:
+    """Replace, in place, the batch norms that use the statistics of a batch.
+
+    Those with fixed parameters and running statistics keep these. Without parameters it depends on
+    whether anything in the module is fixed: a part that was trained before keeps what it has seen.
+    """
+    whole = all(parameter.requires_grad for parameter in module.parameters())
+    norms: dict[nn.Module, BatchStatisticsNorm] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, BatchNorm):
-                norms.setdefault(child, _BatchStatisticsNorm(child))
+            if not isinstance(child, BatchNorm):
+                continue
+            learnt = any(parameter.requires_grad for parameter in child.parameters())
+            if learnt or whole or child.running_mean is None:
+                norms.setdefault(child, BatchStatisticsNorm(child))
                 setattr(parent, name, norms[child])
-    return list(norms.values())
+
+
+def _disable_in_place(module: nn.Module) -> None:
+    """Let no activation overwrite its input, which may be cached, or shared by tasks under vmap."""
+    for part in module.modules():
+        if hasattr(part, "inplace"):
+            part.inplace = False
