@@ -193,8 +193,20 @@ class OptimizerSettings(Section):
     """How Adam's second moment and step count pass from task to task in training."""
 
 
+class EpisodeSettings(Section):
+    """Training through a closed-form head: protonet and ridge."""
+
+    shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
+    """Support images per class; each meta-iteration draws one of these numbers."""
+    queries: Positive = 5
+    """Query images per class."""
+    learning_rate: Rate = 1e-3
+    """Of Adam at the start; it falls linearly to `learning_rate_final`."""
+    learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5
+
+
 class TrainSettings(Section):
-    """Meta-training: Reptile or FOMAML."""
+    """Meta-training: Reptile or FOMAML, or through a closed-form head."""
 
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -204,12 +216,15 @@ class TrainSettings(Section):
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
     `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
     parameter names (`["layer4.*", "fc.*"]`)."""
-    algorithm: Literal["reptile", "fomaml"] = "reptile"
+    algorithm: Literal["reptile", "fomaml", "protonet", "ridge"] = "reptile"
+    """Adapt by gradient steps (reptile, fomaml), or by the nearest prototype or ridge regression on
+    the network's features (protonet, ridge), which the network is then trained through."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
     """Classes of a task, and outputs of the network; 1 for regression."""
     train_shots: Positive = 10
+    episode: EpisodeSettings = EpisodeSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     inner_steps: Positive = 5
     inner_batch: Positive = 10
@@ -238,6 +253,18 @@ class TrainSettings(Section):
             f"{value!r} must be all, head, norms, {{last: n}} with n of at least 1, or a list of "
             "patterns of parameter names"
         )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a task is learnt in closed form, without gradient steps."""
+        return self.algorithm in ("protonet", "ridge")
+
+    @property
+    def images_per_class(self) -> int:
+        """Images of each class that a training task takes."""
+        if self.closed_form:
+            return max(self.episode.shots) + self.episode.queries
+        return self.train_shots
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":

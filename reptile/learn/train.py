@@ -1,23 +1,22 @@
 """Meta-training: the loop, as in the paper's algorithm box.
 
-One meta-step is in `reptile`, the inner loop in `inner_loop`. The run's folder, its
+One meta-step is in `reptile`, the inner loop in `inner_loop`, a step through a closed-form head in
+`episodic`. The run's folder, its
 processes and resuming are in `run`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
 from reptile.errors import DivergedError
+from reptile.learn.algorithms import Algorithm, algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
-from reptile.learn.optimizer import fresh_state
-from reptile.learn.reptile import MetaState, meta_step, step_size
-from reptile.learn.validate import mean_score
-from reptile.models import initialise
+from reptile.models import ModuleNetwork, initialise
 from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, versions
 from reptile.settings import TrainSettings
@@ -27,7 +26,6 @@ from reptile.tasks import (
     check_classes,
     held_out_task,
     random_stream,
-    training_tasks,
 )
 
 
@@ -65,22 +63,21 @@ def meta_train(
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
+    algorithm: Algorithm[Any] = algorithm_of(settings)
     losses: list[float] = []
     for iteration in range(info.iteration, settings.meta_iterations):
-        tasks = training_tasks(classes, settings, iteration)
-        epsilon = step_size(settings, iteration)
-        state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
+        state, task_losses = algorithm.iterate(engine, state, classes, settings, iteration)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
             raise DivergedError(
                 f"the loss is no longer finite in meta-iteration {iteration + 1}: lower "
-                f"train.optimizer.learning_rate (now {settings.optimizer.learning_rate:g}) "
-                f"or train.meta_step (now {settings.meta_step:g})"
+                + algorithm.settings.format(settings)
             )
-        losses.append(float(task_losses[:, -1].mean()))
+        losses.append(float(task_losses.mean()))
 
         done = iteration + 1
         if done % settings.checkpoint_every == 0 or done == settings.meta_iterations:
-            score = mean_score(engine, state, validation, info.objective)
+            state = algorithm.finish(engine, state, data, settings)
+            score = algorithm.score(engine, state, validation, info.objective, settings)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
             info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
@@ -88,6 +85,7 @@ def meta_train(
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
+    state = algorithm.finish(engine, state, data, settings)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
 
@@ -104,9 +102,15 @@ def untrained(
     Raises:
         InputError: the data cannot make the tasks, or the module does not fit it.
     """
-    objective_of(data.values).check_ways(settings.ways, data.name)
-    check_classes(data.split("train"), settings.ways, settings.train_shots, "training split")
+    objective = objective_of(data.values)
+    objective.check_ways(settings.ways, data.name)
+    check_objective(settings, objective)
+    images = settings.images_per_class
+    check_classes(data.split("train"), settings.ways, images, "training split")
     validation_tasks(settings, data)
+    packages = ["torch", "numpy"]
+    if settings.model.name.startswith("torchvision:"):
+        packages.append("torchvision")
     info = CheckpointInfo(
         iteration=0,
         settings=settings,
@@ -116,12 +120,14 @@ def untrained(
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
         code_sha256=code_sha256("train"),
-        versions=versions("torch", "numpy"),
+        versions=versions(*packages),
     )
     model = build_network(info, module)
-    info = info.model_copy(update={"module": model.name if module else ""})
+    loaded = model.weights_sha256 if isinstance(model, ModuleNetwork) else ""
+    name = model.name if module else ""
+    info = info.model_copy(update={"module": name, "weights_sha256": loaded})
     weights = initialise(model, settings.seed)
-    return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
+    return Checkpoint(model, algorithm_of(settings).start(weights, settings), info)
 
 
 def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
@@ -132,7 +138,8 @@ def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     """
     name: Split = "validation" if data.split("validation").starts.size else "train"
     classes = data.split(name)
-    protocol = objective_of(data.values).validation._replace(ways=settings.ways)
+    ways = min(settings.ways, len(classes.starts)) if settings.closed_form else settings.ways
+    protocol = objective_of(data.values).validation._replace(ways=ways)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

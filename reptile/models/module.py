@@ -1,9 +1,8 @@
 """Any `torch.nn.Module` as a network: a pure function of its parameters.
 
 The module is copied, so that training never changes it. Its copy runs in evaluation mode: dropout
-is off. Parameters that are not adapted, and buffers, stay as they are. Batch norm whose parameters
-are adapted uses each batch's statistics, as in the paper; batch norm that is fixed keeps its running
-statistics.
+is off. Parameters that are not adapted, and buffers, stay as they are. Batch norm with adapted
+parameters uses each batch's statistics, as in the paper; fixed batch norm keeps its running ones.
 """
 
 import copy
@@ -207,6 +206,7 @@ class BatchStatisticsNorm(nn.Module):
         self.seen: LayerStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, F, ...] over all but its second axis."""
         if self.keeps:
             axes = [0, *range(2, x.dim())]
             variance_here, mean_here = torch.var_mean(x, dim=axes, correction=0)
@@ -219,6 +219,7 @@ class BatchStatisticsNorm(nn.Module):
         )
 
     def measured(self) -> LayerStatistics:
+        """Return the statistics of the last batch."""
         if self.seen is None:
             raise InputError("a batch norm of the module takes no part in its forward pass")
         return self.seen
@@ -246,4 +247,4 @@ def _disable_in_place(module: nn.Module) -> None:
     """Let no activation overwrite its input, which may be cached, or shared by tasks under vmap."""
     for part in module.modules():
         if hasattr(part, "inplace"):
-            part.inplace = False
+            setattr(part, "inplace", False)  # noqa: B010  # torch types it as a module
