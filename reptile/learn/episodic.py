@@ -16,7 +16,16 @@ from reptile.data.dataset import ClassRange, Inputs
 from reptile.learn.engines.base import Engine, gather
 from reptile.learn.heads import HEADS, Classifier, Head, one_hot
 from reptile.minibatches import IntArray
-from reptile.models import LayerStatistics, Model, Params, Statistics, named_parts, size, unflatten
+from reptile.models import (
+    LayerStatistics,
+    Model,
+    Params,
+    Statistics,
+    flatten,
+    named_parts,
+    size,
+    unflatten,
+)
 from reptile.objectives import CLASSIFICATION
 from reptile.settings import TrainSettings
 from reptile.tasks import Purpose, Task, random_stream
@@ -136,12 +145,14 @@ def closed_form(model: Model, state: EpisodicState, settings: TrainSettings) -> 
     return ClosedForm(model, head, params, state.statistics)
 
 
+@torch.no_grad()
 def mean_accuracy(learner: ClosedForm, engine: Engine, tasks: Sequence[Task]) -> float:
     """Return the mean accuracy over all queries of the tasks."""
+    weights, statistics = flatten(engine.model, learner.params), learner.statistics or None
     right = []
     for task in tasks:
-        inputs = engine.images(np.concatenate([task.support, task.query]))
-        features = learner.features(inputs)
+        rows = np.concatenate([task.support, task.query])
+        features = engine.features(weights, rows, statistics)
         support, queries = torch.split(features, [len(task.support), len(task.query)])
         labels = torch.from_numpy(task.support_targets).to(features.device)
         classifier = learner.classifier(support, labels, int(labels.max()) + 1)
