@@ -15,7 +15,10 @@ STRENGTH, SCALE = 0.7, 3.0
 
 
 def logits(name: str, **numbers: float) -> np.ndarray:
-    params = {f"head.{key}": torch.tensor(value, dtype=torch.float64).log() for key, value in numbers.items()}
+    params = {
+        f"head.{key}": torch.tensor(value, dtype=torch.float64).log()
+        for key, value in numbers.items()
+    }
     support = torch.from_numpy(SUPPORT)
     labels = one_hot(torch.from_numpy(LABELS), 3, support)
     classifier = HEADS[name].fit(params, support, labels)
