@@ -289,6 +289,18 @@ class TrainSettings(Section):
         return self
 
 
+class BesideSettings(TrainSettings):
+    """A second learner, trained on the same data and measured on the same tasks."""
+
+    algorithm: Literal["none", "reptile", "fomaml", "protonet", "ridge"] = "none"  # type: ignore[assignment]
+    """As in `train`; `none` trains no second learner."""
+
+    @property
+    def training(self) -> TrainSettings | None:
+        """The settings of its training; None if there is no second learner."""
+        return None if self.algorithm == "none" else TrainSettings(**self.model_dump())
+
+
 class EvaluateSettings(Section):
     """Few-shot evaluation on held-out classes and on cross-domain sources."""
 
@@ -337,6 +349,7 @@ class Settings(Section):
 
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
+    beside: BesideSettings = BesideSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
