@@ -6,11 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reptile.errors import InputError
 from reptile.models.base import Model
@@ -105,7 +106,7 @@ def _build_module(
         put_weights(module, weights, last, settings.name, settings.weights)
         identity.append(state_sha256(module).encode())
     sha256 = hashlib.sha256(b"\0".join(identity)).hexdigest() if identity else ""
-    if outputs == 0 and isinstance(forward.outputs, Tensor) and forward.outputs.shape[1:] == (1,):
+    if outputs == 0 and forward.outputs.shape[1:] == (1,):  # without the head of one output
         module.set_submodule(last, nn.Identity())
     return ModuleNetwork(
         module,
@@ -166,7 +167,8 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     known = models.list_models(module=models)
     if name not in known:
         raise InputError(
-            f"train.model.name = torchvision:{name}: torchvision has {', '.join(known)}"
+            f"train.model.name = torchvision:{name}: torchvision has no {name}; similar are "
+            + ", ".join(get_close_matches(name, known, 5, 0))
         )
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     return builder

@@ -25,7 +25,7 @@ class Ran(NamedTuple):
 class ForwardPass(NamedTuple):
     """One forward pass of two inputs."""
 
-    outputs: object  # what the module returned
+    outputs: Tensor
     ran: tuple[Ran, ...]  # in the order of the pass, each once
 
     @property
@@ -33,6 +33,16 @@ class ForwardPass(NamedTuple):
         """The last `nn.Linear` that ran on one vector or map an input; None without one."""
         linear = [each for each in self.ran if isinstance(each.module, nn.Linear)]
         return linear[-1] if linear and len(linear[-1].input) == 2 else None
+
+    @property
+    def ends_in_head(self) -> bool:
+        """Whether the module returns what its head gives."""
+        head = self.head
+        if head is None:
+            return False
+        with torch.no_grad():
+            expected: Tensor = head.module(head.input)
+        return expected.shape == self.outputs.shape and torch.allclose(expected, self.outputs)
 
     @property
     def last(self) -> Ran | None:
@@ -74,7 +84,7 @@ def run_once(module: nn.Module, inputs: Tensor, name: str) -> ForwardPass:
         name: of the module, for messages.
 
     Raises:
-        InputError: such inputs do not pass.
+        InputError: such inputs do not pass, or do not give a tensor.
     """
     ran: dict[str, Ran] = {}
 
@@ -101,6 +111,8 @@ def run_once(module: nn.Module, inputs: Tensor, name: str) -> ForwardPass:
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(outputs, Tensor):
+        raise InputError(f"{name}: returns {type(outputs).__name__}; it must return a tensor")
     return ForwardPass(outputs, tuple(ran.values()))
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from reptile.errors import InputError
 from reptile.models.adapted import adapted_parameters
 from reptile.models.base import LayerStatistics, Params, Statistics
-from reptile.models.forward_order import run_once
+from reptile.models.forward_order import ForwardPass, run_once
 from reptile.objectives import Objective
 from reptile.settings import Adapt
 
@@ -63,7 +63,16 @@ class ModuleNetwork:
                 f"{self.name}: has lazy layers without a shape; pass a batch through it first"
             )
         self.module = copy.deepcopy(module).cpu().float().eval()
-        self.feature_size, self._head, adapted = self._probe(adapt)
+        forward = self._probe()
+        adapted = adapted_parameters(
+            self.module, adapt, forward, has_head=outputs > 0, name=self.name
+        )
+        head = forward.head if outputs else None
+        self._head = head.name if head else ""
+        features = head.input if head else forward.outputs
+        self.feature_size = math.prod(features.shape[1:])
+        bias = f"{self._head}.bias"
+        self.head_bias = bias if bias in adapted and forward.ends_in_head else ""
         parameters = dict(self.module.named_parameters())
         for each, value in parameters.items():
             value.requires_grad_(each in adapted)
@@ -164,35 +173,22 @@ class ModuleNetwork:
         outputs: Tensor = functional_call(self.module, {**fixed, **params}, (inputs,))
         return outputs if self.outputs else outputs.flatten(1)
 
-    def _probe(self, adapt: Adapt) -> tuple[int, str, set[str]]:
-        """Run the module once.
-
-        Returns:
-            the number of its features, its head's name (empty without one), and the names of the
-            parameters to adapt.
-        """
-        inputs = torch.zeros(2, *self.image_shape)
-        forward = run_once(
-            self.module, self.preprocess(inputs) if self.preprocess else inputs, self.name
-        )
-        outputs = forward.outputs
-        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        fits = shape == [2, self.outputs] if self.outputs else shape[:1] == [2]
-        if not isinstance(outputs, Tensor) or not fits:
+    def _probe(self) -> ForwardPass:
+        """Run the module once and check what it returns."""
+        inputs = torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0))
+        seen = self.preprocess(inputs) if self.preprocess else inputs
+        forward = run_once(self.module, seen, self.name)
+        shape = list(forward.outputs.shape)
+        if shape[:1] != [2] or (self.outputs and shape[1:] != [self.outputs]):
             needed = (
                 f"{[2, self.outputs]}: one output for each class, or for each value"
                 if self.outputs
-                else "a tensor of features for each input"
+                else "features for each input"
             )
             raise InputError(
                 f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need {needed}"
             )
-        adapted = adapted_parameters(
-            self.module, adapt, forward, has_head=self.outputs > 0, name=self.name
-        )
-        head = forward.head if self.outputs else None
-        features = head.input if head else outputs
-        return math.prod(features.shape[1:]), head.name if head else "", adapted
+        return forward
 
 
 class BatchStatisticsNorm(nn.Module):
