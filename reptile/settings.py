@@ -194,7 +194,7 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training through a closed-form head: protonet and ridge."""
+    """Training through a closed-form head: protonet, ridge and bayes."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
     """Support images per class; each meta-iteration draws one of these numbers."""
@@ -216,9 +216,10 @@ class TrainSettings(Section):
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
     `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
     parameter names (`["layer4.*", "fc.*"]`)."""
-    algorithm: Literal["reptile", "fomaml", "protonet", "ridge"] = "reptile"
-    """Adapt by gradient steps (reptile, fomaml), or by the nearest prototype or ridge regression on
-    the network's features (protonet, ridge), which the network is then trained through."""
+    algorithm: Literal["reptile", "fomaml", "protonet", "ridge", "bayes"] = "reptile"
+    """Adapt by gradient steps (reptile, fomaml), or in closed form on the network's features, which
+    the network is then trained through: by the nearest prototype (protonet), by ridge regression on
+    labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
@@ -257,7 +258,7 @@ class TrainSettings(Section):
     @property
     def closed_form(self) -> bool:
         """Whether a task is learnt in closed form, without gradient steps."""
-        return self.algorithm in ("protonet", "ridge")
+        return self.algorithm in ("protonet", "ridge", "bayes")
 
     @property
     def images_per_class(self) -> int:
@@ -292,7 +293,7 @@ class TrainSettings(Section):
 class BesideSettings(TrainSettings):
     """A second learner, trained on the same data and measured on the same tasks."""
 
-    algorithm: Literal["none", "reptile", "fomaml", "protonet", "ridge"] = "none"  # type: ignore[assignment]
+    algorithm: Literal["none", "reptile", "fomaml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
     """As in `train`; `none` trains no second learner."""
 
     @property

@@ -14,8 +14,8 @@ from reptile.learn.engines import EagerEngine
 from reptile.learn.episodic import (
     EpisodicState,
     adam,
-    episode_loss,
-    mean_accuracy,
+    episode_losses,
+    mean_query_score,
     population_statistics,
 )
 from reptile.learn.heads import HEADS
@@ -64,14 +64,16 @@ def test_the_gradient_equals_finite_differences(algorithm: str, data: PreparedDa
     head = HEADS[algorithm]
     state = EpisodicState.start(initialise(model, 0).double(), head)
     weights = state.weights.requires_grad_()
-    (gradient,) = torch.autograd.grad(episode_loss(engine, weights, episode, head), weights)
+    (gradient,) = torch.autograd.grad(
+        episode_losses(engine, weights, [episode], head).sum(), weights
+    )
     rng = np.random.default_rng(1)
-    for index in [*rng.integers(0, len(weights), 8), *range(-len(head.shapes), 0)]:
+    for index in [*rng.integers(0, len(weights), 8), *range(-len(head.initial), 0)]:
         step = torch.zeros_like(weights)
         step[index] = 1e-6
         with torch.no_grad():
-            up = episode_loss(engine, weights + step, episode, head)
-            down = episode_loss(engine, weights - step, episode, head)
+            up = episode_losses(engine, weights + step, [episode], head).sum()
+            down = episode_losses(engine, weights - step, [episode], head).sum()
         assert float(gradient[index]) == pytest.approx(float(up - down) / 2e-6, rel=1e-4, abs=1e-8)
 
 
@@ -99,7 +101,8 @@ def test_training_learns_to_tell_unseen_classes_apart(algorithm: str, data: Prep
     tasks = [held_out_task(stream, data.split("test"), protocol) for _ in range(60)]
     engine = EagerEngine(trained.model, OptimizerSettings(), data.images, CPU)
     before, after = (
-        mean_accuracy(checkpoint.closed_form, engine, tasks) for checkpoint in (untrained, trained)
+        mean_query_score(checkpoint.closed_form, engine, tasks)
+        for checkpoint in (untrained, trained)
     )
     assert after > before + 0.05
 
@@ -185,5 +188,7 @@ def test_values_cannot_be_predicted_in_closed_form(tmp_path: Path) -> None:
     functions = from_arrays(
         points.astype(np.float32), values.astype(np.float32), tasks=np.repeat(np.arange(20), 20)
     )
-    with pytest.raises(InputError, match="for classes; to predict values use reptile"):
+    with pytest.raises(
+        InputError, match="for classification, and the data is for regression; use bayes"
+    ):
         run_training(settings_of(ways=1, model={"name": "mlp"}), functions)

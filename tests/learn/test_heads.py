@@ -1,12 +1,10 @@
 """Closed-form heads against the papers' formulas, written out literally in NumPy and float64."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from reptile.learn.heads import HEADS, one_hot
+from reptile.learn.heads import HEADS, BayesHead, one_hot
 
 RNG = np.random.default_rng(0)
 LABELS = np.array([2, 0, 1, 1, 2, 0, 0])
@@ -44,7 +42,7 @@ def test_ridge_is_r2d2_in_its_primal_form() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_a_class_without_examples_does_not_disturb_the_others(name: str) -> None:
     head = HEADS[name]
-    params = {key: torch.tensor(value).double() for key, value in head.initial.items()}
+    params = {key: value.double() for key, value in head.initial.items()}
     support = torch.from_numpy(SUPPORT)
     labels = torch.from_numpy(LABELS)
     three = head.fit(params, support, one_hot(labels, 3, support))
@@ -54,6 +52,57 @@ def test_a_class_without_examples_does_not_disturb_the_others(name: str) -> None
     assert four.weight[3].abs().max() == 0
 
 
-def test_the_learnt_numbers_start_where_the_docstrings_say() -> None:
-    assert HEADS["protonet"].initial == {"head.scale": 0.0}
-    assert HEADS["ridge"].initial == {"head.strength": 0.0, "head.scale": math.log(4)}
+def test_the_learnt_numbers_start_where_the_papers_do() -> None:
+    assert HEADS["protonet"].initial["head.scale"].exp() == 1
+    assert HEADS["ridge"].initial["head.strength"].exp() == 1
+
+
+def bayes_params(rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    head = BayesHead(5, 2)
+    return {
+        name: value.double() + 0.3 * torch.from_numpy(rng.normal(size=value.shape))
+        for name, value in head.initial.items()
+    }
+
+
+def test_the_posterior_is_alpacas_in_its_primal_form() -> None:
+    params, values = bayes_params(RNG), RNG.normal(size=(7, 2))
+    posterior = BayesHead(5, 2).fit(params, torch.from_numpy(SUPPORT), torch.from_numpy(values))
+    factor = np.tril(params["head.factor"].numpy(), -1)
+    factor += np.diag(np.exp(np.diag(params["head.factor"].numpy())))
+    prior = factor @ factor.T
+    inputs = np.hstack([SUPPORT, np.ones((7, 1))])
+    precision = prior + inputs.T @ inputs
+    mean = np.linalg.solve(precision, inputs.T @ values + prior @ params["head.mean"].numpy())
+    np.testing.assert_allclose(posterior.mean, mean, rtol=1e-9)
+    np.testing.assert_allclose(
+        posterior.covariance, np.linalg.inv(precision), rtol=1e-8, atol=1e-12
+    )
+    got, variance = posterior.predict(torch.from_numpy(QUERIES))
+    queries = np.hstack([QUERIES, np.ones((4, 1))])
+    spread = 1 + np.einsum("nd,de,ne->n", queries, np.linalg.inv(precision), queries)
+    np.testing.assert_allclose(got, queries @ mean, rtol=1e-9)
+    noise = np.exp(params["head.noise"].numpy())
+    np.testing.assert_allclose(variance, spread[:, None] * noise, rtol=1e-8)
+
+
+def test_the_posterior_of_two_halves_is_that_of_the_whole() -> None:
+    """What one half says is the prior of the other."""
+    head, params = BayesHead(5, 2), bayes_params(RNG)
+    support, values = torch.from_numpy(SUPPORT), torch.from_numpy(RNG.normal(size=(7, 2)))
+    whole, half = head.fit(params, support, values), head.fit(params, support[:4], values[:4])
+    factor = torch.linalg.cholesky(torch.linalg.inv(half.covariance))
+    raw = factor.tril(-1) + torch.diag_embed(factor.diagonal().log())
+    then = head.fit(params | {"head.mean": half.mean, "head.factor": raw}, support[4:], values[4:])
+    torch.testing.assert_close(then.mean, whole.mean)
+    torch.testing.assert_close(then.covariance, whole.covariance)
+
+
+def test_the_loss_of_values_is_the_negative_log_density_of_a_normal_distribution() -> None:
+    head, params = BayesHead(5, 2), bayes_params(RNG)
+    support, queries = torch.from_numpy(SUPPORT), torch.from_numpy(QUERIES)
+    values, wanted = (torch.from_numpy(RNG.normal(size=(n, 2))) for n in (7, 4))
+    mean, variance = head.fit(params, support, values).predict(queries)
+    density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(wanted)
+    loss = head.loss(params, support, values, queries, wanted)
+    torch.testing.assert_close(loss, -density.mean())
