@@ -194,10 +194,11 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training through a closed-form head: protonet, ridge and bayes."""
+    """Training on the loss of queries: protonet, ridge, bayes and maml."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
-    """Support images per class; each meta-iteration draws one of these numbers."""
+    """Support images per class; each meta-iteration draws one of these numbers. maml: train_shots
+    instead."""
     queries: Positive = 5
     """Query images per class."""
     learning_rate: Rate = 1e-3
@@ -216,10 +217,10 @@ class TrainSettings(Section):
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
     `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
     parameter names (`["layer4.*", "fc.*"]`)."""
-    algorithm: Literal["reptile", "fomaml", "protonet", "ridge", "bayes"] = "reptile"
-    """Adapt by gradient steps (reptile, fomaml), or in closed form on the network's features, which
-    the network is then trained through: by the nearest prototype (protonet), by ridge regression on
-    labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
+    algorithm: Literal["reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "reptile"
+    """Adapt by gradient steps (reptile, fomaml, maml), or in closed form on the network's features,
+    which the network is then trained through: by the nearest prototype (protonet), by ridge
+    regression on labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
@@ -261,8 +262,15 @@ class TrainSettings(Section):
         return self.algorithm in ("protonet", "ridge", "bayes")
 
     @property
+    def interpolates(self) -> bool:
+        """Whether a meta-step moves towards adapted weights; otherwise Adam follows a gradient."""
+        return self.algorithm in ("reptile", "fomaml")
+
+    @property
     def images_per_class(self) -> int:
         """Images of each class that a training task takes."""
+        if self.algorithm == "maml":
+            return self.train_shots + self.episode.queries
         if self.closed_form:
             return max(self.episode.shots) + self.episode.queries
         return self.train_shots
@@ -279,6 +287,10 @@ class TrainSettings(Section):
                 f"inner_batch = {self.inner_batch} with replacement: a task has only "
                 f"ways x train_shots = {size} images"
             )
+        if self.algorithm == "maml" and self.optimizer.name != "sgd":
+            raise ValueError(
+                "algorithm = maml: its inner loop is plain SGD; set optimizer.name to sgd"
+            )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")
         if self.tail_shots >= self.train_shots:
@@ -293,7 +305,7 @@ class TrainSettings(Section):
 class BesideSettings(TrainSettings):
     """A second learner, trained on the same data and measured on the same tasks."""
 
-    algorithm: Literal["none", "reptile", "fomaml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
+    algorithm: Literal["none", "reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
     """As in `train`; `none` trains no second learner."""
 
     @property

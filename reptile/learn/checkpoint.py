@@ -20,7 +20,7 @@ from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.heads import Head, head_of
-from reptile.learn.optimizer import OptimizerState
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.models import (
     LayerStatistics,
@@ -108,12 +108,14 @@ class Checkpoint(NamedTuple):
         Raises:
             InputError: tasks are learnt in closed form.
         """
-        if not isinstance(self.state, MetaState):
+        if isinstance(self.state, MetaState):
+            return self.state
+        if self.info.settings.closed_form:
             raise InputError(
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks in closed form; it "
                 "has no start for gradient steps"
             )
-        return self.state
+        return MetaState(self.state.weights, fresh_state(self.state.weights))
 
     @property
     def closed_form(self) -> ClosedForm:
@@ -122,7 +124,7 @@ class Checkpoint(NamedTuple):
         Raises:
             InputError: tasks are learnt by gradient steps.
         """
-        if not isinstance(self.state, EpisodicState):
+        if not (isinstance(self.state, EpisodicState) and self.info.settings.closed_form):
             raise InputError(
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
                 "not in closed form"
@@ -221,7 +223,7 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     if module is not None and not info.module:
         raise InputError(f"{folder}: holds the weights of {info.settings.model.name}, not a module")
     model = build_network(info, module, load=False)
-    episodic = info.settings.closed_form
+    episodic = not info.settings.interpolates
     shapes = _shapes(model, info)
     vectors = ("weights", *(("first_moment",) if episodic else ()), "second_moment")
     expected = {f"{vector}/{name}": shape for vector in vectors for name, shape in shapes.items()}
