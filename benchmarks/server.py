@@ -52,13 +52,16 @@ class Answer(NamedTuple):
 class Server:
     """A running server; a context manager that ends it."""
 
-    def __init__(self, bundle: Path, *options: str, wait: float = 60.0) -> None:
+    def __init__(
+        self, bundle: Path, *options: str, wait: float = 60.0, prefix: Sequence[str] = ()
+    ) -> None:
         """Start a server and wait until it is ready.
 
         Args:
             bundle: what it serves.
             options: more of `reptile serve`'s, such as `--tasks` and a folder.
             wait: seconds it may take to get ready.
+            prefix: a command that runs the command after it, such as `nice`.
 
         Raises:
             InputError: it ended, or was not ready in time; with what it said.
@@ -68,7 +71,7 @@ class Server:
         # A session of its own: a Ctrl-C at the terminal reaches it through `stop` alone.
         where = ("--host", HOST, "--port", str(self.port))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reptile", "serve", str(bundle), *where, *options],
+            [*prefix, sys.executable, "-m", "reptile", "serve", str(bundle), *where, *options],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
