@@ -10,12 +10,13 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow test-images test-browser page lint bench load-test images lock clean
+.PHONY: help setup repro test test-slow test-versions test-images test-browser page lint bench load-test images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
+	@echo "make test-versions  try the oldest and the newest onnxruntime (from the package index)"
 	@echo "make page       fetch onnxruntime-web, so that the page can learn in the browser too (npm)"
 	@echo "make test-browser  try the page in Chromium, and the JavaScript examples in Node (npm)"
 	@echo "make lint       run ruff and mypy"
@@ -40,10 +41,14 @@ repro: setup
 	@python -m reptile show
 
 test: setup
-	pytest -m "not slow and not browser"
+	pytest -m "not slow and not versions and not browser"
 
 test-slow: setup
-	pytest -m "not browser"
+	pytest -m "not versions and not browser"
+
+# In environments of their own, from the package index.
+test-versions: setup
+	pytest -m versions
 
 NPM := npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 WEB := ort.wasm.bundle.min.mjs ort-wasm-simd-threaded.wasm

@@ -39,7 +39,9 @@ class FewShotModel:
     def __init__(self, bundle: Path) -> None:
         self.manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         self.sessions = {
-            name: ort.InferenceSession(bundle / graph["path"], providers=["CPUExecutionProvider"])
+            name: ort.InferenceSession(
+                str(bundle / graph["path"]), providers=["CPUExecutionProvider"]
+            )
             for name, graph in self.manifest["graphs"].items()
         }
 
