@@ -76,7 +76,11 @@ def deviations() -> Callable[[str], list[float]]:
     """Read the deviations from an example's table."""
 
     def read(table: str) -> list[float]:
-        head, *rows = (line.split() for line in table.splitlines() if "adapted again" not in line)
+        head, *rows = (
+            line.split()
+            for line in table.splitlines()
+            if not line.startswith(("adapted again", "refused"))
+        )
         assert head[-1] == "deviation"
         return [float(next(word for word in row if "e-" in word or "e+" in word)) for row in rows]
 

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -56,6 +57,7 @@ def test_it_gives_pytorchs_golden_logits(
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) >= 2
     assert max(found) < 1e-4
+    assert re.search(r"^refused +ok$", done.stdout, re.MULTILINE)
 
 
 def test_it_gives_the_runtimes_logits(golden: Run, taught: Path, deviations: Deviations) -> None:
@@ -72,6 +74,16 @@ def test_a_deviation_fails_it(golden: Run, spoilt: Path) -> None:
     done = golden(spoilt)
     assert done.returncode == 1
     assert "BEYOND THE TOLERANCE" in done.stdout
+
+
+def test_a_refused_input_that_is_adapted_to_fails_it(
+    golden: Run, exported: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    np.save(bundle / "golden/refused/learning_rate", np.float32(0.001))
+    done = golden(bundle)
+    assert done.returncode == 1
+    assert re.search(r"^refused +ADAPTED", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("damage", ["cut", "type", "missing", "no graph"])
