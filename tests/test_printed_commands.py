@@ -159,7 +159,7 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
         "test_kustomize_builds_every_folder_and_the_example_is_of_one_image"
     ),
     "docker run --read-only": (
-        "tests/test_images.py::test_the_server_teaches_predicts_is_healthy_and_keeps_its_tasks"
+        "tests/test_images.py::test_the_server_adapts_predicts_is_healthy_and_keeps_its_tasks"
     ),
 }
 

@@ -60,8 +60,10 @@ def test_it_gives_pytorchs_golden_logits(
     assert re.search(r"^refused +ok$", done.stdout, re.MULTILINE)
 
 
-def test_it_gives_the_runtimes_logits(golden: Run, taught: Path, deviations: Deviations) -> None:
-    done = golden(taught)
+def test_it_gives_the_runtimes_logits(
+    golden: Run, adapted_bundle: Path, deviations: Deviations
+) -> None:
+    done = golden(adapted_bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) == 1
     assert max(found) < 1e-4
@@ -87,8 +89,10 @@ def test_a_refused_input_that_is_adapted_to_fails_it(
 
 
 @pytest.mark.parametrize("damage", ["cut", "type", "missing", "no graph"])
-def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, taught: Path) -> None:
-    queries, labels = (taught / f"golden/own/{n}.npy" for n in ("query_images", "support_labels"))
+def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, adapted_bundle: Path) -> None:
+    queries, labels = (
+        adapted_bundle / f"golden/own/{n}.npy" for n in ("query_images", "support_labels")
+    )
     if damage == "cut":
         queries.write_bytes(queries.read_bytes()[:-1])
     elif damage == "type":
@@ -96,8 +100,8 @@ def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, taught: Path)
     elif damage == "missing":
         queries.unlink()
     else:
-        (taught / "adapt/1/model.onnx").unlink()
-    done = golden(taught)
+        (adapted_bundle / "adapt/1/model.onnx").unlink()
+    done = golden(adapted_bundle)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

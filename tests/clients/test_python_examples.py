@@ -35,9 +35,9 @@ def test_onnxruntime_alone_gives_pytorchs_golden_logits(
 
 
 def test_onnxruntime_alone_gives_the_runtimes_logits(
-    root: Path, taught: Path, deviations: Deviations
+    root: Path, adapted_bundle: Path, deviations: Deviations
 ) -> None:
-    done = run(root, PLAIN, taught)
+    done = run(root, PLAIN, adapted_bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) == 2
     assert max(found) < 1e-4

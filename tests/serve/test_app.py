@@ -49,7 +49,7 @@ def adapt(client: TestClient, support: Support, **options: object) -> dict[str, 
     return response.json()
 
 
-def test_files_and_arrays_teach_what_the_runtime_learns(
+def test_files_and_arrays_give_the_task_that_the_runtime_adapts_to(
     client: TestClient, exported: Path, support: Support, queries: np.ndarray
 ) -> None:
     images, labels = support
