@@ -167,6 +167,7 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make setup": "makes the environment that the tests run in; the first line of .ci/run",
     ". .venv/bin/activate": "the tests run in the environment already",
     "make lint": "part of .ci/run",
+    "make docs": "tests/test_site.py builds the same site",
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
     "make images": "needs a container engine and a package index",
