@@ -20,6 +20,7 @@ from pipeline.graph import SECRET_KEYS, WORK
 from pipeline.package import load_package, run_parameters
 from reptile.bundle_format import GRAPHS
 from reptile.cli import app as reptile_app
+from reptile.serve.settings import changed
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -238,6 +239,22 @@ def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
         ".deploymentStrategy",
         ".timeout",  # KServe's own
     ]
+
+
+def test_a_rollout_lets_the_old_server_finish_before_the_new_one_uses_its_tasks() -> None:
+    predictor = manifest("InferenceService", "reptile-server")["spec"]["predictor"]
+    command, *options = predictor["containers"][0]["args"][1:]
+    taken = typer.main.get_group(reptile_app).commands[command]
+    values = taken.make_context(command, options).params
+    settings = changed(values["tasks"], values["changes"] or [])
+    assert predictor["deploymentStrategy"] == {"type": "Recreate"}
+    assert predictor["minReplicas"] == predictor["maxReplicas"] == 1
+    # The server itself waits for `request_seconds` at most; then it needs a few seconds to end.
+    assert predictor["terminationGracePeriodSeconds"] >= settings.request_seconds + 10
+    assert predictor["timeout"] > settings.request_seconds  # the server's own 503, not a cut
+    for probe in ("readinessProbe", "livenessProbe"):
+        # A kubelet asks the pod itself, without a proxy, for any name but the pod's own address.
+        assert "host" not in predictor["containers"][0][probe]["httpGet"]
 
 
 @pytest.mark.slow
