@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import COMPILED
@@ -232,6 +233,49 @@ def status(
     found = cluster.run(run)
     console.print(f"{state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
     raise typer.Exit(_follow(cluster, run, timeout, poll) if wait else _explain(cluster, found))
+
+
+@app.command()
+def check(
+    pipeline: PipelineOption = COMPILED,
+    params: SectionsOption = None,
+    changes: SetOption = None,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Look at what a run with these parameters needs of the cluster; nothing is changed there.
+
+    Exit code: 0 nothing is wrong; 2 wrong option or parameter; 7 something is, so that a run would
+    fail or wait for ever. What this account may not read is no error.
+
+    Example: python -m pipeline check --inputs nightly.yaml
+    """
+    from pipeline.checks import findings
+    from pipeline.cluster import Cluster
+    from pipeline.connection import ClusterError, connect
+    from pipeline.kube import find_kubernetes
+    from pipeline.package import load_package, run_parameters
+
+    package = load_package(pipeline)
+    given = _given(params, changes, inputs, param)
+    parameters = run_parameters(package, given, complete=False)
+    cluster: Cluster | ClusterError
+    try:
+        cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+        namespace = cluster.namespace
+    except ClusterError as error:
+        cluster = error
+    table = Table("checked", "", "found")
+    wrong = False
+    for finding in findings(cluster, find_kubernetes(namespace), package, parameters):
+        table.add_row(*map(escape, finding))
+        wrong = wrong or finding.state == "wrong"
+    console.print(table)
+    raise typer.Exit(ClusterError.exit_code if wrong else 0)
 
 
 @app.command()
