@@ -15,8 +15,8 @@ import yaml
 
 from reptile.errors import InputError
 
-# A backend refuses a document with a field that it does not know: up to 2.14 `optional` of a secret,
-# and these of a pod before the release that is named.
+# A backend refuses a document with a field that it does not know: up to 2.14, `optional` of a
+# secret; before the release that is named here, these of a pod.
 _OLDEST = (2, 15)
 _SINCE = {"securityContext": (2, 16)}
 

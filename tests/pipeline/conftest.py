@@ -12,6 +12,8 @@ import yaml
 from commands import Result
 from kfp import compiler, dsl
 from kubeflow_server import KubeflowServer
+from kubernetes.client import Configuration
+from kubernetes.config import incluster_config
 from kubernetes_server import KubernetesServer
 from patterns import draw_letters
 
@@ -173,6 +175,23 @@ def kubernetes(tmp_path: Path) -> Iterator[KubernetesServer]:
     cluster.write_kubeconfig(tmp_path / "kubeconfig")
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def in_cluster(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[None]:
+    """As in a pod: Kubeflow where kfp looks for it, and a Kubernetes that this pod cannot reach."""
+    address = server.address.removeprefix("http://")
+    monkeypatch.setattr(kfp.Client, "_IN_CLUSTER_DNS_NAME", address)
+    for variable, value in (("HOST", "127.0.0.1"), ("PORT", "1")):
+        monkeypatch.setenv(f"KUBERNETES_SERVICE_{variable}", value)
+    for name in ("TOKEN", "CERT"):
+        (tmp_path / name).write_text("x")
+        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
+    default = Configuration.get_default_copy()  # kfp changes it for the whole process
+    yield
+    Configuration.set_default(default)
 
 
 @pytest.fixture(name="run")

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kfp
 import pytest
 import yaml
 from commands import Result, only, submitted
 from kubeflow_server import RECORDED, KubeflowServer, recorded_refusal
-from kubernetes.config import incluster_config
 
 from pipeline import cluster
 
@@ -570,20 +568,11 @@ def test_without_a_host_or_a_cluster_the_way_out_is_given(run: Callable[..., Res
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("in_cluster")
 def test_in_a_cluster_the_address_that_kfp_finds_is_used_without_a_warning(
-    run: Callable[..., Result],
-    server: KubeflowServer,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    run: Callable[..., Result], server: KubeflowServer
 ) -> None:
     """Kfp has it without a scheme, of which urllib3 warns with each request."""
-    address = server.address.removeprefix("http://")
-    monkeypatch.setattr(kfp.Client, "_IN_CLUSTER_DNS_NAME", address)
-    for variable, value in (("HOST", "127.0.0.1"), ("PORT", "1")):
-        monkeypatch.setenv(f"KUBERNETES_SERVICE_{variable}", value)
-    for name in ("TOKEN", "CERT"):
-        (tmp_path / name).write_text("x")
-        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
     result = run(*submitted(), host=None)
     assert (result.code, result.error) == (0, "")
     assert len(server.runs) == 1

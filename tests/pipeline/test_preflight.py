@@ -206,6 +206,14 @@ def test_a_kubernetes_that_is_gone_is_not_missed(
     assert send(image=DIGEST)[::2] == (0, "")
 
 
+@pytest.mark.usefixtures("in_cluster")
+def test_in_a_pod_a_kubernetes_that_cannot_be_reached_is_not_missed(
+    run: Callable[..., Result], pipeline: Path
+) -> None:
+    result = run("submit", "--pipeline", str(pipeline), f"--param=image={DIGEST}", host=None)
+    assert result[::2] == (0, "")
+
+
 def test_a_kubeconfig_that_cannot_be_read_is_not_missed(
     send: Callable[..., Result], tmp_path: Path, server: KubeflowServer
 ) -> None:
