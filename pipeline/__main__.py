@@ -269,7 +269,7 @@ def check(
         namespace = cluster.namespace
     except ClusterError as error:
         cluster = error
-    table = Table("checked", "", "found")
+    table = Table("checked", "state", "found")
     wrong = False
     for finding in findings(cluster, find_kubernetes(namespace), package, parameters):
         table.add_row(*map(escape, finding))
