@@ -27,6 +27,8 @@ _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "learn/__init__.py",
     "learn/checkpoint.py",
     "learn/engines",
+    "learn/episodic.py",
+    "learn/heads.py",
     "learn/inner_loop.py",
     "learn/optimizer.py",
     "learn/predict.py",
@@ -52,6 +54,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "train": (
         *_ALL,
         *_TRAINED,
+        "learn/algorithms.py",
         "learn/curves.py",
         "learn/distributed.py",
         "learn/run.py",

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     VERIFY = 3
     EXPORT = 4
     JOINT = 5
+    STATISTICS = 6
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
@@ -132,6 +133,16 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
         support = task_rows.ravel(), targets(classes, task_rows)
         tasks.append(Task(*support, no_rows, no_rows, (*head[drawn], *last)))
     return tasks
+
+
+def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
+    """Draw the episodes of a meta-iteration, all of the same number of shots."""
+    rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
+    episode = settings.episode
+    protocol = FewShotProtocol(
+        settings.ways, int(rng.choice(episode.shots)), episode.queries, steps=0, batch=1
+    )
+    return [held_out_task(rng, classes, protocol) for _ in range(settings.meta_batch)]
 
 
 class FewShotProtocol(NamedTuple):
