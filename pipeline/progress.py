@@ -47,6 +47,8 @@ class Progress:
         for task in tasks(run):
             lines += _changes(self._tasks.get(task.name), task)
             self._tasks[task.name] = task
+        if lines:  # what waits now is perhaps another pod
+            self._waiting_since = None
         if run.state in _GOING_ON:
             return [*changed, *lines, *self._waiting(run)]
         return [*lines, *changed]

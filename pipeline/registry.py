@@ -42,7 +42,11 @@ def has_image(image: Image) -> bool:
         path = f"library/{path}"
     scheme = "http" if is_loopback(urlsplit(f"//{host}").hostname or "") else "https"
     address = f"{scheme}://{host}/v2/{path}/manifests/{image.digest or image.tag or 'latest'}"
-    options: dict[str, Any] = {"headers": {"Accept": _ACCEPT}, "timeout": _TIMEOUT}
+    options: dict[str, Any] = {
+        "headers": {"Accept": _ACCEPT},
+        "timeout": _TIMEOUT,
+        "allow_redirects": True,
+    }
     try:
         answer = requests.head(address, auth=_Bearer(""), **options)
         if answer.status_code == 401:
