@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import COMPILED
@@ -21,6 +22,7 @@ from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster, Outcome
+    from pipeline.package import Package
 
 app = typer.Typer(
     help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export."
@@ -71,11 +73,17 @@ TokenOption = Annotated[
 CertificateOption = Annotated[
     Path | None, typer.Option("--ca-cert", help="PEM file of the host's certificate authority.")
 ]
-_STATES = {
-    "RUNTIME_STATE_UNSPECIFIED": "accepted",
-    "CANCELING": "cancelling",
-    "CANCELED": "cancelled",
-}
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Allow an image without digest or version, and more than any node holds."
+    ),
+]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Until the run has ended.")]
+TimeoutOption = Annotated[
+    float | None, typer.Option(min=0, help="Seconds to wait; without it, as long as it takes.")
+]
+PollOption = Annotated[float, typer.Option(min=0.01, help="Seconds between looks.")]
 
 
 @app.command(name="compile")
@@ -167,11 +175,10 @@ def submit(
     cache: CacheOption = None,
     pipeline_root: RootOption = None,
     service_account: AccountOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended.")] = False,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait; without it, as long as it takes.")
-    ] = None,
-    poll: Annotated[float, typer.Option(min=0.01, help="Seconds between looks.")] = 10.0,
+    force: ForceOption = False,
+    wait: WaitOption = False,
+    timeout: TimeoutOption = None,
+    poll: PollOption = 10.0,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -185,14 +192,13 @@ def submit(
 
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
-    from pipeline.cluster import Cluster, RunOptions
-    from pipeline.connection import connect
+    from pipeline.cluster import RunOptions
     from pipeline.package import load_package, run_parameters
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
-    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     run_id = cluster.submit(
         package, options, name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     )
@@ -204,6 +210,9 @@ def submit(
 @app.command()
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, as submit prints it.")],
+    wait: WaitOption = False,
+    timeout: TimeoutOption = None,
+    poll: PollOption = 10.0,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -211,17 +220,62 @@ def status(
 ) -> None:
     """Show the state of a run, and if it failed, which task did and the end of its log.
 
-    Exit code: 0 succeeded; 1 failed; 3 refused by the gate; 4 cancelled; 5 not ended.
+    Exit code: 0 succeeded; 1 failed; 3 refused by the gate; 4 cancelled; 5 not ended, or with
+    --wait not in time; 130 interrupted.
 
     Example: python -m pipeline status 990880c5-66ea-4aa6-baed-76ab61790c8f
     """
     from pipeline.cluster import Cluster
     from pipeline.connection import connect
+    from pipeline.progress import state
 
     cluster = Cluster(connect(host, namespace, token_file, ca_cert))
     found = cluster.run(run)
-    console.print(f"{_state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(_explain(cluster, found))
+    console.print(f"{state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(_follow(cluster, run, timeout, poll) if wait else _explain(cluster, found))
+
+
+@app.command()
+def check(
+    pipeline: PipelineOption = COMPILED,
+    params: SectionsOption = None,
+    changes: SetOption = None,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Look at what a run with these parameters needs of the cluster; nothing is changed there.
+
+    Exit code: 0 nothing is wrong; 2 wrong option or parameter; 7 something is, so that a run would
+    fail or wait for ever. What this account may not read is no error.
+
+    Example: python -m pipeline check --inputs nightly.yaml
+    """
+    from pipeline.checks import findings
+    from pipeline.cluster import Cluster
+    from pipeline.connection import ClusterError, connect
+    from pipeline.kube import find_kubernetes
+    from pipeline.package import load_package, run_parameters
+
+    package = load_package(pipeline)
+    given = _given(params, changes, inputs, param)
+    parameters = run_parameters(package, given, complete=False)
+    cluster: Cluster | ClusterError
+    try:
+        cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+        namespace = cluster.namespace
+    except ClusterError as error:
+        cluster = error
+    table = Table("checked", "state", "found")
+    wrong = False
+    for finding in findings(cluster, find_kubernetes(namespace), package, parameters):
+        table.add_row(*map(escape, finding))
+        wrong = wrong or finding.state == "wrong"
+    console.print(table)
+    raise typer.Exit(ClusterError.exit_code if wrong else 0)
 
 
 @app.command()
@@ -244,6 +298,7 @@ def schedule(
     cache: CacheOption = None,
     pipeline_root: RootOption = None,
     service_account: AccountOption = None,
+    force: ForceOption = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -255,8 +310,7 @@ def schedule(
 
     Example: python -m pipeline schedule nightly '0 0 2 * * *' --inputs nightly.yaml
     """
-    from pipeline.cluster import Cluster, RunOptions, Timetable
-    from pipeline.connection import connect
+    from pipeline.cluster import RunOptions, Timetable
     from pipeline.cron import parse_cron
     from pipeline.package import load_package, run_parameters
 
@@ -266,7 +320,7 @@ def schedule(
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)
     times = timetable.times(now, 3)
-    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     done = cluster.schedule(name, package, options, timetable, now)
     console.print(
         f"schedule {name} {done}: {timetable.cron.words}, UTC; next "
@@ -355,16 +409,49 @@ def _time(text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+def _cluster_for(
+    package: "Package",
+    parameters: dict[str, Any],
+    force: bool,
+    host: str | None,
+    namespace: str | None,
+    token_file: Path | None,
+    ca_cert: Path | None,
+) -> "Cluster":
+    """Return the cluster, unless the run cannot succeed or the server is too old for it."""
+    from pipeline.cluster import Cluster
+    from pipeline.connection import check_version, connect
+    from pipeline.kube import find_kubernetes
+    from pipeline.preflight import check_run
+
+    check_run(package, parameters, find_kubernetes(namespace), force=force)
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    remark = check_version(cluster.version(), package.backend)
+    if remark:
+        typer.echo(remark, err=True)
+    return cluster
+
+
 def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float) -> int:
-    """Show the states of a run until it has ended; return the exit code."""
+    """Show what becomes of a run and its tasks until it has ended; return the exit code."""
     from pipeline.cluster import Outcome
+    from pipeline.kube import find_kubernetes
+    from pipeline.progress import Progress
 
     later = f"the run goes on; look at {cluster.link(run_id)}"
+    kube = find_kubernetes(cluster.namespace)
+    progress = Progress(kube.obstacles if kube else lambda workflow: None)
     run = None
     try:
         with console.status("waiting"):
             for run in cluster.follow(run_id, timeout, poll):
-                console.print(f"{datetime.now(UTC):%H:%M:%S} {_state(run)}", highlight=False)
+                for line in progress.news(run):
+                    console.print(
+                        f"{datetime.now(UTC):%H:%M:%S} {line}",
+                        soft_wrap=True,
+                        highlight=False,
+                        markup=False,
+                    )
     except KeyboardInterrupt:
         typer.echo(f"no longer waiting; {later}", err=True)
         return 130
@@ -375,10 +462,6 @@ def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float)
     if result is Outcome.UNKNOWN:
         typer.echo(f"not ended after {timeout:g} seconds; {later}", err=True)
     return result
-
-
-def _state(run: Any) -> str:
-    return _STATES.get(run.state, (run.state or "unknown").lower())
 
 
 def _explain(cluster: "Cluster", run: Any) -> "Outcome":
