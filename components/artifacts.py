@@ -197,7 +197,8 @@ def evaluate(
         confusion_matrix.metadata |= lineage | {"display_name": what, "classes": len(categories)}
     shutil.copyfile(folder / "report.html", report.path)
     report.metadata |= lineage
-    table = measure(others, chosen, Path(prepared.path), Path(checkpoint.path), metrics)
+    data, trained = load_prepared(Path(prepared.path)), load_checkpoint(Path(checkpoint.path))
+    table = measure(others, chosen, data, trained, metrics)
     Path(other_tasks.path).write_text(table, encoding="utf-8")
     other_tasks.metadata |= lineage
     print(table)
@@ -206,8 +207,8 @@ def evaluate(
 def measure(
     points: Sequence[Point],
     settings: EvaluateSettings,
-    prepared: Path,
-    checkpoint: Path,
+    data: PreparedData,
+    trained: Checkpoint,
     metrics: Metrics,
 ) -> str:
     """Measure held-out scores at the points; return a table in Markdown.
@@ -218,11 +219,10 @@ def measure(
     Args:
         points: for as many ways as the checkpoint has, or fewer.
         settings: of the evaluation; its shots do not matter here.
-        prepared: the dataset.
-        checkpoint: trained on it.
+        data: the dataset.
+        trained: the checkpoint, trained on it.
         metrics: the evaluation's.
     """
-    data, trained = load_prepared(prepared), load_checkpoint(checkpoint)
     known: dict[tuple[int, int], Metrics | str] = {
         (metrics.ways, shots): metrics for shots in metrics.scores[metrics.held_out]
     }
@@ -242,7 +242,7 @@ def measure(
         rows.append([str(point), *scores])
     unit = f", {objective.unit}" if objective.unit else ""
     title = f"{objective.title.capitalize()} on other tasks of {metrics.held_out}{unit}"
-    how = f"± half the 95 % interval over {settings.tasks} held-out tasks"
+    how = f"± 95 % interval over {settings.tasks} tasks of held-out classes"
     table = _table(["tasks", "trained", "random initialisation"], rows)
     return "\n".join([f"## {title}", "", how, "", *table, ""])
 
@@ -266,7 +266,7 @@ def shown_scores(metrics: Metrics) -> dict[str, str]:
     objective = objective_named(metrics.objective)
     unit = f", {objective.unit}" if objective.unit else ""
     return {
-        "display_name": f"{objective.title}{unit}, ± half the 95 % interval",
+        "display_name": f"{objective.title}{unit}, ± 95 % interval",
     } | {
         f"{dataset}, {_tasks(metrics, shots, mode)}": objective.show(*score)
         for dataset, shots, method, mode, score in metrics.rows()
@@ -306,22 +306,24 @@ def _verdict(
         return f"{objective.show(*found)} {objective.unit}".strip()
 
     shots = metrics.fewest_shots
-    rows = {
-        f"the gate judges: {_tasks(metrics, settings.shots, settings.mode)}": score(
-            settings.shots, settings.mode
-        ),
-        f"the report's headline: {_tasks(metrics, shots, HEADLINE_MODE)}": score(
-            shots, HEADLINE_MODE
-        ),
-        "data": f"{metrics.held_out}, revision {lineage.get('data_revision') or 'not named'}",
-        "code": lineage.get("git_commit") or "not named",
-    }
+    gated = _tasks(metrics, settings.shots, settings.mode)
+    rows = [
+        ["the gate goes by", gated, score(settings.shots, settings.mode)],
+        [
+            "the report's headline",
+            _tasks(metrics, shots, HEADLINE_MODE),
+            score(shots, HEADLINE_MODE),
+        ],
+    ]
     return "\n".join(
         [
             f"## {'Refused by the gate' if reason else 'Passed the gate'}",
             "",
             *([reason, ""] if reason else []),
-            *_table([f"{objective.title} on {metrics.held_out}", ""], list(rows.items())),
+            *_table(["", f"held-out tasks of {metrics.held_out}", objective.title], rows),
+            "",
+            f"Data at {lineage.get('data_revision') or 'no named revision'}, code at "
+            f"{lineage.get('git_commit') or 'no named commit'}",
             "",
         ]
     )
@@ -334,21 +336,13 @@ def choose(checkpoints: Sequence[Artifact], best: Artifact, candidates: Artifact
         checkpoints: of training runs on the same data.
         best: a copy of the best, with its metadata.
         candidates: a table of all in Markdown, the best first, by the settings that differ.
-
-    Raises:
-        InputError: none has a validation score.
     """
     trained = [(load_checkpoint(Path(each.path)).info, each) for each in checkpoints]
     objective = trained[0][0].objective
     ranked = sorted(  # of equal scores, the same whatever order they come in
-        (pair for pair in trained if math.isfinite(pair[0].curve[-1].score)),
+        trained,
         key=lambda pair: (-objective.better * pair[0].curve[-1].score, _hash(pair[0].settings)),
     )
-    if not ranked:
-        raise InputError(
-            "no candidate has a validation score, so none can be chosen; set prepare.validation "
-            "above 0"
-        )
     source = ranked[0][1]
     shutil.copytree(source.path, best.path)
     best.metadata |= {k: v for k, v in source.metadata.items() if k != "display_name"}
@@ -361,14 +355,12 @@ def choose(checkpoints: Sequence[Artifact], best: Artifact, candidates: Artifact
             for each, (info, _) in zip(settings, ranked, strict=True)
         ],
     )
-    lost = len(trained) - len(ranked)
     text = "\n".join(
         [
             f"## {len(trained)} candidates, the best first",
             "",
             f"Chosen by the validation {objective.title} at the end of training; the test split "
             "was not used.",
-            *([f"{lost} without a finite score are left out."] if lost else []),
             "",
             *table,
             "",

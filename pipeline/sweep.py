@@ -21,8 +21,8 @@ def candidates(params: Path, changes: Sequence[str]) -> list[Settings]:
         changes: such as `train.meta_step=0.5,1.0`, values separated by commas.
 
     Raises:
-        InputError: a setting is wrong, several values are given to one of another section, or there
-            are fewer than two candidates.
+        InputError: a setting is wrong, several values are given to one of another section, there
+            are fewer than two candidates, or there is nothing to choose by.
     """
     choices = [_each_value(change) for change in changes]
     for several in choices:
@@ -37,6 +37,10 @@ def candidates(params: Path, changes: Sequence[str]) -> list[Settings]:
         settings = load_settings(params, combination)
         if settings not in found:
             found.append(settings)
+    if found[0].prepare.validation == 0:
+        raise InputError(
+            "prepare.validation = 0: a sweep chooses by the validation split; hold out some of it"
+        )
     if len(found) < 2:
         raise InputError(
             "a sweep needs two candidates or more; give a setting several values, such as "
