@@ -9,13 +9,10 @@ from kfp.compiler import Compiler
 from kfp.dsl.graph_component import GraphComponent
 
 from pipeline.graph import reptile
+from pipeline.package import FIRST_BACKEND, SECURITY_BACKEND
 from reptile.errors import InputError
 
 PullPolicy = Literal["Always", "IfNotPresent", "Never"]
-FIRST_BACKEND = (2, 15)
-"""The first release of Kubeflow Pipelines that runs a document of `render`."""
-SECURITY_BACKEND = (2, 16)
-"""The first that knows a task's security context; the committed documents have one."""
 
 
 def read_backend(text: str) -> tuple[int, int]:

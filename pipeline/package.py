@@ -13,7 +13,13 @@ from typing import Any
 
 import yaml
 
+from reptile import __version__
 from reptile.errors import InputError
+
+FIRST_BACKEND = (2, 15)
+"""The first release of Kubeflow Pipelines that knows all fields of the compiled pipeline but one."""
+SECURITY_BACKEND = (2, 16)
+"""The first that knows that one, a task's security context."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,21 @@ class Package:
     name: str
     text: bytes
     parameters: Mapping[str, Mapping[str, Any]]
+    description: str = ""
+    backend: tuple[int, int] = FIRST_BACKEND  # the first release of Kubeflow Pipelines to take it
 
     @property
     def sha256(self) -> str:
-        """Hash of the text, which the version on the cluster is named after."""
+        """Hash of the text."""
         return hashlib.sha256(self.text).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """Name of the version on the cluster: this package's, and the start of the text's hash.
+
+        Short enough for a label of Kubernetes, and for a column of Kubeflow's web page.
+        """
+        return f"{__version__}-{self.sha256[:12]}"
 
 
 def load_package(path: Path, caching: bool | None = None) -> Package:
@@ -41,7 +57,11 @@ def load_package(path: Path, caching: bool | None = None) -> Package:
         documents = list(yaml.safe_load_all(text))
         spec = documents[0]
         name = spec["pipelineInfo"]["name"]
+        description = spec["pipelineInfo"].get("description", "")
         parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        platform = documents[1]["platforms"]["kubernetes"] if documents[1:] else {}
+        pods = platform.get("deploymentSpec", {}).get("executors", {}).values()
+        secured = any("securityContext" in pod for pod in pods)
         graphs = [spec["root"], *spec.get("components", {}).values()]
         if caching is not None:
             # kfp.Client overrides tasks of the root alone, and nothing for an uploaded version;
@@ -56,7 +76,13 @@ def load_package(path: Path, caching: bool | None = None) -> Package:
         raise InputError(
             f"{path}: not a compiled pipeline; make one with `python -m pipeline compile`"
         ) from None
-    return Package(name=name, text=text, parameters=parameters)
+    return Package(
+        name=name,
+        text=text,
+        parameters=parameters,
+        description=description,
+        backend=SECURITY_BACKEND if secured else FIRST_BACKEND,
+    )
 
 
 def run_parameters(package: Package, given: Mapping[str, Any]) -> dict[str, Any]:

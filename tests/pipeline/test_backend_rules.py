@@ -21,8 +21,9 @@ from google.protobuf import (
 from google.rpc import status_pb2
 
 from pipeline import COMPILED, SWEEP
-from pipeline.document import FIRST_BACKEND, SECURITY_BACKEND, read_backend, render
+from pipeline.document import read_backend, render
 from pipeline.graph import reptile, reptile_sweep
+from pipeline.package import FIRST_BACKEND, SECURITY_BACKEND, load_package
 from reptile.errors import InputError
 
 Document = dict[str, Any]
@@ -234,12 +235,17 @@ def test_releases_from_2_16_on_take_the_committed_documents(compiled: Path, rele
     parse(compiled.read_text(encoding="utf-8"), release)
 
 
-def test_2_15_takes_a_document_compiled_for_it_and_not_the_committed_one(compiled: Path) -> None:
+def test_2_15_takes_a_document_compiled_for_it_and_not_the_committed_one(
+    compiled: Path, tmp_path: Path
+) -> None:
     with pytest.raises(json_format.ParseError, match="securityContext"):
         parse(compiled.read_text(encoding="utf-8"), "2.15")
     text = render(GRAPHS[compiled], read_backend("2.15"))
     parse(text, "2.15")
     parse(text, "2.17")
+    (tmp_path / "older.yaml").write_text(text, encoding="utf-8")
+    assert load_package(tmp_path / "older.yaml").backend == FIRST_BACKEND
+    assert load_package(compiled).backend == SECURITY_BACKEND
     for ours, theirs in zip(
         yaml.safe_load_all(compiled.read_text(encoding="utf-8")),
         yaml.safe_load_all(text),

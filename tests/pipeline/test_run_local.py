@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
+from components.artifacts import prepare
 from components.fetch import content_md5
 from pipeline.local import Outcome, examine
 from pipeline.revisions import CODE
@@ -43,6 +44,14 @@ def left_by(folder: Path, task: str) -> dict[str, Any]:
         for name, artifact in output.get("artifacts", {}).items()
     }
     return artifacts | output.get("parameterValues", {})
+
+
+class Folder:
+    """An artifact as KFP has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.metadata: dict[str, Any] = {}
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -85,6 +94,18 @@ def test_every_artifact_says_what_it_was_made_of(delivered: Ended, clone: Path) 
     verdict = (folder / "gate/verdict").read_text()
     assert lineage["data_revision"] in verdict
     assert lineage["git_commit"] in verdict
+
+
+def test_the_commit_is_that_of_the_image_unless_it_is_given(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(clone / "params.yaml").prepare.model_dump_json()
+    md5 = yaml.safe_load((clone / "data.dvc").read_text())["outs"][0]["md5"]
+    monkeypatch.setenv("REPTILE_GIT_COMMIT", "of-the-image")
+    for given, expected in {"": "of-the-image", "given": "given"}.items():
+        prepared = Folder(tmp_path / expected)
+        prepare(settings, str(clone), "", "data", md5, given, prepared)
+        assert prepared.metadata["git_commit"] == expected
 
 
 def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended) -> None:

@@ -1,15 +1,22 @@
 """Sweeps: which candidates there are, and a small one run to its end by kfp's local runner."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import kfp
 import pytest
+from kubeflow_server import KubeflowServer
 from safetensors.numpy import load_file
 
+from pipeline import SWEEP
+from pipeline import __main__ as command
 from pipeline.local import Outcome, examine
 from pipeline.sweep import candidates
+from reptile import __version__
 from reptile.errors import InputError
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.runtime import FewShotModel
@@ -108,3 +115,84 @@ def test_the_best_by_validation_is_evaluated_once_and_delivered(swept: tuple[str
 def test_the_settings_of_a_candidate_are_those_of_one_run_alone(params: Path) -> None:
     (_, second) = candidates(params, ["train.optimizer.learning_rate=0.001,0.01"])
     assert second == load_settings(params, ["train.optimizer.learning_rate=0.01"])
+
+
+# On a cluster
+
+
+GIVEN = {
+    "repository": "https://git.example.org/team/fewshot.git",
+    "data_revision": "4f2c",
+    "image": "registry.example.org/reptile-train@sha256:" + 64 * "0",
+}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path) -> Iterator[KubeflowServer]:
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN", "KF_PIPELINES_UI_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    server = KubeflowServer()
+    yield server
+    server.close()
+    assert server.broken == []
+
+
+def sweep(server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    given = [f"--param={name}={value}" for name, value in GIVEN.items()]
+    program = ["pipeline", "sweep", *given, *arguments, "--host", server.address]
+    monkeypatch.setattr(sys, "argv", program)
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    return int(end.value.code or 0)
+
+
+def test_a_sweep_is_one_run_of_the_compiled_sweep(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, params: Path
+) -> None:
+    changes = ("-S", "train.seed=3,4", "-S", "evaluate.tasks=50", "--name", "seeds")
+    assert sweep(server, monkeypatch, *changes) == 0
+    (run,) = server.runs.values()
+    assert run["display_name"] == "seeds"
+    sent = run["runtime_config"]["parameters"]
+    expected = candidates(params, ["train.seed=3,4", "evaluate.tasks=50"])
+    assert sent.pop("train_settings") == [each.train.model_dump_json() for each in expected]
+    assert sent.pop("evaluate_settings") == expected[0].evaluate.model_dump_json()
+    assert sent == GIVEN, "other settings are those that were compiled"
+    (content,) = server.uploads.values()
+    assert content == SWEEP.read_bytes()
+
+
+def test_settings_in_a_file_of_inputs_stay_unless_they_are_swept(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inputs = tmp_path / "inputs.yaml"
+    inputs.write_text("evaluate_settings: {tasks: 7}\ntrain_settings: ['{}']\n")
+    arguments = ("-S", "train.seed=3,4", "--inputs", str(inputs))
+    assert sweep(server, monkeypatch, *arguments) == 0
+    (run,) = server.runs.values()
+    sent = run["runtime_config"]["parameters"]
+    assert json.loads(sent["evaluate_settings"]) == {"tasks": 7}
+    assert len(sent["train_settings"]) == 2
+
+
+def test_pipeline_and_version_are_described_and_named_for_people(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(server, monkeypatch, "-S", "train.seed=3,4") == 0
+    (pipeline,), (version,) = server.pipelines.values(), server.versions.values()
+    assert pipeline["display_name"] == "reptile-sweep"
+    assert "chooses by validation" in pipeline["description"]
+    sha256 = hashlib.sha256(SWEEP.read_bytes()).hexdigest()
+    assert version["display_name"] == f"{__version__}-{sha256[:12]}"
+    assert version["description"].endswith(sha256)
+
+
+def test_nothing_is_sent_of_a_sweep_that_cannot_be(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(server, monkeypatch, "-S", "train.seed=3") == 2
+    assert not server.runs
+    assert not server.uploads
