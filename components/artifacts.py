@@ -243,6 +243,8 @@ def measure(
     unit = f", {objective.unit}" if objective.unit else ""
     title = f"{objective.title.capitalize()} on other tasks of {metrics.held_out}{unit}"
     how = f"± 95 % interval over {settings.tasks} tasks of held-out classes"
+    if not rows:
+        return "No other tasks were asked for.\n"
     table = _table(["tasks", "trained", "random initialisation"], rows)
     return "\n".join([f"## {title}", "", how, "", *table, ""])
 

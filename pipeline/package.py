@@ -17,7 +17,7 @@ from reptile import __version__
 from reptile.errors import InputError
 
 FIRST_BACKEND = (2, 15)
-"""The first release of Kubeflow Pipelines that knows all fields of the compiled pipeline but one."""
+"""The first release of Kubeflow Pipelines that knows all fields of the pipeline but one."""
 SECURITY_BACKEND = (2, 16)
 """The first that knows that one, a task's security context."""
 

@@ -107,6 +107,10 @@ def test_a_point_that_cannot_be_measured_says_why_beside_those_that_can(
     assert "±" in rows["2-way 1-shot frozen"][0]
 
 
+def test_no_points_are_no_error(trained: Trained) -> None:
+    assert measure([], SETTINGS, *trained, METRICS) == "No other tasks were asked for.\n"
+
+
 def test_scores_for_people_name_what_was_measured_and_nothing_else() -> None:
     assert shown_scores(METRICS) == {
         "display_name": "accuracy, %, ± 95 % interval",

@@ -1,7 +1,11 @@
 """Sweeps: which candidates there are, and a small one run to its end by kfp's local runner."""
 
+import csv
 import hashlib
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +119,49 @@ def test_the_best_by_validation_is_evaluated_once_and_delivered(swept: tuple[str
 def test_the_settings_of_a_candidate_are_those_of_one_run_alone(params: Path) -> None:
     (_, second) = candidates(params, ["train.optimizer.learning_rate=0.001,0.01"])
     assert second == load_settings(params, ["train.optimizer.learning_rate=0.01"])
+
+
+# By DVC, as docs/pipeline.md has it
+
+
+@pytest.mark.slow
+def test_queued_experiments_are_one_table_and_the_best_alone_is_evaluated(
+    clone: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "clone"
+    shutil.copytree(clone, copy)
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    names = ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL")
+    environment = os.environ | {"PATH": programs} | {f"GIT_{name}": "test" for name in names}
+
+    def dvc(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    dvc("exp", "run", "--queue", "train", "-S", "train.meta_iterations=3,6")
+    dvc("exp", "run", "--run-all")
+    assert not (copy / "artifacts/evaluation").exists(), "the test split was not used"
+    sort = ("--sort-by", "validation_accuracy", "--sort-order", "desc")
+    text = dvc("exp", "show", "--only-changed", "--csv", *sort)
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["State"] == "Success"]
+    assert {row["train.meta_iterations"] for row in rows} == {"3", "6"}
+    scores = [float(row["validation_accuracy"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+
+    dvc("exp", "apply", rows[0]["Experiment"])
+    assert "Stage 'train' didn't change" in dvc("repro")
+    info = load_checkpoint(copy / "artifacts/checkpoint").info
+    assert str(info.settings.meta_iterations) == rows[0]["train.meta_iterations"]
+    assert info.curve[-1].score == pytest.approx(scores[0])
+    FewShotModel.load(copy / "artifacts/bundle").check()
 
 
 # On a cluster
