@@ -21,7 +21,7 @@ from google.protobuf import (
 from google.rpc import status_pb2
 
 from pipeline import COMPILED, SWEEP
-from pipeline.document import read_backend, render
+from pipeline.document import read_backend, read_pull_policy, render
 from pipeline.graph import reptile, reptile_sweep
 from pipeline.package import FIRST_BACKEND, SECURITY_BACKEND, load_package
 from reptile.errors import InputError
@@ -272,3 +272,6 @@ def test_a_pull_policy_is_compiled_into_every_pod() -> None:
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
     assert {pod["imagePullPolicy"] for pod in pods} == {"Never"}
     parse(render(pull_policy="Never"), "2.17")
+    assert read_pull_policy("Never") == "Never"
+    with pytest.raises(InputError, match="Always, IfNotPresent, Never"):
+        read_pull_policy("never")
