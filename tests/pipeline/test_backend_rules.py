@@ -198,7 +198,7 @@ def drivers_and_executors(pipeline: Document, items: int = 0) -> tuple[int, int]
 def test_a_run_starts_no_more_pods_than_documented(root: Path) -> None:
     document = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
     assert drivers_and_executors(document) == (8, 6)
-    text = (root / "docs/kubeflow.md").read_text(encoding="utf-8")
+    text = (root / "docs/kubeflow-cluster.md").read_text(encoding="utf-8")
     assert "8 driver pods and 6 pods of the tasks" in text
     swept = next(yaml.safe_load_all(SWEEP.read_text(encoding="utf-8")))
     assert drivers_and_executors(swept, items=4) == (8 + 1 + 2 * 4, 6 + 4)
