@@ -18,6 +18,7 @@ from pipeline import COMPILED, SWEEP
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.files import atomic_file
+from reptile.provenance import STAGES
 from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -464,7 +465,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def settings_arguments(settings: Settings) -> dict[str, str]:
     """Return the settings as the pipeline takes them: one JSON text a stage."""
-    return {f"{name}_settings": section.model_dump_json() for name, section in settings}
+    return {f"{stage}_settings": getattr(settings, stage).model_dump_json() for stage in STAGES}
 
 
 def _absolute(remote: str) -> str:
