@@ -23,6 +23,7 @@ from pipeline.sweep import candidates
 from reptile import __version__
 from reptile.errors import InputError
 from reptile.learn.checkpoint import load_checkpoint
+from reptile.provenance import settings_sha256
 from reptile.runtime import FewShotModel
 from reptile.settings import load_settings
 
@@ -106,10 +107,11 @@ def test_the_best_by_validation_is_evaluated_once_and_delivered(swept: tuple[str
         load_file(path / "weights.safetensors") for path in (source, folder / "choose/best")
     )
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    assert len(list(folder.glob("**/metrics.json"))) == 1, "one evaluation on the test split"
+    assert len(list(folder.glob("**/evaluation/metrics.json"))) == 1, "on the test split, once"
     FewShotModel.load(folder / "export/bundle").check()
     manifest = json.loads((folder / "export/bundle/manifest.json").read_text())
-    assert str(chosen.settings.meta_iterations) in json.dumps(manifest)
+    sha256 = settings_sha256(chosen.settings.model_dump(mode="json"))
+    assert manifest["provenance"]["settings_sha256"] == sha256
     run = examine(folder)
     assert run.outcome is Outcome.DELIVERED
     (line,) = (result.found for result in run.results if result.stage == "train")
