@@ -3,6 +3,7 @@
 It only reads options and shows results; the work is done by the modules beside it.
 """
 
+import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import COMPILED
+from pipeline import COMPILED, SWEEP
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.files import atomic_file
+from reptile.provenance import STAGES
 from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
     from pipeline.cluster import Cluster, Outcome
     from pipeline.package import Package
 
@@ -87,16 +91,38 @@ PollOption = Annotated[float, typer.Option(min=0.01, help="Seconds between looks
 
 
 @app.command(name="compile")
-def compile_() -> None:
-    """Write pipeline/reptile.yaml from the source, params.yaml and data.dvc.
+def compile_(
+    output: Annotated[
+        Path, typer.Option(help="Folder of the compiled files.", file_okay=False)
+    ] = COMPILED.parent,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="RELEASE",
+            help="Oldest release of Kubeflow Pipelines to run on; 2.15 knows no security context.",
+        ),
+    ] = "2.16",
+    pull_policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="When pods pull the image: Always, IfNotPresent, Never; Kubernetes' default.",
+        ),
+    ] = None,
+) -> None:
+    """Write reptile.yaml and sweep.yaml from the source, params.yaml and data.dvc.
 
-    Example: python -m pipeline compile
+    Example: python -m pipeline compile --backend 2.15 --output compiled
     """
-    from pipeline.document import render
+    from pipeline.document import read_backend, read_pull_policy, render
+    from pipeline.graph import reptile, reptile_sweep
 
-    with atomic_file(COMPILED) as temporary:
-        temporary.write_text(render(), encoding="utf-8")
-    console.print(f"wrote {COMPILED}", soft_wrap=True)
+    release, policy = read_backend(backend), pull_policy and read_pull_policy(pull_policy)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, graph in ((COMPILED, reptile), (SWEEP, reptile_sweep)):
+        with atomic_file(output / path.name) as temporary:
+            temporary.write_text(render(graph, release, policy or None), encoding="utf-8")
+        console.print(f"wrote {output / path.name}", soft_wrap=True)
 
 
 @app.command()
@@ -131,8 +157,45 @@ def run_local(
 
     Example: python -m pipeline run-local -S train.meta_iterations=300
     """
-    settings = read_settings(params, preset, changes)
+    from pipeline.graph import reptile
+
+    settings = settings_arguments(read_settings(params, preset, changes))
+    raise typer.Exit(
+        _run_here(
+            reptile,
+            settings,
+            output,
+            work,
+            repository=repository,
+            revision=revision,
+            champion=champion,
+            points=points,
+            bundle_remote=bundle_remote,
+            image=(image or _image()) if docker else None,
+        )
+    )
+
+
+def _image() -> str:
     from components.image import IMAGE
+
+    return IMAGE
+
+
+def _run_here(
+    graph: "GraphComponent",
+    settings: dict[str, Any],
+    output: Path,
+    work: Path,
+    *,
+    repository: Path = Path(),
+    revision: str = "HEAD",
+    champion: Path | None = None,
+    points: list[str] | None = None,
+    bundle_remote: str = "",
+    image: str | None = None,
+) -> int:
+    """Run a pipeline on this machine and show what it has made; return the exit code."""
     from pipeline import local
     from pipeline.graph import POINTS
     from pipeline.revisions import code_commit, pinned_data
@@ -148,11 +211,11 @@ def run_local(
         "champion": _text(champion) if champion else "",
         "bundle_remote": _absolute(bundle_remote),
         "work": str(work.absolute()),
-        "image": (image or IMAGE) if docker else "",
+        "image": image or "",
         "points": points or list(POINTS),
-        **settings_arguments(settings),
+        **settings,
     }
-    run = local.run_local(arguments, output, (image or IMAGE) if docker else None)
+    run = local.run_local(arguments, output, image, graph)
     table = Table("stage", "what it made")
     for result in run.results:
         table.add_row(result.stage, result.found)
@@ -160,7 +223,7 @@ def run_local(
     console.print(f"{run.outcome.name.lower()}: {run.folder}", soft_wrap=True)
     if run.message:
         typer.echo(run.message, err=True)
-    raise typer.Exit(run.outcome)
+    return run.outcome
 
 
 @app.command()
@@ -205,6 +268,78 @@ def submit(
     console.print(f"run {run_id}: {cluster.link(run_id)}", soft_wrap=True, highlight=False)
     if wait:
         raise typer.Exit(_follow(cluster, run_id, timeout, poll))
+
+
+@app.command()
+def sweep(
+    params: ParamsOption = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-S",
+            metavar="KEY=VALUE[,VALUE…]",
+            help="Change a setting; several values of one of `train` are tried. May be repeated.",
+        ),
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--local", help="Run on this machine, as run-local does.")
+    ] = False,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    experiment: ExperimentOption = "Default",
+    cache: CacheOption = None,
+    pipeline_root: RootOption = None,
+    service_account: AccountOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended.")] = False,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Train with each combination of settings; evaluate and export the best by validation.
+
+    The best is measured on the test split, and only the best, once. Exit codes are those of submit,
+    or with --local those of run-local.
+
+    Example: python -m pipeline sweep --local -S train.meta_step=0.5,1.0 -S train.seed=0,1
+    """
+    from pipeline.sweep import candidates
+
+    tried = candidates(params or PARAMS, changes or ())
+    settings: dict[str, Any] = dict(settings_arguments(tried[0]))
+    settings["train_settings"] = [each.train.model_dump_json() for each in tried]
+    console.print(f"{len(tried)} candidates", highlight=False)
+    if here:
+        from pipeline.graph import reptile_sweep
+
+        runs, work = Path("artifacts/kubeflow"), Path("artifacts/training")
+        raise typer.Exit(_run_here(reptile_sweep, settings, runs, work))
+    # Of the other sections those that are given here; else the file of inputs has its say.
+    changed = {change.partition(".")[0] for change in changes or ()} | {"train"}
+    given = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+        if params or key.removesuffix("_settings") in changed
+    ]
+    submit(
+        pipeline=SWEEP,
+        param=[*(param or ()), *given],
+        inputs=inputs,
+        name=name,
+        experiment=experiment,
+        cache=cache,
+        pipeline_root=pipeline_root,
+        service_account=service_account,
+        wait=wait,
+        timeout=None,
+        poll=10.0,
+        host=host,
+        namespace=namespace,
+        token_file=token_file,
+        ca_cert=ca_cert,
+    )
 
 
 @app.command()
@@ -384,7 +519,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def settings_arguments(settings: Settings) -> dict[str, str]:
     """Return the settings as the pipeline takes them: one JSON text a stage."""
-    return {f"{name}_settings": section.model_dump_json() for name, section in settings}
+    return {f"{stage}_settings": getattr(settings, stage).model_dump_json() for stage in STAGES}
 
 
 def _absolute(remote: str) -> str:

@@ -29,6 +29,7 @@ from pipeline.connection import (
 from pipeline.cron import Cron
 from pipeline.failure import Failure, failures
 from pipeline.package import Package
+from reptile import __version__
 from reptile.errors import InputError
 
 LOST_SECONDS = 300.0  # of waiting without one good answer from the cluster
@@ -331,10 +332,14 @@ class Cluster:
             lambda: call(
                 pipelines.pipeline_service_create_pipeline,
                 repeatable=False,
-                pipeline=api.V2beta1Pipeline(display_name=package.name, namespace=self.namespace),
+                pipeline=api.V2beta1Pipeline(
+                    display_name=package.name,
+                    description=package.description,
+                    namespace=self.namespace,
+                ),
             ),
         ).pipeline_id
-        name = f"sha256-{package.sha256[:32]}"  # short enough for a Kubernetes label
+        name = package.version
         version = _ensured(
             lambda: self._named(
                 pipelines.pipeline_service_list_pipeline_versions,
@@ -357,6 +362,7 @@ class Cluster:
                 str(path),
                 repeatable=False,
                 name=name,
+                description=f"Compiled by reptile-fewshot {__version__}; SHA-256 {package.sha256}",
                 pipelineid=pipeline,
             )
 

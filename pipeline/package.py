@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
+from reptile import __version__
 from reptile.errors import InputError
 
 # A backend refuses a document with a field that it does not know: up to 2.14, `optional` of a
-# secret; before the release that is named here, these of a pod.
-_OLDEST = (2, 15)
-_SINCE = {"securityContext": (2, 16)}
+# secret; up to 2.15, a task's security context.
+FIRST_BACKEND = (2, 15)
+"""The first release of Kubeflow Pipelines that knows all fields of the pipeline but one."""
+SECURITY_BACKEND = (2, 16)
+"""The first that knows that one, a task's security context."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,20 @@ class Package:
     name: str
     text: bytes
     parameters: Mapping[str, Mapping[str, Any]]
+    description: str
     loops: frozenset[str]  # parameters that are lists with a task for each item
     pods: Mapping[str, Mapping[str, Any]]  # what Kubernetes is to see to, by executor
 
     @property
     def sha256(self) -> str:
-        """Hash of the text, which the version on the cluster is named after."""
+        """Hash of the text."""
         return hashlib.sha256(self.text).hexdigest()
 
     @property
     def backend(self) -> tuple[int, int]:
         """The first release of Kubeflow Pipelines whose servers take this pipeline."""
-        fields = {field for pod in self.pods.values() for field in pod}
-        return max([_OLDEST, *(_SINCE[field] for field in fields & set(_SINCE))])
+        secured = any("securityContext" in pod for pod in self.pods.values())
+        return SECURITY_BACKEND if secured else FIRST_BACKEND
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -50,6 +54,14 @@ class Package:
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of a run's parameters, as far as they are given or have a default."""
         return {**self.defaults, **given}
+
+    @property
+    def version(self) -> str:
+        """Name of the version on the cluster: this package's, and the start of the text's hash.
+
+        Short enough for a label of Kubernetes, and for a column of Kubeflow's web page.
+        """
+        return f"{__version__}-{self.sha256[:12]}"
 
 
 def load_package(path: Path, caching: bool | None = None) -> Package:
@@ -63,6 +75,7 @@ def load_package(path: Path, caching: bool | None = None) -> Package:
         documents = list(yaml.safe_load_all(text))
         spec = documents[0]
         name = spec["pipelineInfo"]["name"]
+        description = spec["pipelineInfo"].get("description", "")
         platform = documents[1]["platforms"]["kubernetes"] if len(documents) > 1 else {}
         pods = platform.get("deploymentSpec", {}).get("executors", {})
         parameters = spec["root"].get("inputDefinitions", {}).get("parameters", {})
@@ -83,7 +96,7 @@ def load_package(path: Path, caching: bool | None = None) -> Package:
         raise InputError(
             f"{path}: not a compiled pipeline; make one with `python -m pipeline compile`"
         ) from None
-    return Package(name, text, parameters, frozenset(loops & set(parameters)), pods)
+    return Package(name, text, parameters, description, frozenset(loops & set(parameters)), pods)
 
 
 def run_parameters(

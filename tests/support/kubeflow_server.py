@@ -371,6 +371,7 @@ class KubeflowServer:
         made = self._made({}, "V2beta1PipelineVersion", "pipeline_version_id") | {
             "pipeline_id": query["pipelineid"],
             "display_name": query["name"],
+            "description": query.get("description", ""),
         }
         self.versions[made["pipeline_version_id"]] = made
         self.uploads[made["pipeline_version_id"]] = content
