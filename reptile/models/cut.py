@@ -62,8 +62,8 @@ def split(model: Model) -> Cut | None:
     tail = copy.copy(model)
     tail.module = _part(model.module, nodes, crossing, nodes[-1])
     tail.image_shape, tail.preprocess = tuple(values.shape[1:]), None
-    here = {name for name, _ in tail.module.named_parameters()}
-    here |= {name for name, _ in tail.module.named_buffers()}
+    tail.names = {name for name, _ in tail.module.named_parameters()}
+    here = tail.names | {name for name, _ in tail.module.named_buffers()}
     tail.fixed = {name: value for name, value in model.fixed.items() if name in here}
     where = str(crossing.target) if crossing.op == "call_module" else crossing.name
     return Cut(fixed, tail, where)

@@ -89,6 +89,8 @@ class ModuleNetwork:
             **dict(self.module.named_buffers()),
         }
         """Parameters and buffers that never change, by name."""
+        self.names = set(parameters)
+        """Of all parameters that run."""
         self._initial = torch.cat(
             [torch.empty(0), *(value.detach().flatten() for value in self._learnt.values())]
         )
@@ -170,7 +172,8 @@ class ModuleNetwork:
             for name, value in self.fixed.items()
         }
         inputs = self.preprocess(images) if self.preprocess else images
-        outputs: Tensor = functional_call(self.module, {**fixed, **params}, (inputs,))
+        learnt = {name: params[name] for name in self.shapes if name in self.names}
+        outputs: Tensor = functional_call(self.module, {**fixed, **learnt}, (inputs,))
         return outputs if self.outputs else outputs.flatten(1)
 
     def _probe(self) -> ForwardPass:
