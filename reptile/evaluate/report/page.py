@@ -16,13 +16,8 @@ from PIL import Image
 from reptile import __version__
 from reptile.data.dataset import PreparedClass, PreparedData
 from reptile.evaluate.confusions import Confusions, confusions, hardest
-from reptile.evaluate.measure import (
-    BASELINES,
-    PATH_MODES,
-    Evaluation,
-    Measurement,
-    Start,
-)
+from reptile.evaluate.adapting import PATH_MODES
+from reptile.evaluate.measure import Evaluation, Measurement
 from reptile.evaluate.metrics import Score
 from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
 from reptile.objectives import CLASSIFICATION, Objective
@@ -30,7 +25,7 @@ from reptile.provenance import code_sha256, versions
 from reptile.settings import BatchNormMode, Section
 
 HEADLINE_MODE: BatchNormMode = "frozen"  # queries independent, as the exported model predicts
-START_NAMES: dict[Start, str] = {
+START_NAMES: dict[str, str] = {
     "trained": "meta-trained",
     "random": "random start",
     "joint": "jointly trained",
