@@ -74,9 +74,7 @@ def run(
     objective, state = engine.model.objective, _masked(learner.start, engine, ways)
     first = list(_chunks(engine, state, tasks[:PATH_TASKS], path or (steps,), ways, modes, count))
     rest = list(_chunks(engine, state, tasks[PATH_TASKS:], (steps,), ways, modes, count))
-    outputs = {
-        mode: np.concatenate([chunk[-1][mode] for chunk in first + rest]) for mode in modes
-    }
+    outputs = {mode: np.concatenate([chunk[-1][mode] for chunk in first + rest]) for mode in modes}
     if not path:
         return Predictions(outputs, {})
     targets = np.stack([task.query_targets for task in tasks[:PATH_TASKS]])

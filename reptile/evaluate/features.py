@@ -77,9 +77,7 @@ def apply(
     return torch.cat(parts).numpy()
 
 
-def _shown(
-    features: Embedding, tasks: Sequence[Task], ways: int, objective: Objective
-) -> Shown:
+def _shown(features: Embedding, tasks: Sequence[Task], ways: int, objective: Objective) -> Shown:
     support = features(np.stack([task.support for task in tasks]))
     query = features(np.stack([task.query for task in tasks]))
     given = torch.from_numpy(np.stack([task.support_targets for task in tasks]))

@@ -93,24 +93,28 @@ def prototype_steps(optimizer: OptimizerSettings) -> Head:
 
     Proto-MAML's start (Triantafillou et al., Meta-Dataset, 2020): weight 2c and bias -‖c‖² for each
     class's mean c; then the inner optimiser, from a fresh state, on the task's mini-batches.
+    Features are divided by the root mean square of the support set's lengths: without that the
+    start separates the support set so far that no gradient is left.
     """
 
     def outputs(shown: Shown) -> Tensor:
         tasks, _, size = shown.support.shape
         ways, each = shown.targets.shape[-1], torch.arange(tasks)[:, None]
+        length = shown.support.square().sum(-1).mean(1).sqrt().clamp(min=1e-12)[:, None, None]
+        support, query = shown.support / length, shown.query / length
         head = HEADS["protonet"]
         fit = torch.func.vmap(lambda s, t: head.fit(_numbers("protonet"), s, t))
-        start = fit(shown.support, shown.targets)
+        start = fit(support, shown.targets)
         weights = torch.cat([start.weight.flatten(1), start.bias], 1)
         state = fresh_state(weights)
         for batch in shown.batches:
             weights = decay(weights, optimizer)
-            features, targets = shown.support[each, batch], shown.targets[each, batch]
+            features, targets = support[each, batch], shown.targets[each, batch]
             classifier = _classifier(weights, ways, size)
             error = (_logits(classifier, features).softmax(-1) - targets) / batch.shape[1]
             gradient = torch.cat([(error.mT @ features).flatten(1), error.sum(1)], 1)
             weights, state = update(weights, gradient, state, optimizer)
-        return _logits(_classifier(weights, ways, size), shown.query)
+        return _logits(_classifier(weights, ways, size), query)
 
     return outputs
 

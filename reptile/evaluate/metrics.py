@@ -158,9 +158,7 @@ class Metrics(BaseModel):
         """
         show = objective_named(self.objective).show
         for method in self.methods:
-            found = [
-                self.scores[dataset][shots].get(method, {}) for dataset, shots in self.columns
-            ]
+            found = [self.scores[dataset][shots].get(method, {}) for dataset, shots in self.columns]
             modes = [mode for mode in self.modes if any(mode in scores for scores in found)]
             for mode in modes or ["none"]:
                 cells = [scores.get(mode) for scores in found]

@@ -40,7 +40,9 @@ def metrics(evaluation: Evaluation) -> Metrics:
     strengths: dict[str, dict[int, float]] = {}
     for measured in evaluation.measurements:
         by_method: ByMethod = {
-            method: {mode: measured.score(method, mode).rounded() for mode in measured.modes(method)}
+            method: {
+                mode: measured.score(method, mode).rounded() for mode in measured.modes(method)
+            }
             for method in measured.methods
         }
         scores.setdefault(measured.dataset, {})[measured.shots] = by_method

@@ -48,9 +48,7 @@ def frozen_features(
     """Return the learner without gradient steps that any weights [P] of the network give."""
     model, seed = checkpoint.model, checkpoint.info.settings.seed
     statistics = population_statistics(model, weights, data.images, data.split("train"), seed)
-    learner = ClosedForm(
-        model, HEADS[ALGORITHM_OF[head]], unflatten(model, weights), statistics
-    )
+    learner = ClosedForm(model, HEADS[ALGORITHM_OF[head]], unflatten(model, weights), statistics)
     return with_head(learner, head, strength)
 
 
@@ -64,4 +62,3 @@ def with_head(learner: ClosedForm, head: HeadName, strength: float | None = None
     body = {name: value for name, value in learner.params.items() if name in learner.model.shapes}
     params = body | {name: like.new_tensor(value) for name, value in numbers.items()}
     return ClosedForm(learner.model, chosen, params, learner.statistics)
-
