@@ -135,7 +135,7 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training through a closed-form head: protonet and ridge."""
+    """Training through a closed-form head: protonet, ridge and bayes."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
     """Support images per class; each meta-iteration draws one of these numbers."""
@@ -153,9 +153,10 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
     model: ModelSettings = ModelSettings()
-    algorithm: Literal["reptile", "fomaml", "protonet", "ridge"] = "reptile"
-    """Adapt by gradient steps (reptile, fomaml), or by the nearest prototype or ridge regression on
-    the network's features (protonet, ridge), which the network is then trained through."""
+    algorithm: Literal["reptile", "fomaml", "protonet", "ridge", "bayes"] = "reptile"
+    """Adapt by gradient steps (reptile, fomaml), or in closed form on the network's features, which
+    the network is then trained through: by the nearest prototype (protonet), by ridge regression on
+    labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
@@ -177,7 +178,7 @@ class TrainSettings(Section):
     @property
     def closed_form(self) -> bool:
         """Whether a task is learnt in closed form, without gradient steps."""
-        return self.algorithm in ("protonet", "ridge")
+        return self.algorithm in ("protonet", "ridge", "bayes")
 
     @property
     def images_per_class(self) -> int:
@@ -203,6 +204,18 @@ class TrainSettings(Section):
         if self.tail_shots and self.inner_steps < 2:
             raise ValueError("inner_steps = 1: a tail needs at least one step before it")
         return self
+
+
+class BesideSettings(TrainSettings):
+    """A second learner, trained on the same data and measured on the same tasks."""
+
+    algorithm: Literal["none", "reptile", "fomaml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
+    """As in `train`; `none` trains no second learner."""
+
+    @property
+    def training(self) -> TrainSettings | None:
+        """The settings of its training; None if there is no second learner."""
+        return None if self.algorithm == "none" else TrainSettings(**self.model_dump())
 
 
 class EvaluateSettings(Section):
@@ -267,6 +280,7 @@ class Settings(Section):
 
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
+    beside: BesideSettings = BesideSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
-from reptile.learn.episodic import ClosedForm, EpisodicState, closed_form
-from reptile.learn.heads import HEADS
+from reptile.learn.episodic import ClosedForm, EpisodicState
+from reptile.learn.heads import Head, head_of
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
 from reptile.models import (
@@ -124,7 +124,7 @@ class Checkpoint(NamedTuple):
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
                 "not in closed form"
             )
-        return closed_form(self.model, self.state, self.info.settings)
+        return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
 
 
 def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Model:
@@ -229,7 +229,11 @@ def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:
     """Return the names and shapes of all that is learnt: the network's weights, then a head's."""
     if not info.settings.closed_form:
         return model.shapes
-    return model.shapes | HEADS[info.settings.algorithm].shapes
+    return model.shapes | _head(model, info).shapes
+
+
+def _head(model: Model, info: CheckpointInfo) -> Head:
+    return head_of(info.settings.algorithm, model.feature_size, info.values)
 
 
 def _flat(shapes: Mapping[str, torch.Size], tensors: dict[str, Tensor], vector: str) -> Tensor:
