@@ -178,7 +178,9 @@ def measure(settings: str, point: str, prepared: Artifact, checkpoint: Artifact)
         trained_on = load_prepared(Path(prepared.path))
         trained = load_checkpoint(Path(checkpoint.path))
         trained.info.check_data(trained_on)
-        scores = metrics(evaluate_checkpoint(chosen, trained, trained_on, {}, ways=ways))
+        scores = metrics(
+            evaluate_checkpoint(chosen, trained, trained_on, {}, ways=ways, baselines=False)
+        )
     except InputError as error:
         return f"| {point} | {error} | |"
     objective = objective_named(scores.objective)
@@ -212,7 +214,7 @@ def export(
     stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
     point = chosen.gate
     metrics = read_metrics(Path(evaluation.path))
-    gated = metrics.score(metrics.held_out, point.shots, "trained", point.mode)
+    gated = metrics.score(metrics.held_out, point.shots, metrics.learner, point.mode)
     own = {
         "export_settings_sha256": _hash(chosen),
         "name": chosen.name,

@@ -35,7 +35,6 @@ from reptile.evaluate.metrics import Choice, Score
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
 from reptile.learn.episodic import ClosedForm, EpisodicState
-from reptile.learn.heads import HEADS
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.learn.unadapted import ALGORITHM_OF, frozen_features
@@ -115,8 +114,7 @@ class Comparison:
         if isinstance(checkpoint.state, EpisodicState):
             learner = checkpoint.closed_form
             self._networks[name] = learner
-            head = closed_form(checkpoint.info.settings.algorithm, learner.params)
-            self.rows[name] = Row(name, head)
+            self.rows[name] = Row(name, closed_form(learner.head, learner.params))
         else:
             self.adapted[name] = GradientLearner(checkpoint, checkpoint.state)
 
@@ -126,9 +124,8 @@ class Comparison:
         weights = initialise(checkpoint.model, settings.seed).to(checkpoint.state.weights.device)
         self._networks[before] = frozen_features(checkpoint, weights, self._data)
         if settings.closed_form:
-            start = EpisodicState.start(weights, HEADS[settings.algorithm])
-            untrained = checkpoint._replace(state=start).closed_form
-            self.rows["random"] = Row(before, closed_form(settings.algorithm, untrained.params))
+            head = checkpoint.closed_form.head
+            self.rows["random"] = Row(before, closed_form(head, head.initial))
         else:
             state = MetaState(weights, fresh_state(weights))
             self.adapted["random"] = GradientLearner(checkpoint, state)
@@ -138,9 +135,10 @@ class Comparison:
         if isinstance(checkpoint.state, MetaState):
             self._networks["trained"] = frozen_features(checkpoint, checkpoint.state.weights, data)
         if self.objective is not CLASSIFICATION:
-            random = self.adapted["random"].start.weights
-            joint = train_jointly(settings, engine_on(checkpoint, data), random, data)
-            self.adapted["joint"] = GradientLearner(checkpoint, joint)
+            if "random" in self.adapted:
+                random = self.adapted["random"].start.weights
+                joint = train_jointly(settings, engine_on(checkpoint, data), random, data)
+                self.adapted["joint"] = GradientLearner(checkpoint, joint)
             self.rows |= {
                 "ridge": Row("trained", None),
                 f"{before}_ridge": Row(before, None),
@@ -166,8 +164,12 @@ class Comparison:
     @property
     def learners(self) -> tuple[str, ...]:
         """The methods that a bundle can have, and the checkpoints beside."""
-        names = ("trained", *self._beside, "prototypes", "ridge")
-        return tuple(name for name in names if name in self.adapted or name in self.rows)
+        unadapted = ("prototypes", "ridge") if self.objective is CLASSIFICATION else ()
+        return (
+            "trained",
+            *self._beside,
+            *(name for name in unadapted if name in self.rows),
+        )
 
     def draw(self, classes: ClassRange, shots: int) -> Drawn:
         """Draw the test tasks; what else is measured changes none of them."""
@@ -224,6 +226,7 @@ class Comparison:
             drawn = self._validation(shots, STRENGTH_TASKS, CHOICE_TASKS)
             if drawn is None:
                 return None
+            ways = drawn.ways
             embeddings = self.embeddings(self._data, drawn.tasks, closed)
             for name, parts in each.items():
                 if name in self.adapted:
@@ -239,7 +242,7 @@ class Comparison:
         return Choice(
             best=best,
             tasks=len(scores[best]),
-            ways=drawn.ways,
+            ways=ways,
             scores={name: Score.of(values).rounded() for name, values in scores.items()},
             differences={
                 name: Score.of(values - scores[best]).rounded()
@@ -274,12 +277,14 @@ class Comparison:
             for name in names:
                 unit = units[self.rows[name].network]
                 best, chosen = -np.inf, DEFAULT_STRENGTH * unit
-                for strength in STRENGTHS if drawn else ():
-                    self._strengths[name, shots] = strength * unit
+                for strength in (each * unit for each in STRENGTHS):
+                    if drawn is None:
+                        break
+                    self._strengths[name, shots] = strength
                     outputs = self.outputs(name, embeddings, drawn)
                     score = self.objective.better * self.scores(outputs, drawn).mean()
                     if score > best:
-                        best, chosen = score, strength * unit
+                        best, chosen = score, strength
                 self._strengths[name, shots] = chosen
 
     def _validation(self, shots: int, first: int, count: int) -> Drawn | None:

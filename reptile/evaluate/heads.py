@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reptile.learn.heads import HEADS, Classifier
+from reptile.learn import heads as learnt
+from reptile.learn.heads import Classifier
 from reptile.learn.optimizer import decay, fresh_state, update
 from reptile.models import Params
 from reptile.settings import OptimizerSettings
@@ -31,28 +32,35 @@ class Shown(NamedTuple):
 Head = Callable[[Shown], Tensor]
 
 
-def closed_form(algorithm: str, params: Params) -> Head:
-    """Return the head that an algorithm trains through, with its learnt numbers."""
-    head = HEADS[algorithm]
-    numbers = {name: params[name].double() for name in head.shapes}
+def closed_form(head: learnt.Head, params: Params) -> Head:
+    """Return a head that networks are trained through, with its learnt numbers."""
+    numbers = {name: params[name].double().cpu() for name in head.shapes}
+
+    def one(support: Tensor, targets: Tensor, query: Tensor) -> Tensor:
+        if isinstance(head, learnt.ClassifierHead):
+            return head.fit(numbers, support, targets).logits(query)
+        assert isinstance(head, learnt.BayesHead)
+        return head.fit(numbers, support, targets).predict(query)[0]
+
+    each = torch.vmap(one)
 
     def outputs(shown: Shown) -> Tensor:
-        fit = torch.func.vmap(lambda support, targets: head.fit(numbers, support, targets))
-        return _logits(fit(shown.support, shown.targets), shown.query)
+        result: Tensor = each(shown.support, shown.targets, shown.query)
+        return result
 
     return outputs
 
 
 def prototypes(shown: Shown) -> Tensor:
     """Return the negative squared distance to each class's mean, up to what classes share."""
-    return closed_form("protonet", _numbers("protonet"))(shown)
+    head = learnt.HEADS["protonet"]
+    return closed_form(head, head.initial)(shown)
 
 
 def ridge(strength: float) -> Head:
-    """Return ridge regression with this strength, on features with a column of ones."""
-    numbers = {**_numbers("ridge"), "head.strength": torch.tensor(strength).double().log()}
-    numbers["head.scale"] = torch.zeros(()).double()
-    return closed_form("ridge", numbers)
+    """Return ridge regression of this strength on labels or values, with a free constant."""
+    numbers = {"head.strength": torch.tensor(strength).log(), "head.scale": torch.zeros(())}
+    return closed_form(learnt.HEADS["ridge"], numbers)
 
 
 def constant_zero(shown: Shown) -> Tensor:
@@ -102,9 +110,9 @@ def prototype_steps(optimizer: OptimizerSettings) -> Head:
         ways, each = shown.targets.shape[-1], torch.arange(tasks)[:, None]
         length = shown.support.square().sum(-1).mean(1).sqrt().clamp(min=1e-12)[:, None, None]
         support, query = shown.support / length, shown.query / length
-        head = HEADS["protonet"]
-        fit = torch.func.vmap(lambda s, t: head.fit(_numbers("protonet"), s, t))
-        start = fit(support, shown.targets)
+        head = learnt.HEADS["protonet"]
+        numbers = {name: value.double() for name, value in head.initial.items()}
+        start = torch.vmap(lambda s, t: head.fit(numbers, s, t))(support, shown.targets)
         weights = torch.cat([start.weight.flatten(1), start.bias], 1)
         state = fresh_state(weights)
         for batch in shown.batches:
@@ -121,15 +129,10 @@ def prototype_steps(optimizer: OptimizerSettings) -> Head:
 
 def _classifier(weights: Tensor, ways: int, size: int) -> Classifier:
     """Split flat weights [T, W·D + W]."""
-    weight, bias = weights.split([ways * size, ways], 1)
+    weight, bias = torch.split(weights, [ways * size, ways], 1)
     return Classifier(weight.view(-1, ways, size), bias)
 
 
 def _logits(classifier: Classifier, features: Tensor) -> Tensor:
     """Return the logits [T, N, W] of features [T, N, D] under a classifier for each task."""
     return features @ classifier.weight.mT + classifier.bias[:, None]
-
-
-def _numbers(algorithm: str) -> dict[str, Tensor]:
-    initial = HEADS[algorithm].initial
-    return {name: torch.tensor(value).double() for name, value in initial.items()}

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.evaluate.adapting import (
@@ -161,11 +160,7 @@ def evaluate(
             that of a method.
     """
     beside = beside or {}
-    objective, classes, shots = (
-        checkpoint.info.objective,
-        data.split("test"),
-        sorted(set(settings.shots)),
-    )
+    classes, shots = data.split("test"), sorted(set(settings.shots))
     ways = ways or settings.task_ways(checkpoint.info.settings, len(classes.starts))
     for each in (checkpoint, *beside.values()):
         check_ways(each, ways)
@@ -292,7 +287,7 @@ def _measure(
             }
             by_step |= {(method, mode): each for mode, each in found.by_step.items()}
             if method == "trained":
-                logits = {mode: outputs for mode, outputs in found.outputs.items()}
+                logits = dict(found.outputs.items())
         for method in comparison.rows:
             outputs = comparison.outputs(method, embeddings, tasks)
             scores[method] = {"none": comparison.scores(outputs, tasks)}

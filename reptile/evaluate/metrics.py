@@ -159,8 +159,10 @@ class Metrics(BaseModel):
         show = objective_named(self.objective).show
         for method in self.methods:
             found = [self.scores[dataset][shots].get(method, {}) for dataset, shots in self.columns]
-            modes = [mode for mode in self.modes if any(mode in scores for scores in found)]
-            for mode in modes or ["none"]:
+            modes: list[Mode] = [
+                mode for mode in self.modes if any(mode in scores for scores in found)
+            ]
+            for mode in modes or (["none"] if any(found) else []):
                 cells = [scores.get(mode) for scores in found]
                 shown = [show(*score) if score else "" for score in cells]
                 yield method, mode if len(modes) > 1 else "none", shown

@@ -7,8 +7,8 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reptile.evaluate.confusions import confusions
 from reptile.evaluate.adapting import PATH_MODES
+from reptile.evaluate.confusions import confusions
 from reptile.evaluate.measure import Evaluation, Measurement
 from reptile.evaluate.metrics import DIGITS, METRICS_FILE, ByMethod, Metrics, Scores
 from reptile.evaluate.report import render_report

@@ -3,7 +3,6 @@
 What a checkpoint is worth without adaptation; trained through a head or not.
 """
 
-import math
 from typing import Literal
 
 from torch import Tensor
@@ -29,7 +28,7 @@ def unadapted(
 
     Args:
         checkpoint: of any algorithm.
-        data: what it was trained on.
+        data: what it was trained on, of classes.
         head: classifies by the features.
         strength: of ridge regression, for the kernel of the features; None for the head's default.
     """
@@ -56,9 +55,8 @@ def with_head(learner: ClosedForm, head: HeadName, strength: float | None = None
     """Return a learner of the same features with another head, its numbers at their start."""
     chosen = HEADS[ALGORITHM_OF[head]]
     like = next(iter(learner.params.values()))
-    numbers = dict(chosen.initial)
+    numbers = {name: value.to(like) for name, value in chosen.initial.items()}
     if strength is not None:
-        numbers["head.strength"] = math.log(strength)
+        numbers["head.strength"] = like.new_tensor(strength).log()
     body = {name: value for name, value in learner.params.items() if name in learner.model.shapes}
-    params = body | {name: like.new_tensor(value) for name, value in numbers.items()}
-    return ClosedForm(learner.model, chosen, params, learner.statistics)
+    return ClosedForm(learner.model, chosen, body | numbers, learner.statistics)

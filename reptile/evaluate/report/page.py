@@ -15,8 +15,8 @@ from PIL import Image
 
 from reptile import __version__
 from reptile.data.dataset import PreparedClass, PreparedData
-from reptile.evaluate.confusions import Confusions, confusions, hardest
 from reptile.evaluate.adapting import PATH_MODES, PATH_TASKS
+from reptile.evaluate.confusions import Confusions, confusions, hardest
 from reptile.evaluate.measure import Evaluation, Measurement
 from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Score
