@@ -24,7 +24,7 @@ from reptile.errors import InputError
 from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.gate import gate as judge
 from reptile.evaluate.metrics import Metrics, Mode, Score, read_metrics
-from reptile.evaluate.report.page import HEADLINE_MODE
+from reptile.evaluate.report.comparison import HEADLINE_MODE
 from reptile.evaluate.write import metrics as metrics_of
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
@@ -255,7 +255,8 @@ def _measure(
     """Return the scores of tasks of so many ways and shots, or why there are none."""
     chosen = settings.model_copy(update={"shots": (shots,)})
     try:
-        return metrics_of(evaluate_checkpoint(chosen, trained, data, {}, ways=ways))
+        result = evaluate_checkpoint(chosen, trained, data, {}, ways=ways, baselines=False)
+        return metrics_of(result)
     except InputError as error:
         return str(error)
 
@@ -381,7 +382,7 @@ def export(
     stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
     point = chosen.gate
     metrics = read_metrics(Path(evaluation.path))
-    gated = metrics.score(metrics.held_out, point.shots, "trained", point.mode)
+    gated = metrics.score(metrics.held_out, point.shots, metrics.learner, point.mode)
     made = {
         "export_settings_sha256": _hash(chosen),
         "name": chosen.name,

@@ -89,7 +89,7 @@ def test_points_are_measured_as_an_evaluation_of_their_own_would(
         chosen = SETTINGS.model_copy(update={"shots": (shots,)})
         (expected,) = evaluate(chosen, checkpoint, data, {}, ways=ways).held_out
         for start, cell in zip(("trained", "random"), cells, strict=True):
-            mean, interval = expected.score(start, mode).rounded()  # type: ignore[arg-type]
+            mean, interval = expected.score(start, mode).rounded()
             assert cell == f"{100 * mean:.1f} ± {100 * interval:.1f}"
 
 
