@@ -243,6 +243,15 @@ def evaluate(
     preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="NAME=FOLDER",
+            help="Another checkpoint of the same data, measured on the same tasks; may be "
+            "repeated. By default the second learner, if the settings `beside` train one.",
+        ),
+    ] = None,
 ) -> None:
     """Measure few-shot accuracy on held-out classes and other domains, with a report.
 
@@ -253,18 +262,30 @@ def evaluate(
     from reptile.evaluate import summary_table
     from reptile.evaluate.metrics import read_metrics
 
+    others = dict(map(_named_folder, beside or ()))
+    if not beside and settings.beside.training:
+        others = {"beside": artifacts / "beside/checkpoint"}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
         result = stages.evaluate(
-            settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
+            settings.evaluate,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            folder,
+            count,
+            others,
         )
     seconds = perf_counter() - start
-    console.print(summary_table(read_metrics(folder)))
-    console.print(
-        f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
-        f"{result.adaptations / seconds:.0f} tasks/s"
-    )
+    metrics = read_metrics(folder)
+    console.print(summary_table(metrics))
+    if metrics.chosen:
+        console.print(f"best on validation tasks: {metrics.chosen.best}")
+    if result.adaptations:
+        console.print(
+            f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in "
+            f"{seconds:.0f} s, {result.adaptations / seconds:.0f} tasks/s"
+        )
     console.print(f"report: {folder / 'report.html'}")
 
 
@@ -642,6 +663,13 @@ def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--beside {text}: write it as NAME=FOLDER")
+    return name, Path(folder)
 
 
 @contextmanager
