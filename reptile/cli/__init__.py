@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -162,6 +163,37 @@ def train(
     last = result.info.curve[-1]
     score = f"validation {result.info.objective.title} {last.score:.3f}"
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
+
+
+@app.command("check-model")
+def check_model_command(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Show what the network of the settings is and costs; refuse one that cannot train.
+
+    Inputs are those of the prepared data, or without any of the settings of `prepare`.
+
+    Example: reptile check-model -S train.model.name=torchvision:resnet18 -S train.adapt=head
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.learn.check_model import check_model
+
+    size, values = settings.prepare.image_size, 0
+    channels = 1 if settings.prepare.channels == "grey" else 3
+    image_shape: tuple[int, ...] = (channels, size, size)
+    if (artifacts / "prepared" / INDEX_FILE).is_file():
+        data = load_prepared(artifacts / "prepared")
+        image_shape, values = data.image_shape, data.values
+    with console.status("checking"):
+        result = check_model(settings.train, image_shape, values)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in result.rows():
+        table.add_row(name, escape(value))
+    console.print(table)
 
 
 @app.command()

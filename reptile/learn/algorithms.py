@@ -1,11 +1,13 @@
-"""The algorithms behind one interface: where each starts, one meta-iteration, its validation score.
+"""The algorithms behind one interface: where each starts, a meta-iteration, its validation score.
 
-Reptile and first-order MAML are in `reptile`, training through a closed-form head in `episodic`.
+Reptile and first-order MAML are in `reptile`, MAML in `maml`, training through a closed-form head
+in `episodic`.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from reptile.data.dataset import ClassRange, PreparedData
@@ -19,6 +21,7 @@ from reptile.learn.episodic import (
     population_statistics,
 )
 from reptile.learn.heads import Head, head_of
+from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.validate import mean_score
@@ -86,6 +89,41 @@ class GradientSteps:
         )
 
 
+class Maml:
+    """MAML."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+
+    def start(self, weights: Tensor) -> EpisodicState:
+        """See `Algorithm.start`."""
+        return EpisodicState(weights, torch.zeros_like(weights), torch.zeros_like(weights), 0)
+
+    def iterate(
+        self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
+    ) -> tuple[EpisodicState, Tensor]:
+        """See `Algorithm.iterate`."""
+        tasks = episodes(classes, self.settings, iteration)
+        inner_rate = self.settings.optimizer.learning_rate
+        return maml_step(engine, state, tasks, inner_rate, adam_rate(self.settings, iteration))
+
+    def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
+        """See `Algorithm.finish`: nothing."""
+        return state
+
+    def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
+        """See `Algorithm.score`."""
+        start = MetaState(state.weights, fresh_state(state.weights))
+        return mean_score(engine, start, tasks, engine.model.objective)
+
+    def diverged(self) -> str:
+        """See `Algorithm.diverged`."""
+        return (
+            f"train.optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or "
+            f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
+        )
+
+
 class ThroughHead:
     """Training through a closed-form head: protonet, ridge, bayes."""
 
@@ -101,9 +139,8 @@ class ThroughHead:
         self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
     ) -> tuple[EpisodicState, Tensor]:
         """See `Algorithm.iterate`."""
-        episode, done = self.settings.episode, iteration / self.settings.meta_iterations
-        rate = episode.learning_rate * (1 - done) + episode.learning_rate_final * done
         drawn = episodes(classes, self.settings, iteration)
+        rate = adam_rate(self.settings, iteration)
         return episodic_step(engine, state, drawn, self.head, rate)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
@@ -123,6 +160,12 @@ class ThroughHead:
         return f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
 
 
+def adam_rate(settings: TrainSettings, iteration: int) -> float:
+    """Return the outer step size of a meta-iteration (from 0), which falls linearly."""
+    episode, done = settings.episode, iteration / settings.meta_iterations
+    return episode.learning_rate * (1 - done) + episode.learning_rate_final * done
+
+
 def algorithm_of(settings: TrainSettings, model: Model, values: int) -> Algorithm:
     """Return the algorithm that the settings name.
 
@@ -131,8 +174,10 @@ def algorithm_of(settings: TrainSettings, model: Model, values: int) -> Algorith
         model: the network.
         values: how many values there are to predict; 0 where classes are to be named.
     """
-    if not settings.closed_form:
+    if settings.interpolates:
         return GradientSteps(settings)
+    if settings.algorithm == "maml":
+        return Maml(settings)
     return ThroughHead(settings, head_of(settings.algorithm, model.feature_size, values))
 
 
