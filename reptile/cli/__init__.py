@@ -35,7 +35,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from reptile.cli.under_dvc import check_code, check_data
-from reptile.errors import InputError, PlatformError, ReptileError
+from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.settings import BatchNormMode, Settings, load_settings
 
@@ -133,14 +133,18 @@ def train(
 ) -> None:
     """Meta-train an initialisation on the prepared data.
 
+    The first Ctrl-C (or SIGTERM) ends it after the current meta-iteration, with a checkpoint, and
+    exit code 130 (143); --resume continues. A second Ctrl-C interrupts at once.
+
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
     settings = read_settings(params, preset, changes)
     from reptile import stages
+    from reptile.learn.signals import stop_by_signal
 
     folder = artifacts / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
-    with _training(settings) as observe:
+    with _training(settings) as observe, stop_by_signal() as stop:
         result = stages.train(
             settings.train,
             artifacts / "prepared",
@@ -149,6 +153,7 @@ def train(
             work=artifacts / "training",
             resume=resume,
             on_progress=observe,
+            stop=stop,
         )
     last = result.info.curve[-1]
     score = f"validation {result.info.objective.title} {last.score:.3f}"
@@ -555,6 +560,10 @@ def run() -> None:
     try:
         check_code()
         app()
+    except StoppedError as stopped:
+        if not console.quiet:
+            typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except ReptileError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

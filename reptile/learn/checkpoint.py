@@ -65,6 +65,8 @@ class CheckpointInfo(BaseModel):
     code_sha256: str
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
+    losses: tuple[float, ...] = ()
+    """Of the meta-iterations since the curve's last point; none in a finished checkpoint."""
 
     def check_data(self, data: PreparedData) -> None:
         """Refuse other data: classes that it holds out may be among those trained on.
@@ -108,6 +110,12 @@ def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Mode
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves what was at `folder` before."""
+    with atomic_directory(folder) as temporary:
+        write_checkpoint(temporary, checkpoint)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into a folder."""
     model, (weights, inner), info = checkpoint
     vectors = {"weights": weights, "second_moment": inner.second_moment}
     if info.module:  # a network of the settings draws its start again from the seed
@@ -118,9 +126,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for name, part in unflatten(model, flat).items()
     }
     tensors["step"] = torch.tensor(inner.step)
-    with atomic_directory(folder) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
-        write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
+    write_json(folder / INFO_FILE, info.model_dump(mode="json"))
 
 
 def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:

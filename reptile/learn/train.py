@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
-from reptile.errors import DivergedError
+from reptile.errors import DivergedError, StoppedError
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
 from reptile.learn.optimizer import fresh_state
@@ -48,6 +48,7 @@ def meta_train(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
     """Meta-train from a checkpoint to the last meta-iteration of its settings.
 
@@ -56,16 +57,19 @@ def meta_train(
         start: an untrained initialisation, or where an earlier training stopped.
         data: its training split makes tasks, its validation split the learning curve.
         on_progress: called after each meta-iteration.
-        on_checkpoint: called every `checkpoint_every` meta-iterations, and after the last.
+        on_checkpoint: called every `checkpoint_every` meta-iterations, after the last, and when
+            the training is stopped.
+        stop: asked after each meta-iteration but the last whether to stop there.
 
     Raises:
         InputError: the data cannot make the tasks.
         DivergedError: the loss is no longer finite.
+        StoppedError: `stop` said so.
     """
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
-    losses: list[float] = []
+    losses = list(info.losses)
     for iteration in range(info.iteration, settings.meta_iterations):
         tasks = training_tasks(classes, settings, iteration)
         epsilon = step_size(settings, iteration)
@@ -83,11 +87,18 @@ def meta_train(
             score = mean_score(engine, state, validation, info.objective)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
-            info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
+            info = info.model_copy(
+                update={"iteration": done, "curve": (*info.curve, point), "losses": ()}
+            )
             on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
+        if done < settings.meta_iterations and stop():
+            if done != info.iteration:
+                info = info.model_copy(update={"iteration": done, "losses": tuple(losses)})
+                on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
+            raise StoppedError(f"stopped after meta-iteration {done} of {settings.meta_iterations}")
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
 
