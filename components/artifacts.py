@@ -8,6 +8,7 @@ import csv
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import chdir
@@ -15,8 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
+from components import secrets
 from components.fetch import fetch
 from components.push import publish as publish_bundle
+from components.store import working_folder
+from components.supervise import supervise
 from reptile import stages
 from reptile.data.dataset import load_prepared
 from reptile.errors import InputError
@@ -26,7 +30,8 @@ from reptile.evaluate.metrics import read_metrics
 from reptile.evaluate.write import metrics
 from reptile.files import sha256_file
 from reptile.learn.checkpoint import load_checkpoint
-from reptile.learn.train import Progress
+from reptile.learn.run_folder import run_folder
+from reptile.learn.train import untrained
 from reptile.objectives import objective_named
 from reptile.provenance import settings_sha256
 from reptile.settings import (
@@ -104,24 +109,39 @@ def prepare(
 
 
 def train(
-    settings: str, work: str, prepared: Artifact, checkpoint: Artifact, curves: Artifact
+    settings: str,
+    work: str,
+    prepared: Artifact,
+    checkpoint: Artifact,
+    curves: Artifact,
+    secret: Path = secrets.WORK,
 ) -> None:
-    """Meta-train; go on from the latest checkpoint below `work`, if this run has left one there."""
+    """Meta-train in a process of its own, which is started again if it dies.
+
+    Args:
+        settings: of `train`.
+        work: folder or address of a store, for the checkpoints of unfinished training; this run
+            goes on from the latest one that it has left there.
+        prepared: the dataset.
+        checkpoint: the checkpoint to write.
+        curves: the learning curves to write.
+        secret: folder with the store's credentials.
+
+    Raises:
+        SystemExit: training has failed for good, with its exit code.
+    """
     chosen = parse_settings(TrainSettings, settings)
-    result = stages.train(
-        chosen,
-        Path(prepared.path),
-        Path(checkpoint.path),
-        curves=Path(curves.path),
-        work=Path(work),
-        resume=True,
-        on_progress=_Log(),
-    )
+    start = untrained(chosen, load_prepared(Path(prepared.path)))
+    run = run_folder(Path(), start.info).name
+    with working_folder(work, run, secret) as folder:
+        command = (settings, prepared.path, checkpoint.path, curves.path, str(folder))
+        supervise([sys.executable, "-m", "components.training", *command])
+    info = load_checkpoint(Path(checkpoint.path)).info
     own = {
         "train_settings_sha256": _hash(chosen),
-        "code_sha256": result.info.code_sha256,
-        f"validation_{result.info.objective.metric}": result.info.curve[-1].score,
-        result.info.objective.metric: result.info.curve[-1].score,
+        "code_sha256": info.code_sha256,
+        f"validation_{info.objective.metric}": info.curve[-1].score,
+        info.objective.metric: info.curve[-1].score,
     }
     checkpoint.metadata |= _inherit(prepared) | finite(own)
     curves.metadata |= checkpoint.metadata
@@ -266,25 +286,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
     kept = {name: value for name, value in values.items() if name not in bad}
     return kept | ({"not_finite": ", ".join(bad)} if bad else {})
-
-
-class _Log:
-    """Prints where training starts, and each new point of its curve, as a pod's log shows it."""
-
-    def __init__(self) -> None:
-        self._shown = -1
-
-    def __call__(self, progress: Progress) -> None:
-        if self._shown < 0:
-            print(f"from meta-iteration {progress.iteration} of {progress.of}: {progress.engine}")
-            self._shown = 0
-        for point in progress.curve[self._shown :]:
-            print(
-                f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                f"validation {progress.objective.title} {point.score:.3f}",
-                flush=True,
-            )
-        self._shown = len(progress.curve)
 
 
 # What passes from an artifact to those made of it; its own scores and hashes do not.
