@@ -6,18 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import asyncssh
 import botocore.session
 import pytest
 import yaml
-from dulwich.repo import Repo
-from dulwich.server import DictBackend
-from dulwich.web import make_wsgi_chain
 from object_store import BUCKET, ObjectStore, object_store
 
 from components.fetch import fetch
@@ -180,29 +177,54 @@ def test_googles_key_is_given_by_its_path_and_other_keys_are_left_out(tmp_path: 
     assert set(read_secret(tmp_path)) == {"GOOGLE_APPLICATION_CREDENTIALS", "ca.crt"}
 
 
-class Quiet(WSGIRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 TOKEN = "a-token-of-git"
 
 
 @pytest.fixture(scope="module")
 def over_http(repository: Path) -> Iterator[str]:
-    """The repository by dulwich's server, which asks for the token."""
-    git = make_wsgi_chain(DictBackend({"/": Repo(str(repository))}))
+    """The repository by git's own server program, which asks for the token."""
     expected = "Basic " + base64.b64encode(f"team:{TOKEN}".encode()).decode()
 
-    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        if environ.get("HTTP_AUTHORIZATION") != expected:
-            start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="git"')])
-            return [b""]
-        return git(environ, start_response)
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    server = make_server("127.0.0.1", 0, guarded, handler_class=Quiet)
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != expected:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", 'Basic realm="git"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            path, _, query = self.path.partition("?")
+            request = {
+                "GIT_PROJECT_ROOT": str(repository),
+                "GIT_HTTP_EXPORT_ALL": "1",
+                "REQUEST_METHOD": self.command,
+                "PATH_INFO": path,
+                "QUERY_STRING": query,
+                "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+                "CONTENT_LENGTH": str(len(body)),
+            }
+            answer = subprocess.run(
+                ["git", "http-backend"], input=body, env=os.environ | request, capture_output=True
+            ).stdout
+            head, _, content = answer.partition(b"\r\n\r\n")
+            self.send_response(200)
+            for line in head.decode().splitlines():
+                self.send_header(*line.split(": ", 1))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
+    yield f"http://127.0.0.1:{server.server_port}/.git"
     server.shutdown()
 
 
@@ -236,12 +258,13 @@ def over_ssh(
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    listening = asyncio.run_coroutine_threadsafe(
-        asyncssh.create_server(
+
+    async def listen() -> asyncssh.SSHAcceptor:
+        return await asyncssh.create_server(
             Server, "127.0.0.1", 0, server_host_keys=[host], process_factory=serve, encoding=None
-        ),
-        loop,
-    ).result(30)
+        )
+
+    listening = asyncio.run_coroutine_threadsafe(listen(), loop).result(30)
     port = listening.get_port()
     public = host.export_public_key().decode().strip()
     (secret / "known_hosts").write_text(f"[127.0.0.1]:{port} {public}\n")
