@@ -134,7 +134,7 @@ class Adapt(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
         super().__init__()
-        model, (weights, state), info = checkpoint
+        model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
         self.model = exportable(model)
         self.objective = info.objective
         self.optimizer = info.settings.optimizer

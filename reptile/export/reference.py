@@ -48,7 +48,7 @@ class SupportSet(NamedTuple):
 
 def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
     """Return the losses [K] and the folded weights, by the names of the graph's outputs."""
-    model, (weights, state), info = checkpoint
+    model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
     engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
     rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
     inner = OptimizerState(state.second_moment.to(dtype), state.step)

@@ -10,6 +10,7 @@ from reptile.models.base import (
     flatten,
     initialise,
     mask_absent_outputs,
+    named_parts,
     size,
     unflatten,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "flatten",
     "initialise",
     "mask_absent_outputs",
+    "named_parts",
     "size",
     "unflatten",
 ]
