@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 from components import secrets
 from components.fetch import fetch
+from components.nodes import train_on_nodes
 from components.push import publish as publish_bundle
-from components.store import working_folder
+from components.store import is_address, working_folder
 from components.supervise import supervise
 from reptile import stages
 from reptile.data.dataset import load_prepared
@@ -28,7 +29,7 @@ from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.gate import gate as judge
 from reptile.evaluate.metrics import read_metrics
 from reptile.evaluate.write import metrics
-from reptile.files import sha256_file
+from reptile.files import atomic_directory, sha256_file
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.run_folder import run_folder
 from reptile.learn.train import untrained
@@ -111,31 +112,51 @@ def prepare(
 def train(
     settings: str,
     work: str,
+    nodes: int,
     prepared: Artifact,
     checkpoint: Artifact,
     curves: Artifact,
     secret: Path = secrets.WORK,
 ) -> None:
-    """Meta-train in a process of its own, which is started again if it dies.
+    """Meta-train in a process of its own or on several nodes, started again if it dies.
 
     Args:
         settings: of `train`.
         work: folder or address of a store, for the checkpoints of unfinished training; this run
             goes on from the latest one that it has left there.
+        nodes: pods to share the training among; more than one share the folder `work`.
         prepared: the dataset.
         checkpoint: the checkpoint to write.
         curves: the learning curves to write.
         secret: folder with the store's credentials.
 
     Raises:
+        InputError: several nodes, and `work` is no folder that they share.
         SystemExit: training has failed for good, with its exit code.
     """
     chosen = parse_settings(TrainSettings, settings)
     start = untrained(chosen, load_prepared(Path(prepared.path)))
     run = run_folder(Path(), start.info).name
-    with working_folder(work, run, secret) as folder:
-        command = (settings, prepared.path, checkpoint.path, curves.path, str(folder))
-        supervise([sys.executable, "-m", "components.training", *command])
+    program = ("-m", "components.training", settings)
+    if nodes > 1:
+        if is_address(work):
+            raise InputError(
+                f"nodes = {nodes}: the nodes share data and checkpoint on a volume; set work to a "
+                f"folder on it, not {work}"
+            )
+        shared = Path(work) / f"{run}.nodes"
+        if not (shared / "prepared").is_dir():
+            with atomic_directory(shared / "prepared") as copy:
+                shutil.copytree(prepared.path, copy, dirs_exist_ok=True)
+        places = [str(shared / name) for name in ("prepared", "checkpoint", "curves")]
+        train_on_nodes(nodes, f"reptile-{run}", ["torchrun", *program, *places, work])
+        for name, artifact in (("checkpoint", checkpoint), ("curves", curves)):
+            shutil.copytree(shared / name, artifact.path)
+        shutil.rmtree(shared)
+    else:
+        with working_folder(work, run, secret) as folder:
+            places = [prepared.path, checkpoint.path, curves.path, str(folder)]
+            supervise([sys.executable, *program, *places])
     info = load_checkpoint(Path(checkpoint.path)).info
     own = {
         "train_settings_sha256": _hash(chosen),

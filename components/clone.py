@@ -67,7 +67,7 @@ def clone_with(
             # pygit2 accepts any SSH host unless this says what libgit2 has found.
             return valid
 
-    before = pygit2.settings.homedir
+    before: Any = pygit2.settings.homedir
     with TemporaryDirectory(prefix="reptile-git-") as home:  # where libgit2 looks for known hosts
         if HOSTS in credentials:
             (Path(home) / ".ssh").mkdir()

@@ -14,8 +14,7 @@ GIT = Path("/etc/reptile/git")
 WORK = Path("/etc/reptile/work")
 """Where the credentials of the store of unfinished training are mounted."""
 
-# A secret's keys, which are those of Amazon's and Google's own tools, as DVC's options.
-_OPTIONS = {
+OPTIONS = {
     "s3": {
         "AWS_ACCESS_KEY_ID": "access_key_id",
         "AWS_SECRET_ACCESS_KEY": "secret_access_key",
@@ -25,6 +24,8 @@ _OPTIONS = {
     },
     "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "credentialpath"},
 }
+"""By a store's scheme: the keys of its secret, named as by Amazon's and Google's own tools, and the
+options of a DVC remote that they stand for."""
 
 
 def read_secret(folder: Path) -> dict[str, str]:
@@ -45,7 +46,7 @@ def remote_options(address: str, folder: Path) -> dict[str, str]:
         folder: where the secret is mounted; nothing there leaves the credentials to the
             environment, as with accounts that are bound to the pod.
     """
-    names = _OPTIONS.get(urlsplit(address).scheme, {})
+    names = OPTIONS.get(urlsplit(address).scheme, {})
     values = read_secret(folder)
     options = {names[key]: value for key, value in values.items() if key in names and value}
     if "credentialpath" in options:  # a file's content in the secret, a file's path for DVC

@@ -187,10 +187,12 @@ def submit(
     """
     from pipeline.cluster import Cluster, RunOptions
     from pipeline.connection import connect
-    from pipeline.package import load_package, run_parameters
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     cluster = Cluster(connect(host, namespace, token_file, ca_cert))
     run_id = cluster.submit(
@@ -258,10 +260,12 @@ def schedule(
     from pipeline.cluster import Cluster, RunOptions, Timetable
     from pipeline.connection import connect
     from pipeline.cron import parse_cron
-    from pipeline.package import load_package, run_parameters
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)

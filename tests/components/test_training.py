@@ -50,7 +50,7 @@ supervise.PAUSE = 0
 folder, settings, work, secret = Path(sys.argv[1]), *sys.argv[2:]
 made = {name: SimpleNamespace(path=str(folder / name), metadata={})
         for name in ("prepared", "checkpoint", "curves")}
-artifacts.train(settings, work, made["prepared"], made["checkpoint"], made["curves"], Path(secret))
+artifacts.train(settings, work, 1, *made.values(), Path(secret))
 print(json.dumps(made["checkpoint"].metadata))
 """
 

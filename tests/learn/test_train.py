@@ -168,11 +168,14 @@ def test_cuda_that_is_not_there_is_refused() -> None:
         choose_device("cuda")
 
 
-@pytest.mark.parametrize("at", [3, 4, 7, 12])
+@pytest.mark.parametrize(
+    ("at", "algorithm"),
+    [(3, "reptile"), (4, "reptile"), (7, "reptile"), (12, "reptile"), (7, "ridge")],
+)
 def test_stopping_after_any_iteration_and_resuming_gives_the_bytes_of_never_having_stopped(
-    at: int, data: PreparedData, tmp_path: Path
+    at: int, algorithm: str, data: PreparedData, tmp_path: Path
 ) -> None:
-    settings = settings_of()
+    settings = settings_of(algorithm=algorithm)
     whole = run_training(settings, data, tmp_path / "whole")
     done = 0
 
