@@ -181,7 +181,7 @@ def _argo(kube: Kubernetes) -> Finding:
         policy = _retry_policy(kube.config_map(_ARGO, NAMESPACE))
     except (ClusterError, yaml.YAMLError) as error:
         return Finding("retries", "unknown", _sentence(str(error).partition("\n")[0]))
-    way_out = "set retryPolicy: Always in its workflowDefaults to have both"
+    way_out = "deploy/argo has the setting for both"
     if policy == "Always":
         return Finding(
             "retries", "ok", "Argo retries a process that failed and a pod that is lost."
