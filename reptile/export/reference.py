@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.export.fold import fold
+from reptile.export import fold
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import EagerEngine
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.models import mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 from reptile.tasks import Task
 
@@ -47,8 +47,8 @@ class SupportSet(NamedTuple):
 
 
 def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
-    """Return the losses [K] and the folded weights, by the names of the graph's outputs."""
-    model, (weights, state), info = checkpoint
+    """Return the losses [K] and the task's tensors, by the names of the graph's outputs."""
+    model, (weights, state), info = fold.exportable(checkpoint)
     engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
     rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
     inner = OptimizerState(state.second_moment.to(dtype), state.step)
@@ -60,26 +60,25 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
     )
     with torch.no_grad():
         params = unflatten(model, adapted.weights[0])
-        folded = fold(model, params, engine.images(rows).to(dtype))
+        tensors = fold.adapted_tensors(model, params, engine.images(rows).to(dtype))
     losses = {"losses": adapted.losses[0]}
-    return {name: value.numpy() for name, value in (losses | folded).items()}
+    return {name: value.numpy() for name, value in (losses | tensors).items()}
 
 
 @torch.no_grad()
 def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
-    logits = checkpoint.model.forward(params, _network_input(checkpoint.model, images).to(dtype))
-    return np.asarray(logits.numpy())
+    inputs = checkpoint.info.network_input(torch.from_numpy(images)).to(dtype)
+    return np.asarray(checkpoint.model.forward(params, inputs).numpy())
 
 
 @torch.no_grad()
-def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
-    """Return the logits [N, ways] under folded weights; other tensors in `folded` are ignored."""
-    params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
-    logits = model.forward(params, _network_input(model, images).to(dtype))
-    return np.asarray(logits.numpy())
-
-
-def _network_input(model: Model, images: Array) -> torch.Tensor:
-    return model.objective.network_input(torch.from_numpy(images))
+def predict_adapted(
+    checkpoint: Checkpoint, tensors: Tensors, images: Array, dtype: torch.dtype
+) -> Array:
+    """Return the logits [N, ways] under a task's tensors; others among them are ignored."""
+    model, _, info = fold.exportable(checkpoint)
+    given = {name: torch.from_numpy(value).to(dtype) for name, value in tensors.items()}
+    inputs = info.network_input(torch.from_numpy(images)).to(dtype)
+    return np.asarray(fold.predict_adapted(model, given, inputs).numpy())

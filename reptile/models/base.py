@@ -60,6 +60,10 @@ class Model(Protocol):
     def has_batch_norm(self) -> bool:
         """Whether a prediction depends on the statistics of a batch."""
 
+    @property
+    def ends_with_output_bias(self) -> bool:
+        """Whether the last of its weights are added to its outputs, so that it can mask them."""
+
     def initialise(self, seed: int) -> Tensor:
         """Return the weights before any training, float32 [P]."""
 
@@ -93,6 +97,11 @@ class Network(ABC):
     def has_batch_norm(self) -> bool:
         """See `Model.has_batch_norm`."""
         return any(name.startswith("norm") for name in self.shapes)
+
+    @property
+    def ends_with_output_bias(self) -> bool:
+        """See `Model.ends_with_output_bias`: that of the head."""
+        return True
 
     @property
     @abstractmethod
@@ -170,7 +179,7 @@ def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tenso
     Raises:
         InputError: a network whose weights do not end with the bias of its head.
     """
-    if not isinstance(model, Network):
+    if not model.ends_with_output_bias:
         raise InputError(
             f"{model.name}: tasks of fewer classes than its {model.outputs} outputs need a network "
             "of this library; train one with as many outputs as the tasks have classes"

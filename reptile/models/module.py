@@ -64,6 +64,17 @@ class ModuleNetwork:
         """See `Model.has_batch_norm`."""
         return bool(self._norms)
 
+    @property
+    def ends_with_output_bias(self) -> bool:
+        """See `Model.ends_with_output_bias`; for one that does, see `MaskedNetwork`."""
+        return False
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the batch norms, in the order of `statistics`."""
+        names = {module: name for name, module in self.module.named_modules()}
+        return tuple(names[norm] for norm in self._norms)
+
     def initialise(self, seed: int) -> Tensor:
         """Return the module's original weights, whatever the seed."""
         return self._initial.clone()

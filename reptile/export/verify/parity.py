@@ -311,7 +311,7 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
 def _prediction(subject: _Subject) -> Iterator[Check]:
     """Parity of the other graphs, and independence of queries."""
     checkpoint, images = subject.checkpoint, subject.queries()
-    model, pixels = checkpoint.model, images.astype(np.float32)
+    pixels = images.astype(np.float32)
     single, double = torch.float32, torch.float64
     wanted = reference.predict(checkpoint, images, double)
     rounding = _logit_error(reference.predict(checkpoint, images, single), wanted)
@@ -328,7 +328,7 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
         weights = {name: adapted[name] for name in subject.manifest.weights}
         session = subject.session("predict_adapted", optimised, threads)
         logits = session({"images": pixels} | weights)["logits"]
-        expected = reference.predict_adapted(model, weights, images, double)
+        expected = reference.predict_adapted(checkpoint, weights, images, double)
         error = _logit_error(logits, expected)
         yield Check.at_most(f"predict_adapted equals eager PyTorch, {setting}", error, 1e-4)
 

@@ -1,0 +1,58 @@
+"""A network whose outputs can be taken out of the softmax, for tasks of fewer classes."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from reptile.models.base import Params, Statistics
+from reptile.models.module import ModuleNetwork
+
+OUTPUT_MASK = "output_mask"
+
+
+class MaskedNetwork:
+    """A module with a bias on its outputs that is never learnt, the last of its weights.
+
+    It is 0, or `MASK_BIAS` where `mask_absent_outputs` has taken an output out: the networks of
+    this library have the bias of their head for this, any other may have none. See `Model` for what
+    each member is.
+    """
+
+    def __init__(self, network: ModuleNetwork) -> None:
+        self.network = network
+        self.name, self.outputs = network.name, network.outputs
+        self.image_shape, self.objective = network.image_shape, network.objective
+        self.has_batch_norm, self.norm_names = network.has_batch_norm, network.norm_names
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """See `Model.shapes`: those of the module, and `output_mask` [outputs]."""
+        return {**self.network.shapes, OUTPUT_MASK: torch.Size((self.outputs,))}
+
+    @property
+    def ends_with_output_bias(self) -> bool:
+        """See `Model.ends_with_output_bias`."""
+        return True
+
+    def initialise(self, seed: int) -> Tensor:
+        """See `Model.initialise`: no output is masked."""
+        return self.extend(self.network.initialise(seed))
+
+    def extend(self, vector: Tensor) -> Tensor:
+        """Append zeros for the mask to a flat vector [P] of the module."""
+        return torch.cat([vector, vector.new_zeros(self.outputs)])
+
+    def forward(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.forward`."""
+        mask = params[OUTPUT_MASK].detach()
+        return self.network.forward(self._without_mask(params), images, statistics) + mask
+
+    def statistics(self, params: Params, images: Tensor) -> Statistics:
+        """See `Model.statistics`."""
+        return self.network.statistics(self._without_mask(params), images)
+
+    def _without_mask(self, params: Params) -> Params:
+        return {name: value for name, value in params.items() if name != OUTPUT_MASK}
