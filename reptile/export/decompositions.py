@@ -21,6 +21,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         **core_aten_decompositions(),
         **get_decompositions([aten.max_pool2d_with_indices_backward]),
+        aten.empty.memory_format: empty,
+        aten.empty_permuted.default: empty,
         aten.threshold_backward.default: threshold_backward,
         aten.convolution_backward.default: convolution_backward,
         aten.avg_pool2d_backward.default: avg_pool_backward,
@@ -33,13 +35,26 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.adaptive_max_pool2d_backward.default: adaptive_max_pool2d_backward,
         aten._native_batch_norm_legit.no_stats: batch_norm,
         aten.native_batch_norm_backward.default: batch_norm_backward,
+        aten.rrelu_with_noise.default: rrelu_with_noise,
         aten.rrelu_with_noise_backward.default: rrelu_with_noise_backward,
     }
+
+
+def empty(sizes: Sizes, *layout: Any, dtype: torch.dtype | None = None, **form: Any) -> Tensor:
+    """Allocate: what is overwritten later may as well be zeros."""
+    return torch.zeros(sizes, dtype=dtype)
 
 
 def threshold_backward(gradient: Tensor, output: Tensor, threshold: float) -> Tensor:
     """Write the gradient of ReLU as a product, which ONNX Runtime runs faster than Where."""
     return gradient * (output > threshold)
+
+
+def rrelu_with_noise(
+    x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any
+) -> Tensor:
+    """Take the mean slope: networks run in evaluation mode."""
+    return torch.where(x > 0, x, x * ((lower + upper) / 2))
 
 
 def rrelu_with_noise_backward(
@@ -51,7 +66,7 @@ def rrelu_with_noise_backward(
     training: bool,
     is_result: bool,
 ) -> Tensor:
-    """Take the mean slope: networks run in evaluation mode."""
+    """See `rrelu_with_noise`."""
     return torch.where(output > 0, gradient, gradient * ((lower + upper) / 2))
 
 

@@ -98,13 +98,15 @@ class Predict(nn.Module):
     def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         super().__init__()
         self.form, self.network_input = form, checkpoint.info.network_input
+        self.names = list(checkpoint.model.shapes)
         for name, value in unflatten(checkpoint.model, checkpoint.state.weights).items():
             path, _, last = name.rpartition(".")
             _submodule(self, path).register_buffer(last, value.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
-        return self.form.predict(dict(self.named_buffers()), self.network_input(images))
+        params = {name: self.get_buffer(name) for name in self.names}
+        return self.form.predict(params, self.network_input(images))
 
 
 class Adapt(nn.Module):
