@@ -116,7 +116,7 @@ def _count(threads: int) -> str:
 def _ways(shots: int, threads: int, steps: int) -> tuple[Ways, Ways]:
     """Return who adapts, and who predicts, by name."""
     checkpoint = _checkpoint()
-    model, (weights, state), info = checkpoint
+    model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
     optimizer = info.settings.optimizer
     rng = np.random.default_rng(0)
     labels = np.arange(WAYS * shots) % WAYS

@@ -129,7 +129,7 @@ def main(
 
 def measure(settings: EvaluateSettings, checkpoint: Checkpoint, data: PreparedData) -> Score:
     """Return the transductive accuracy on held-out classes at the fewest shots."""
-    model, state, info = checkpoint
+    model, state, info = checkpoint.model, checkpoint.meta, checkpoint.info
     training, classes = info.settings, data.split("test")
     protocol = FewShotProtocol.of(settings, training.ways, min(settings.shots))
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, "test split")

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     VERIFY = 3
     EXPORT = 4
     JOINT = 5
+    STATISTICS = 6
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
@@ -132,6 +133,18 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
         support = task_rows.ravel(), targets(classes, task_rows)
         tasks.append(Task(*support, no_rows, no_rows, (*head[drawn], *last)))
     return tasks
+
+
+def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
+    """Draw the tasks with queries of a meta-iteration, all of the same number of shots."""
+    rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
+    episode = settings.episode
+    shots, steps, batch = int(rng.choice(episode.shots)), 0, 1
+    if settings.algorithm == "maml":
+        shots, steps = settings.train_shots, settings.inner_steps
+        batch = min(settings.inner_batch, settings.ways * shots)
+    protocol = FewShotProtocol(settings.ways, shots, episode.queries, steps, batch)
+    return [held_out_task(rng, classes, protocol) for _ in range(settings.meta_batch)]
 
 
 class FewShotProtocol(NamedTuple):

@@ -219,7 +219,7 @@ def evaluate(
 
 def _starts(checkpoint: Checkpoint, data: PreparedData) -> Starts:
     """Return where adaptation starts, on the device that the checkpoint was trained for."""
-    model, (weights, inner), info = checkpoint
+    model, (weights, inner), info = checkpoint.model, checkpoint.meta, checkpoint.info
     device = choose_device(info.settings.device)
     random = initialise(model, info.settings.seed).to(device)
     starts: Starts = {

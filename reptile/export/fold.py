@@ -24,10 +24,10 @@ from reptile.objectives import CLASSIFICATION
 
 def exportable(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a network that can mask outputs, as a bundle's classifier can."""
-    model, (weights, inner), info = checkpoint
+    model, info = checkpoint.model, checkpoint.info
     if not isinstance(model, ModuleNetwork) or info.objective is not CLASSIFICATION:
         return checkpoint
-    masked = MaskedNetwork(model)
+    masked, (weights, inner) = MaskedNetwork(model), checkpoint.meta
     inner = inner._replace(second_moment=masked.extend(inner.second_moment))
     return Checkpoint(masked, MetaState(masked.extend(weights), inner), info)
 

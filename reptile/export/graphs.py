@@ -120,8 +120,9 @@ class Adapt(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, form: Form, max_steps: int) -> None:
         super().__init__()
-        self.model, (weights, state), info = checkpoint
-        self.form, self.network_input = form, info.network_input
+        (weights, state), info = checkpoint.meta, checkpoint.info
+        self.model, self.form = checkpoint.model, form
+        self.network_input = info.network_input
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
         self.gradient = trace_gradient(form)

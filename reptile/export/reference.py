@@ -48,7 +48,8 @@ class SupportSet(NamedTuple):
 
 def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
     """Return the losses [K] and the task's tensors, by the names of the graph's outputs."""
-    model, (weights, state), info = fold.exportable(checkpoint)
+    checkpoint = fold.exportable(checkpoint)
+    model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
     engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
     rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
     inner = OptimizerState(state.second_moment.to(dtype), state.step)
@@ -78,7 +79,7 @@ def predict_adapted(
     checkpoint: Checkpoint, tensors: Tensors, images: Array, dtype: torch.dtype
 ) -> Array:
     """Return the logits [N, ways] under a task's tensors; others among them are ignored."""
-    model, _, info = fold.exportable(checkpoint)
+    checkpoint = fold.exportable(checkpoint)
     given = {name: torch.from_numpy(value).to(dtype) for name, value in tensors.items()}
-    inputs = info.network_input(torch.from_numpy(images)).to(dtype)
-    return np.asarray(fold.predict_adapted(model, given, inputs).numpy())
+    inputs = checkpoint.info.network_input(torch.from_numpy(images)).to(dtype)
+    return np.asarray(fold.predict_adapted(checkpoint.model, given, inputs).numpy())

@@ -5,7 +5,7 @@ written completely or not at all.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
-from reptile.learn.optimizer import OptimizerState
+from reptile.learn.episodic import ClosedForm, EpisodicState
+from reptile.learn.heads import Head, head_of
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.models import (
+    LayerStatistics,
     Model,
     ModuleNetwork,
     build_model,
-    flatten,
     initialise,
+    named_parts,
     unflatten,
 )
 from reptile.objectives import Objective, as_they_are, objective_of, to_unit
@@ -33,6 +36,7 @@ from reptile.settings import TrainSettings, describe
 
 WEIGHTS_FILE = "weights.safetensors"
 INFO_FILE = "checkpoint.json"
+_STATISTICS = LayerStatistics._fields
 
 
 class CurvePoint(BaseModel):
@@ -98,8 +102,38 @@ class Checkpoint(NamedTuple):
     """A checkpoint in memory."""
 
     model: Model
-    state: MetaState
+    state: MetaState | EpisodicState
     info: CheckpointInfo
+
+    @property
+    def meta(self) -> MetaState:
+        """The initialisation that gradient steps start from.
+
+        Raises:
+            InputError: tasks are learnt in closed form.
+        """
+        if isinstance(self.state, MetaState):
+            return self.state
+        if self.info.settings.closed_form:
+            raise InputError(
+                f"a checkpoint of {self.info.settings.algorithm} learns tasks in closed form; it "
+                "has no start for gradient steps"
+            )
+        return MetaState(self.state.weights, fresh_state(self.state.weights))
+
+    @property
+    def closed_form(self) -> ClosedForm:
+        """The learner of a checkpoint that was trained through a head.
+
+        Raises:
+            InputError: tasks are learnt by gradient steps.
+        """
+        if not (isinstance(self.state, EpisodicState) and self.info.settings.closed_form):
+            raise InputError(
+                f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
+                "not in closed form"
+            )
+        return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
 
 
 def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Model:
@@ -108,7 +142,7 @@ def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Mode
     Raises:
         InputError: the module does not fit the data.
     """
-    outputs = info.values or info.settings.ways
+    outputs = 0 if info.settings.closed_form else info.values or info.settings.ways
     if module is not None:
         return ModuleNetwork(module, info.image_shape, outputs, info.objective)
     return build_model(info.settings.model, outputs, info.image_shape, info.objective)
@@ -116,16 +150,25 @@ def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Mode
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves what was at `folder` before."""
-    model, (weights, inner), info = checkpoint
-    vectors = {"weights": weights, "second_moment": inner.second_moment}
-    if info.module:  # a network of the settings draws its start again from the seed
-        vectors["initial"] = initialise(model, info.settings.seed)
+    model, state, info = checkpoint
+    vectors = {"weights": state.weights}
+    if isinstance(state, MetaState):
+        vectors["second_moment"] = state.inner.second_moment
+    else:
+        vectors |= {"first_moment": state.first_moment, "second_moment": state.second_moment}
     tensors = {
         f"{vector}/{name}": part.contiguous().cpu()
         for vector, flat in vectors.items()
-        for name, part in unflatten(model, flat).items()
+        for name, part in named_parts(_shapes(model, info), flat).items()
     }
-    tensors["step"] = torch.tensor(inner.step)
+    if info.module:  # a network of the settings draws its start again from the seed
+        initial = unflatten(model, initialise(model, info.settings.seed))
+        tensors |= {f"initial/{name}": part.contiguous().cpu() for name, part in initial.items()}
+    if isinstance(state, EpisodicState):
+        for layer, statistics in enumerate(state.statistics):
+            for name, value in statistics._asdict().items():
+                tensors[f"statistics/{layer}/{name}"] = value.contiguous().cpu()
+    tensors["step"] = torch.tensor(state.step)
     with atomic_directory(folder) as temporary:
         (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
         write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
@@ -164,21 +207,43 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     if module is not None and not info.module:
         raise InputError(f"{folder}: holds the weights of {info.settings.model.name}, not a module")
     model = build_network(info, module)
-    vectors = ("weights", "second_moment", *(("initial",) if info.module else ()))
-    expected = {f"{vector}/{name}" for vector in vectors for name in model.shapes}
-    if set(tensors) != expected | {"step"} or any(
-        tensors[f"{vector}/{name}"].shape != shape
-        for vector in vectors
-        for name, shape in model.shapes.items()
+    episodic = not info.settings.interpolates
+    shapes = _shapes(model, info)
+    vectors = ("weights", *(("first_moment",) if episodic else ()), "second_moment")
+    expected = {f"{vector}/{name}": shape for vector in vectors for name, shape in shapes.items()}
+    if info.module:
+        expected |= {f"initial/{name}": shape for name, shape in model.shapes.items()}
+    layers = len({name.split("/")[1] for name in tensors if name.startswith("statistics/")})
+    statistics = [f"statistics/{layer}/{name}" for layer in range(layers) for name in _STATISTICS]
+    if set(tensors) != {*expected, *statistics, "step"} or any(
+        tensors[name].shape != shape for name, shape in expected.items()
     ):
         raise InputError(
             f"{folder / WEIGHTS_FILE}: not the weights of {model.name}, which {INFO_FILE} describes"
         )
     if isinstance(model, ModuleNetwork):
-        model.start_from(_flat(model, tensors, "initial"))
-    inner = OptimizerState(_flat(model, tensors, "second_moment"), int(tensors["step"]))
-    return Checkpoint(model, MetaState(_flat(model, tensors, "weights"), inner), info)
+        model.start_from(_flat(model.shapes, tensors, "initial"))
+    flat = [_flat(shapes, tensors, vector) for vector in vectors]
+    step = int(tensors["step"])
+    if not episodic:
+        return Checkpoint(model, MetaState(flat[0], OptimizerState(flat[1], step)), info)
+    measured = tuple(
+        LayerStatistics(*(tensors[f"statistics/{layer}/{name}"] for name in _STATISTICS))
+        for layer in range(layers)
+    )
+    return Checkpoint(model, EpisodicState(flat[0], flat[1], flat[2], step, measured), info)
 
 
-def _flat(model: Model, tensors: dict[str, Tensor], vector: str) -> Tensor:
-    return flatten(model, {name: tensors[f"{vector}/{name}"] for name in model.shapes})
+def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:
+    """Return the names and shapes of all that is learnt: the network's weights, then a head's."""
+    if not info.settings.closed_form:
+        return model.shapes
+    return model.shapes | _head(model, info).shapes
+
+
+def _head(model: Model, info: CheckpointInfo) -> Head:
+    return head_of(info.settings.algorithm, model.feature_size, info.values)
+
+
+def _flat(shapes: Mapping[str, torch.Size], tensors: dict[str, Tensor], vector: str) -> Tensor:
+    return torch.cat([tensors[f"{vector}/{name}"].reshape(-1) for name in shapes])

@@ -130,6 +130,10 @@ class SharedEngine:
             results[share] = self._engine.predict(weights[share], tasks[share], mode)
         return self._gather(results)
 
+    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        """See `Engine.features`: of one batch, so each process computes its own."""
+        return self._engine.features(weights, rows)
+
     def _part(self, tasks: int, rank: int) -> slice:
         """Return the tasks of one process: neighbours, as evenly as they can be shared."""
         size = self._processes.size

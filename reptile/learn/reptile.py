@@ -4,7 +4,7 @@ What the paper calls θ is `MetaState.weights`; the inner optimiser's state is p
 initialisation too. The inner loop is in `inner_loop`, the loop over meta-steps in `train`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,17 @@ class MetaState(NamedTuple):
 
     def to(self, device: torch.device) -> "MetaState":
         """Return it on a device."""
-        moment = self.inner.second_moment.to(device)
-        return MetaState(self.weights.to(device), self.inner._replace(second_moment=moment))
+        return self.each(lambda vector: vector.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "MetaState":
+        """Return it with each of its vectors changed."""
+        inner = self.inner._replace(second_moment=change(self.inner.second_moment))
+        return MetaState(change(self.weights), inner)
+
+    @property
+    def step(self) -> int:
+        """Updates that the optimiser has taken."""
+        return self.inner.step
 
 
 class MetaStep(NamedTuple):

@@ -15,7 +15,6 @@ from reptile.files import lock_folder
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from reptile.learn.distributed import Processes
 from reptile.learn.engines import choose_device, make_engine
-from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
 from reptile.learn.run_folder import describe_start, keep, kept, remove, run_folder
 from reptile.learn.train import Progress, meta_train, untrained
@@ -64,7 +63,8 @@ def run_training(
         log.info(message)
     if folder and (checkpoints := kept(folder)):
         start = load_checkpoint(checkpoints[-1], module)
-    if processes.first and processes.size > 1 and settings.optimizer.state == "sequential":
+    in_turn = settings.optimizer.state == "sequential" and not settings.closed_form
+    if processes.first and processes.size > 1 and in_turn:
         log.warning(
             "train.optimizer.state = sequential: tasks run one after another, so %d processes are "
             "no faster than one; use parallel",
@@ -100,7 +100,9 @@ def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -
             f"process {processes.rank} has other settings, data, code or packages than process 0; "
             "all of one run need the same"
         )
-    weights, inner = state.to(device)
-    step = int(processes.broadcast(torch.tensor(inner.step, device=device)))
-    inner = OptimizerState(processes.broadcast(inner.second_moment), step)
-    return Checkpoint(model, MetaState(processes.broadcast(weights), inner), info)
+    step = int(processes.broadcast(torch.tensor(state.step, device=device)))
+    if isinstance(state, MetaState):
+        state = state._replace(inner=state.inner._replace(step=step))
+    else:  # the statistics are measured again when training ends
+        state = state._replace(step=step, statistics=())
+    return Checkpoint(model, state.to(device).each(processes.broadcast), info)

@@ -1,6 +1,7 @@
 """Meta-training: the loop, as in the paper's algorithm box.
 
-One meta-step is in `reptile`, the inner loop in `inner_loop`. The run's folder, its
+One meta-step is in `reptile`, the inner loop in `inner_loop`, a step through a closed-form head in
+`episodic`. The run's folder, its
 processes and resuming are in `run`.
 """
 
@@ -13,11 +14,9 @@ from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
 from reptile.errors import DivergedError
+from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
-from reptile.learn.optimizer import fresh_state
-from reptile.learn.reptile import MetaState, meta_step, step_size
-from reptile.learn.validate import mean_score
 from reptile.models import initialise
 from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, versions
@@ -28,7 +27,6 @@ from reptile.tasks import (
     check_classes,
     held_out_task,
     random_stream,
-    training_tasks,
 )
 
 
@@ -66,22 +64,21 @@ def meta_train(
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
+    algorithm = algorithm_of(settings, model, info.values)
     losses: list[float] = []
     for iteration in range(info.iteration, settings.meta_iterations):
-        tasks = training_tasks(classes, settings, iteration)
-        epsilon = step_size(settings, iteration)
-        state, task_losses = meta_step(engine, state, tasks, settings, epsilon)
+        state, task_losses = algorithm.iterate(engine, state, classes, iteration)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
             raise DivergedError(
                 f"the loss is no longer finite in meta-iteration {iteration + 1}: lower "
-                f"train.optimizer.learning_rate (now {settings.optimizer.learning_rate:g}) "
-                f"or train.meta_step (now {settings.meta_step:g})"
+                + algorithm.diverged()
             )
-        losses.append(float(task_losses[:, -1].mean()))
+        losses.append(float(task_losses.mean()))
 
         done = iteration + 1
         if done % settings.checkpoint_every == 0 or done == settings.meta_iterations:
-            score = mean_score(engine, state, validation, info.objective)
+            state = algorithm.finish(engine, state, data)
+            score = algorithm.score(engine, state, validation)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
             info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
@@ -89,6 +86,7 @@ def meta_train(
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
+    state = algorithm.finish(engine, state, data)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
 
@@ -105,8 +103,11 @@ def untrained(
     Raises:
         InputError: the data cannot make the tasks, or the module does not fit it.
     """
-    objective_of(data.values).check_ways(settings.ways, data.name)
-    check_classes(data.split("train"), settings.ways, settings.train_shots, "training split")
+    objective = objective_of(data.values)
+    objective.check_ways(settings.ways, data.name)
+    check_objective(settings, objective)
+    images = settings.images_per_class
+    check_classes(data.split("train"), settings.ways, images, "training split")
     validation_tasks(settings, data)
     info = CheckpointInfo(
         iteration=0,
@@ -123,7 +124,8 @@ def untrained(
     model = build_network(info, module)
     info = info.model_copy(update={"module": model.name if module else ""})
     weights = initialise(model, settings.seed)
-    return Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
+    start = algorithm_of(settings, model, info.values).start(weights)
+    return Checkpoint(model, start, info)
 
 
 def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
@@ -134,7 +136,8 @@ def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     """
     name: Split = "validation" if data.split("validation").starts.size else "train"
     classes = data.split(name)
-    protocol = objective_of(data.values).validation._replace(ways=settings.ways)
+    ways = min(settings.ways, len(classes.starts)) if settings.closed_form else settings.ways
+    protocol = objective_of(data.values).validation._replace(ways=ways)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

@@ -10,6 +10,7 @@ from reptile.models.base import (
     flatten,
     initialise,
     mask_absent_outputs,
+    named_parts,
     size,
     unflatten,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "flatten",
     "initialise",
     "mask_absent_outputs",
+    "named_parts",
     "size",
     "unflatten",
 ]

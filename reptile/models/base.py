@@ -42,7 +42,10 @@ class Model(Protocol):
 
     @property
     def outputs(self) -> int:
-        """Number of outputs: the ways of a classifier, the values that a regressor predicts."""
+        """Number of outputs: the ways of a classifier, the values that a regressor predicts.
+
+        0 means no head: `forward` returns the features.
+        """
 
     @property
     def objective(self) -> Objective:
@@ -74,6 +77,15 @@ class Model(Protocol):
 
         Batch norm uses the batch's statistics, or `statistics` if given.
         """
+
+    @property
+    def feature_size(self) -> int:
+        """D, the number of features of one input."""
+
+    def features(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """Map inputs [B, *image_shape] to what the head sees, [B, D]; otherwise as `forward`."""
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """Return each batch norm's statistics on this batch; empty without batch norm."""
@@ -108,14 +120,37 @@ class Network(ABC):
     def shapes(self) -> dict[str, torch.Size]:
         """See `Model.shapes`."""
 
+    @property
     @abstractmethod
-    def forward(
+    def feature_size(self) -> int:
+        """See `Model.feature_size`."""
+
+    @abstractmethod
+    def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`.
+        """See `Model.features`.
 
         Params with batch norm folded into the convolutions (`export.fold`) hold biases instead.
         """
+
+    def forward(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.forward`."""
+        features = self.features(params, images, statistics)
+        if not self.outputs:
+            return features
+        return F.linear(features, params["head.weight"], params["head.bias"])
+
+    def _head(self) -> dict[str, torch.Size]:
+        """Return the shapes of the head, which come last."""
+        if not self.outputs:
+            return {}
+        return {
+            "head.weight": torch.Size((self.outputs, self.feature_size)),
+            "head.bias": torch.Size((self.outputs,)),
+        }
 
     @abstractmethod
     def statistics(self, params: Params, images: Tensor) -> Statistics:
@@ -147,11 +182,16 @@ def size(model: Model) -> int:
 
 def unflatten(model: Model, weights: Tensor) -> dict[str, Tensor]:
     """Name the parts of a flat vector [..., P] as views [..., *shape]."""
-    parts = torch.split(weights, [shape.numel() for shape in model.shapes.values()], dim=-1)
-    lead = weights.shape[:-1]
+    return named_parts(model.shapes, weights)
+
+
+def named_parts(shapes: Mapping[str, torch.Size], vector: Tensor) -> dict[str, Tensor]:
+    """Name the parts of any flat vector, whose length is that of all shapes together."""
+    parts = torch.split(vector, [shape.numel() for shape in shapes.values()], dim=-1)
+    lead = vector.shape[:-1]
     return {
         name: part.view(lead + shape)
-        for (name, shape), part in zip(model.shapes.items(), parts, strict=True)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 

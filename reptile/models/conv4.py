@@ -32,21 +32,25 @@ class Conv4(Network):
     def shapes(self) -> dict[str, torch.Size]:
         """conv1.weight [F, C, 3, 3], norm1.weight [F], norm1.bias [F], …, head.bias [outputs]."""
         filters = self.settings.filters
-        channels, height, width = self.image_shape
+        channels = self.image_shape[0]
         shapes: dict[str, torch.Size] = {}
         for layer in range(1, CONV_LAYERS + 1):
             shapes[f"conv{layer}.weight"] = torch.Size((filters, channels, 3, 3))
             shapes[f"norm{layer}.weight"] = torch.Size((filters,))
             shapes[f"norm{layer}.bias"] = torch.Size((filters,))
-            channels, height, width = filters, math.ceil(height / 2), math.ceil(width / 2)
-        shapes["head.weight"] = torch.Size((self.outputs, filters * height * width))
-        shapes["head.bias"] = torch.Size((self.outputs,))
-        return shapes
+            channels = filters
+        return shapes | self._head()
 
-    def forward(
+    @property
+    def feature_size(self) -> int:
+        """See `Model.feature_size`: the last layer's activations."""
+        height, width = (math.ceil(side / 2**CONV_LAYERS) for side in self.image_shape[1:])
+        return int(self.settings.filters * height * width)
+
+    def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`."""
+        """See `Model.features`."""
         x = images
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
@@ -54,7 +58,7 @@ class Conv4(Network):
                 mean, variance = statistics[layer - 1] if statistics else (None, None)
                 x = self._normalise(params, x, layer, mean, variance)
             x = self._activate(x)
-        return F.linear(x.flatten(1), params["head.weight"], params["head.bias"])
+        return x.flatten(1)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`: one entry a layer."""

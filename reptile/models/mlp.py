@@ -27,21 +27,24 @@ class MLP(Network):
             shapes[f"hidden{layer}.weight"] = torch.Size((width, inputs))
             shapes[f"hidden{layer}.bias"] = torch.Size((width,))
             inputs = width
-        shapes["head.weight"] = torch.Size((self.outputs, inputs))
-        shapes["head.bias"] = torch.Size((self.outputs,))
-        return shapes
+        return shapes | self._head()
 
-    def forward(
+    @property
+    def feature_size(self) -> int:
+        """See `Model.feature_size`: the width of the last hidden layer."""
+        return self.settings.hidden[-1]
+
+    def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`; there is no batch norm."""
+        """See `Model.features`; there is no batch norm."""
         activate = torch.tanh if self.settings.activation == "tanh" else F.relu
         x = images.flatten(1)
         for layer in range(1, len(self.settings.hidden) + 1):
             x = activate(
                 F.linear(x, params[f"hidden{layer}.weight"], params[f"hidden{layer}.bias"])
             )
-        return F.linear(x, params["head.weight"], params["head.bias"])
+        return x
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`: none."""

@@ -6,6 +6,7 @@ running ones. Parameters that need no gradient, and buffers, stay as they are.
 """
 
 import copy
+import math
 from functools import cached_property
 
 import torch
@@ -23,9 +24,10 @@ class ModuleNetwork:
     """A user's module, wrapped; see `Model` for what each member is.
 
     Args:
-        module: maps inputs [B, *image_shape] to [B, outputs].
+        module: maps inputs [B, *image_shape] to [B, outputs], or to features of any shape.
         image_shape: of one input.
-        outputs: number that the data needs: classes per task, or values.
+        outputs: number that the data needs: classes per task, or values; 0 for a module without a
+            head, whose outputs, flattened, are the features.
         objective: what the outputs are for.
 
     Raises:
@@ -42,7 +44,7 @@ class ModuleNetwork:
                 f"{self.name}: has lazy layers without a shape; pass a batch through it first"
             )
         self.module = copy.deepcopy(module).cpu().float().eval()
-        self._check_outputs()
+        self.feature_size, self._head = self._probe()
         self._norms = _replace_batch_norms(self.module)
         parameters = dict(self.module.named_parameters())
         self._learnt = {name: value for name, value in parameters.items() if value.requires_grad}
@@ -95,6 +97,24 @@ class ModuleNetwork:
             for norm in self._norms:
                 norm.given = None
 
+    def features(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.features`: the input of the last `nn.Linear` that runs, flattened.
+
+        A module without a head or without a linear layer gives its outputs.
+        """
+        if not self._head:
+            return self.forward(params, images, statistics)
+        seen: list[Tensor] = []
+        head = self.module.get_submodule(self._head)
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.forward(params, images, statistics)
+        finally:
+            hook.remove()
+        return seen[-1].flatten(1)
+
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`: one entry a batch norm, in the order the module lists them."""
         for norm in self._norms:
@@ -121,11 +141,18 @@ class ModuleNetwork:
             for name, value in self._fixed.items()
         }
         outputs: Tensor = functional_call(self.module, {**fixed, **params}, (images,))
-        return outputs
+        return outputs if self.outputs else outputs.flatten(1)
 
     @torch.no_grad()
-    def _check_outputs(self) -> None:
+    def _probe(self) -> tuple[int, str]:
+        """Run the module once; return the number of its features, and its head's name or `""`."""
         inputs = torch.zeros(2, *self.image_shape)
+        ran: list[tuple[str, Tensor]] = []
+        hooks = [
+            each.register_forward_pre_hook(lambda _, seen, name=name: ran.append((name, seen[0])))
+            for name, each in self.module.named_modules()
+            if isinstance(each, nn.Linear)
+        ]
         try:
             outputs = self.module(inputs)
         except Exception as error:  # whatever the module's code raises
@@ -133,12 +160,21 @@ class ModuleNetwork:
             raise InputError(
                 f"{self.name}: inputs of shape {list(inputs.shape)} do not pass ({reason})"
             ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if shape != [2, self.outputs]:
+        expected = [2, self.outputs] if self.outputs else [2, "..."]
+        if shape != expected and (self.outputs or not isinstance(shape, list) or shape[:1] != [2]):
+            wanted = "one output for each class, or for each value" if self.outputs else "features"
             raise InputError(
                 f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need "
-                f"{[2, self.outputs]}: one output for each class, or for each value"
+                f"{expected}: {wanted}"
             )
+        head, features = ran[-1] if ran and self.outputs else ("", outputs)
+        if len(features) != 2:  # a linear layer that runs over the parts of an input
+            head, features = "", outputs
+        return math.prod(features.shape[1:]), head
 
 
 class _BatchStatisticsNorm(nn.Module):

@@ -67,7 +67,7 @@ def evaluation(data: PreparedData, checkpoint: Checkpoint) -> Evaluation:
 def test_accuracy_and_interval_equal_those_of_plain_torch(data: PreparedData, start: Any) -> None:
     checkpoint = make_checkpoint(data, "mlp")
     measured = evaluate(SETTINGS, checkpoint, data, {}).measurements[1]
-    model, (weights, inner), info = checkpoint
+    model, (weights, inner), info = checkpoint.model, checkpoint.meta, checkpoint.info
     pixels = torch.from_numpy(data.images).float().flatten(1) / 255
     shares = []
     for task in measured.tasks:
@@ -129,7 +129,7 @@ def test_frozen_queries_are_independent_and_transductive_ones_are_not(
     data: PreparedData, checkpoint: Checkpoint, evaluation: Evaluation
 ) -> None:
     measured = evaluation.measurements[1]
-    model, state, info = checkpoint
+    model, state, info = checkpoint.model, checkpoint.meta, checkpoint.info
     engine = EagerEngine(model, info.settings.optimizer, data.images, CPU)
     weights = engine.adapt(*state, measured.tasks).weights
     for number, task in enumerate(measured.tasks):
@@ -204,7 +204,7 @@ def test_nothing_leaks_from_task_to_task(
     in_chunks = evaluate(one_shot, checkpoint, data, {}).measurements[0]
     for name, logits in together.logits.items():
         np.testing.assert_array_equal(logits, in_chunks.logits[name])
-    model, state, info = checkpoint
+    model, state, info = checkpoint.model, checkpoint.meta, checkpoint.info
     engine = EagerEngine(model, info.settings.optimizer, data.images, CPU)
     ((_, forward),) = adapt_along(engine, state, together.tasks, (4,))
     ((_, backward),) = adapt_along(engine, state, together.tasks[::-1], (4,))
@@ -215,7 +215,7 @@ def test_adapting_in_segments_equals_adapting_in_one_go(
     data: PreparedData, checkpoint: Checkpoint, evaluation: Evaluation
 ) -> None:
     tasks = evaluation.measurements[0].tasks
-    model, state, info = checkpoint
+    model, state, info = checkpoint.model, checkpoint.meta, checkpoint.info
     engine = EagerEngine(model, info.settings.optimizer, data.images, CPU)
     along = dict(adapt_along(engine, state, tasks, (0, 1, 3, 4)))
     assert torch.equal(along[0], state.weights.expand(len(tasks), -1))
@@ -304,7 +304,7 @@ def with_fewer_outputs(checkpoint: Checkpoint, ways: int) -> Checkpoint:
         params = unflatten(checkpoint.model, flat)
         return flatten(small, params | {k: params[k][:ways] for k in ("head.weight", "head.bias")})
 
-    weights, inner = checkpoint.state
+    weights, inner = checkpoint.meta
     state = MetaState(cut(weights), OptimizerState(cut(inner.second_moment), inner.step))
     return Checkpoint(small, state, info.model_copy(update={"settings": settings}))
 

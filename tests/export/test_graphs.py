@@ -137,7 +137,7 @@ def test_folding_equals_batch_norm_with_the_support_sets_statistics(
 
 def cut(checkpoint: Checkpoint, labels: list[int]) -> Checkpoint:
     """The same network with these outputs alone."""
-    model, (weights, inner), info = checkpoint
+    model, (weights, inner), info = checkpoint.model, checkpoint.meta, checkpoint.info
     settings = info.settings.model_copy(update={"ways": len(labels)})
     small = build_model(settings.model, len(labels), info.image_shape)
 
@@ -223,8 +223,8 @@ def test_bias_corrections_are_exact_for_young_and_old_states(
     task = make_task(tiny.model.image_shape, 4, 3)
     feeds = [torch.from_numpy(value) for value in task.feeds(tiny).values()]
     for step in (0, 1, 10_000, 2**24 + 1):
-        inner = tiny.state.inner._replace(step=step)
-        old = tiny._replace(state=tiny.state._replace(inner=inner))
+        inner = tiny.meta.inner._replace(step=step)
+        old = tiny._replace(state=tiny.meta._replace(inner=inner))
         _, _, weight, *_ = Adapt(old, form_of(old.model), MAX_STEPS)(*feeds)
         close(weight, reference.adapt(old, task, torch.float64)["hidden1.weight"])
 

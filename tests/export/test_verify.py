@@ -191,8 +191,8 @@ def test_a_golden_tensor_that_is_off_fails(
 def test_another_checkpoint_fails(
     bundle: Path, checkpoint: Checkpoint, data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = checkpoint.state.inner._replace(step=checkpoint.state.inner.step // 2)
-    other = checkpoint._replace(state=checkpoint.state._replace(inner=inner))
+    inner = checkpoint.meta.inner._replace(step=checkpoint.meta.inner.step // 2)
+    other = checkpoint._replace(state=checkpoint.meta._replace(inner=inner))
     monkeypatch.setattr(module, "GROUPS", (module._adapt,))
     assert not verify_bundle(SETTINGS, bundle, other, data)["passed"]
 

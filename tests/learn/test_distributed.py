@@ -122,7 +122,7 @@ def test_a_killed_process_ends_the_run_and_resuming_equals_never_having_stopped(
     whole = run_training(TrainSettings.model_validate(settings), data, tmp_path / "work")
     found = load_checkpoint(tmp_path / "artifacts/checkpoint")
     assert torch.equal(found.state.weights, whole.state.weights)
-    assert torch.equal(found.state.inner.second_moment, whole.state.inner.second_moment)
+    assert torch.equal(found.meta.inner.second_moment, whole.meta.inner.second_moment)
     assert found.info == whole.info
 
 

@@ -59,8 +59,8 @@ def test_resume_equals_never_having_stopped(data: PreparedData, tmp_path: Path) 
     )
     assert seen[0] == 5  # from the checkpoint after 4, not from the start
     assert torch.equal(resumed.state.weights, whole.state.weights)
-    assert torch.equal(resumed.state.inner.second_moment, whole.state.inner.second_moment)
-    assert resumed.state.inner.step == whole.state.inner.step == 12 * 2 * 3
+    assert torch.equal(resumed.meta.inner.second_moment, whole.meta.inner.second_moment)
+    assert resumed.meta.inner.step == whole.meta.inner.step == 12 * 2 * 3
     assert resumed.info == whole.info
 
 

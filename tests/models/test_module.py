@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reptile.errors import InputError
@@ -74,6 +75,63 @@ def test_a_module_computes_what_the_same_stock_network_computes(
     )
     assert wrapped.has_batch_norm
     assert size(wrapped) == size(stock)
+
+
+def hand_written(params: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The features of `Conv4Module` with calls of torch.nn.functional only."""
+    x = images
+    for layer in range(1, 5):
+        pads = (1, 1, 1, 1) if layer == 4 else (0, 1, 0, 1)
+        x = F.conv2d(F.pad(x, pads), params[f"block{layer}.conv.weight"], stride=2)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        variance = (x - mean).square().mean((0, 2, 3), keepdim=True)
+        x = (x - mean) / (variance + 1e-3).sqrt()
+        x = x * params[f"block{layer}.norm.weight"][:, None, None]
+        x = (x + params[f"block{layer}.norm.bias"][:, None, None]).relu()
+    return x.flatten(1)
+
+
+def test_features_are_what_the_head_sees(stock: Conv4, wrapped: ModuleNetwork) -> None:
+    params = renamed(stock, unflatten(stock, torch.randn(size(stock), dtype=torch.float64)))
+    images = torch.rand(6, *SHAPE, dtype=torch.float64)
+    features = wrapped.features(params, images)
+    assert features.shape == (6, wrapped.feature_size)
+    torch.testing.assert_close(features, hand_written(params, images))
+    torch.testing.assert_close(
+        wrapped.forward(params, images),
+        features @ params["head.weight"].T + params["head.bias"],
+    )
+
+
+def test_given_statistics_make_features_of_each_image_alone(wrapped: ModuleNetwork) -> None:
+    params = unflatten(wrapped, torch.randn(size(wrapped)))
+    images = torch.rand(6, *SHAPE)
+    given = wrapped.statistics(params, torch.rand(9, *SHAPE))
+    alone = [wrapped.features(params, image[None], given) for image in images]
+    torch.testing.assert_close(wrapped.features(params, images, given), torch.cat(alone))
+
+
+def test_a_module_without_a_head_gives_its_outputs_flattened() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh())
+    wrapped = ModuleNetwork(module, SHAPE, 0, CLASSIFICATION)
+    params, images = unflatten(wrapped, initialise(wrapped, 0)), torch.rand(4, *SHAPE)
+    expected = module(images).flatten(1)
+    assert wrapped.feature_size == expected.shape[1] == 3 * 6 * 6
+    torch.testing.assert_close(wrapped.forward(params, images), expected)
+    torch.testing.assert_close(wrapped.features(params, images), expected)
+
+
+def test_gradients_and_vmap_pass_through_features(wrapped: ModuleNetwork) -> None:
+    weights, images = torch.randn(3, size(wrapped)), torch.rand(3, 5, *SHAPE)
+
+    def total(weights: Tensor, images: Tensor) -> Tensor:
+        return wrapped.features(unflatten(wrapped, weights), images).square().mean()
+
+    together = torch.vmap(torch.func.grad(total))(weights, images)
+    alone = []
+    for each, batch in zip(weights.clone().requires_grad_(), images, strict=True):
+        alone.append(torch.autograd.grad(total(each, batch), each)[0])
+    torch.testing.assert_close(together, torch.stack(alone))
 
 
 def test_the_users_module_stays_as_it_is(stock: Conv4) -> None:

@@ -137,7 +137,7 @@ class _Subject:
 
     @property
     def tolerance(self) -> float:
-        cold = self.adam and self.checkpoint.state.inner.step == 0
+        cold = self.adam and self.checkpoint.meta.inner.step == 0
         return COLD_TOLERANCE if cold else WARM_TOLERANCE
 
     def allowed(self, steps: int) -> int:
@@ -348,7 +348,7 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
 def _accuracy(subject: _Subject) -> Iterator[Check]:
     """Few-shot scores on the same tasks, ONNX against PyTorch."""
     settings, checkpoint, data = subject.settings, subject.checkpoint, subject.data
-    model, state, info = checkpoint
+    model, state, info = checkpoint.model, checkpoint.meta, checkpoint.info
     objective = info.objective
     protocol = FewShotProtocol(
         info.settings.ways,

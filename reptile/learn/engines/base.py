@@ -73,6 +73,12 @@ class Engine(Protocol):
             mode: what batch norm sees, see `predict`.
         """
 
+    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        """Return the features [N, D] of rows [N], differentiable by the weights [P].
+
+        Batch norm uses the statistics of these rows.
+        """
+
 
 def adapt_each(
     adapt: Callable[[Tensor, OptimizerState, Sequence[Task]], Adapted],

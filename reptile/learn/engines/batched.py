@@ -87,6 +87,11 @@ class BatchedEngine:
         queries = self.images(np.stack([task.query for task in tasks])).to(weights.dtype)
         return torch.vmap(one)(weights, support, queries)
 
+    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        """See `Engine.features`: one batch as it is, large enough for a GPU."""
+        images = self.images(rows).to(weights.dtype)
+        return self.model.features(unflatten(self.model, weights), images)
+
     def _loop(self, arguments: list[Tensor]) -> Loop:
         """Return the inner loop for arguments of these shapes, captured on CUDA."""
         if self.device.type != "cuda":

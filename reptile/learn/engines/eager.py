@@ -76,6 +76,11 @@ class EagerEngine:
             )
         return torch.stack(logits)
 
+    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        """See `Engine.features`."""
+        images = self.images(rows).to(weights.dtype)
+        return self.model.features(unflatten(self.model, weights), images)
+
     def _adapt_one(
         self, weights: Tensor, state: OptimizerState, task: Task
     ) -> tuple[Tensor, OptimizerState, Tensor]:

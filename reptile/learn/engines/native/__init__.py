@@ -88,6 +88,24 @@ class _Prediction(ctypes.Structure):
     )
 
 
+class _Features(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_void_p),
+        ("images", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("features", ctypes.c_void_p),
+    )
+
+
+class _Gradient(ctypes.Structure):
+    _fields_ = (
+        ("images", ctypes.c_int64),
+        ("features", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+    )
+
+
 _NETWORKS = {("conv4", "stride"): 0, ("conv4", "pool"): 1, ("mlp", ""): 2}
 
 
@@ -103,6 +121,10 @@ def _kernel() -> ctypes.CDLL:
     kernel.reptile_adapt.restype = ctypes.c_int
     kernel.reptile_predict.argtypes = [engine, threads, ctypes.POINTER(_Prediction)]
     kernel.reptile_predict.restype = ctypes.c_int
+    kernel.reptile_features.argtypes = [engine, threads, ctypes.POINTER(_Features)]
+    kernel.reptile_features.restype = ctypes.c_int
+    kernel.reptile_gradient.argtypes = [engine, threads, ctypes.POINTER(_Gradient)]
+    kernel.reptile_gradient.restype = None
     return kernel
 
 
@@ -149,6 +171,7 @@ class NativeEngine:
             inputs
         )  # no copy of a contiguous array
         self._size = size(model)
+        self._calls = 0  # those that use the kernel's memory of activations
         self._kernel = _kernel()
         self._handle = self._kernel.reptile_create(_settings(model, optimizer, inputs))
         if not self._handle:
@@ -227,6 +250,7 @@ class NativeEngine:
             moved.data_ptr(),
             losses.data_ptr(),
         )
+        self._calls += 1
         if self._kernel.reptile_adapt(self._handle, self.threads, call):
             raise MemoryError("no memory for the native engine's activations")
         return adapted, losses
@@ -253,9 +277,46 @@ class NativeEngine:
             self._size,
             logits.data_ptr(),
         )
+        self._calls += 1
         if self._kernel.reptile_predict(self._handle, self.threads, call):
             raise MemoryError("no memory for the native engine's activations")
         return logits[:, :, groups.queries :].flatten(1, 2)
+
+    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        """See `Engine.features`; its gradient must be taken before the next call.
+
+        Raises:
+            InputError: weights that are not float32 [P] on the CPU, or rows that are none or out
+                of range.
+        """
+        if not rows.size:
+            raise InputError("no rows to compute features of: give at least one")
+        _check_range(rows, len(self._inputs), "row of the images")
+        features: Tensor = _NativeFeatures.apply(weights, rows.astype(np.int64), self)
+        return features
+
+    def _features(self, weights: Tensor, rows: IntArray) -> Tensor:
+        weights, _ = self._checked(weights, None, "weights")
+        features = torch.empty(len(rows), self.model.feature_size)
+        call = _Features(
+            self._inputs.ctypes.data,
+            len(rows),
+            rows.ctypes.data,
+            weights.data_ptr(),
+            features.data_ptr(),
+        )
+        self._calls += 1
+        if self._kernel.reptile_features(self._handle, self.threads, call):
+            raise MemoryError("no memory for the native engine's activations")
+        return features
+
+    def _gradient(self, features: Tensor) -> Tensor:
+        features = features.contiguous()
+        gradient = torch.empty(self._size)
+        call = _Gradient(len(features), features.data_ptr(), gradient.data_ptr())
+        self._calls += 1
+        self._kernel.reptile_gradient(self._handle, self.threads, call)
+        return gradient
 
     def _checked(self, vector: Tensor, tasks: int | None, name: str) -> tuple[Tensor, int]:
         """Return a vector [P] or [T, P] ready for the kernel, and the floats from task to task."""
@@ -267,6 +328,22 @@ class NativeEngine:
                 f"{list(vector.shape)} on {vector.device}; use `engine: eager` for others"
             )
         return vector.detach().contiguous(), self._size * (vector.dim() - 1)
+
+
+class _NativeFeatures(torch.autograd.Function):
+    """`NativeEngine.features` with its gradient; the activations wait in the kernel's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, rows: IntArray, engine: NativeEngine) -> Tensor:
+        features = engine._features(weights, rows)
+        ctx.engine, ctx.calls = engine, engine._calls
+        return features
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.calls != ctx.engine._calls:
+            raise RuntimeError("another call of the engine has overwritten these activations")
+        return ctx.engine._gradient(gradient), None, None
 
 
 class _Work(NamedTuple):

@@ -77,6 +77,23 @@ struct Prediction {
   float* logits;  // [tasks, groups, images, outputs]
 };
 
+// The arguments of a call for the features of a batch, what the head sees, with the batch's own
+// statistics; mirrored in __init__.py.
+struct Features {
+  const void* inputs;
+  int64_t images;
+  const int64_t* rows;
+  const float* weights;
+  float* features;  // [images, channels * positions], in the canonical order
+};
+
+// From the gradient of the last call's features to that of its weights; mirrored in __init__.py.
+struct Gradient {
+  int64_t images;
+  const float* features;
+  float* weights;
+};
+
 namespace {
 
 constexpr float NORM_EPSILON = 1e-3f;  // models.BATCH_NORM_EPSILON
@@ -149,7 +166,52 @@ class InnerLoop {
     team_.wait();
   }
 
+  // The features of a batch; what `features_gradient` needs stays in the workspace.
+  void features(const Batch& batch, float* features) {
+    batch_ = batch;
+    size_ = measured_ = batch.size;
+    gather();
+    team_.wait();
+    for (int i = 0; i < settings_.layers; i++) forward(i);
+    const float* from = work_.layers[settings_.layers - 1].out;
+    each_feature([&](size_t packed, size_t canonical, bool padding) {
+      if (!padding) features[canonical] = from[packed];
+    });
+    team_.wait();
+  }
+
+  // The gradient of the weights, given that of the features of the batch just passed forward.
+  void features_gradient(int size, const float* features, float* weights) {
+    size_ = measured_ = size;
+    keeps_gradient_ = true;
+    const int last = settings_.layers - 1;
+    float* to = work_.layers[last].out_gradient;
+    each_feature([&](size_t packed, size_t canonical, bool padding) {
+      to[packed] = padding ? 0 : features[canonical];
+    });
+    transpose_weights();
+    team_.wait();
+    norm_sums(last);
+    for (int i = last; i >= 0; i--) backward(i);
+    team_.wait();
+    shape_.unpack(work_.moment, weights, team_);
+    team_.wait();
+  }
+
  private:
+  // Call f(packed, canonical, padding) for where each feature of this thread's images lies;
+  // `padding` marks the channels that fill up the last block.
+  template <class F>
+  void each_feature(F f) const {
+    const size_t positions = shape_.positions, channels = settings_.units[settings_.layers - 1];
+    const auto [begin, end] = team_.share(size_);
+    for (size_t b = begin; b < end; b++)
+      for (size_t c = 0; c < shape_.last().blocks * WIDTH; c++)
+        for (size_t p = 0; p < positions; p++)
+          f(((c / WIDTH * positions + p) * size_ + b) * WIDTH + c % WIDTH,
+            (b * channels + c) * positions + p, c >= channels);
+  }
+
   // -- Optimiser
 
   void decay() {
@@ -160,6 +222,10 @@ class InnerLoop {
 
   // Update packed weights at..at + count from their gradient.
   void apply(size_t at, const float* __restrict gradient, int count) {
+    if (keeps_gradient_) {  // in the place of the moment
+      std::memcpy(work_.moment + at, gradient, sizeof(float) * count);
+      return;
+    }
     float* __restrict w = work_.weights + at;
     const float rate = settings_.learning_rate;
     if (!settings_.adam) {
@@ -648,6 +714,7 @@ class InnerLoop {
   Batch batch_{};
   int size_ = 0;      // images in the mini-batch
   int measured_ = 0;  // the first of them, whose statistics batch norm uses: all when learning
+  bool keeps_gradient_ = false;  // instead of updating the weights
   float unbias_ = 1;  // Adam's correction of the second moment, 1 / sqrt(1 - beta2^number)
   float unit_[256];
 };
@@ -697,6 +764,22 @@ struct Engine {
       batch = std::max(batch, static_cast<int>(call.starts[i + 1] - call.starts[i]));
     run(call.tasks, batch, threads, call.in_turn, [&](Workspace& work, int64_t task, Team team) {
       run_task(shape, work, call, task, team);
+    });
+  }
+
+  void features(const Features& call, int threads) {
+    const int size = static_cast<int>(call.images);
+    run(1, size, threads, false, [&](Workspace& work, int64_t, Team team) {
+      InnerLoop loop(shape, work, call.inputs, team);
+      loop.pack(call.weights, nullptr);
+      loop.features({call.rows, nullptr, nullptr, size}, call.features);
+    });
+  }
+
+  void gradient(const Gradient& call, int threads) {
+    const int size = static_cast<int>(call.images);
+    run(1, size, threads, false, [&](Workspace& work, int64_t, Team team) {
+      InnerLoop(shape, work, nullptr, team).features_gradient(size, call.features, call.weights);
     });
   }
 
@@ -785,4 +868,19 @@ EXPORT int reptile_predict(void* engine, int threads, const reptile::Prediction*
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// Returns 0, or 1 if there is no memory. All sizes and indices have been checked by the caller.
+EXPORT int reptile_features(void* engine, int threads, const reptile::Features* call) {
+  try {
+    static_cast<reptile::Engine*>(engine)->features(*call, threads);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Must follow `reptile_features` on this engine, with as many images; needs no further memory.
+EXPORT void reptile_gradient(void* engine, int threads, const reptile::Gradient* call) {
+  static_cast<reptile::Engine*>(engine)->gradient(*call, threads);
 }
