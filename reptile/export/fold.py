@@ -25,7 +25,8 @@ from reptile.objectives import CLASSIFICATION
 def exportable(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a network that can mask outputs, as a bundle's classifier can."""
     model, info = checkpoint.model, checkpoint.info
-    if not isinstance(model, ModuleNetwork) or info.objective is not CLASSIFICATION:
+    needs_none = model.head_bias or info.objective is not CLASSIFICATION
+    if needs_none or not isinstance(model, ModuleNetwork):
         return checkpoint
     masked, (weights, inner) = MaskedNetwork(model), checkpoint.meta
     inner = inner._replace(second_moment=masked.extend(inner.second_moment))

@@ -18,6 +18,7 @@ from reptile.errors import PlatformError
 from reptile.learn.engines.base import Adapted, Engine, adapt_each
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
+from reptile.models import Statistics
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
@@ -130,9 +131,11 @@ class SharedEngine:
             results[share] = self._engine.predict(weights[share], tasks[share], mode)
         return self._gather(results)
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """See `Engine.features`: of one batch, so each process computes its own."""
-        return self._engine.features(weights, rows)
+        return self._engine.features(weights, rows, statistics)
 
     def _part(self, tasks: int, rank: int) -> slice:
         """Return the tasks of one process: neighbours, as evenly as they can be shared."""

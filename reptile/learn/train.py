@@ -17,7 +17,7 @@ from reptile.errors import DivergedError
 from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
-from reptile.models import initialise
+from reptile.models import ModuleNetwork, initialise
 from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, versions
 from reptile.settings import TrainSettings
@@ -109,6 +109,9 @@ def untrained(
     images = settings.images_per_class
     check_classes(data.split("train"), settings.ways, images, "training split")
     validation_tasks(settings, data)
+    packages = ["torch", "numpy"]
+    if settings.model.name.startswith("torchvision:"):
+        packages.append("torchvision")
     info = CheckpointInfo(
         iteration=0,
         settings=settings,
@@ -119,10 +122,12 @@ def untrained(
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
         code_sha256=code_sha256("train"),
-        versions=versions("torch", "numpy"),
+        versions=versions(*packages),
     )
     model = build_network(info, module)
-    info = info.model_copy(update={"module": model.name if module else ""})
+    loaded = model.weights_sha256 if isinstance(model, ModuleNetwork) else ""
+    name = model.name if module else ""
+    info = info.model_copy(update={"module": name, "weights_sha256": loaded})
     weights = initialise(model, settings.seed)
     start = algorithm_of(settings, model, info.values).start(weights)
     return Checkpoint(model, start, info)

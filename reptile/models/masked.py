@@ -14,9 +14,8 @@ OUTPUT_MASK = "output_mask"
 class MaskedNetwork:
     """A module with a bias on its outputs that is never learnt, the last of its weights.
 
-    It is 0, or `MASK_BIAS` where `mask_absent_outputs` has taken an output out: the networks of
-    this library have the bias of their head for this, any other may have none. See `Model` for what
-    each member is.
+    It is 0, or `MASK_BIAS` where `mask_absent_outputs` has taken an output out, in place of the bias
+    of a head that there may not be. See `Model` for what each member is.
     """
 
     def __init__(self, network: ModuleNetwork) -> None:
@@ -31,9 +30,9 @@ class MaskedNetwork:
         return {**self.network.shapes, OUTPUT_MASK: torch.Size((self.outputs,))}
 
     @property
-    def ends_with_output_bias(self) -> bool:
-        """See `Model.ends_with_output_bias`."""
-        return True
+    def head_bias(self) -> str:
+        """See `Model.head_bias`."""
+        return OUTPUT_MASK
 
     def initialise(self, seed: int) -> Tensor:
         """See `Model.initialise`: no output is masked."""
