@@ -23,6 +23,7 @@ CARD_FILE = "MODEL_CARD.md"
 GOLDEN_FOLDER = "golden"
 GOLDEN_FILE = "golden.json"
 MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
+MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
 
 _LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
 

@@ -19,18 +19,23 @@ from reptile.models import (
     ModuleNetwork,
     Params,
 )
-from reptile.objectives import CLASSIFICATION
+from reptile.objectives import REGRESSION
 
 
 def exportable(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with a network that can mask outputs, as a bundle's classifier can."""
-    model, info = checkpoint.model, checkpoint.info
-    needs_none = model.head_bias or info.objective is not CLASSIFICATION
-    if needs_none or not isinstance(model, ModuleNetwork):
+    """Return the checkpoint with a network that can mask outputs, as a bundle's classifier does."""
+    masked, (weights, inner), info = with_mask(checkpoint.model), checkpoint.meta, checkpoint.info
+    if not isinstance(masked, MaskedNetwork):
         return checkpoint
-    masked, (weights, inner) = MaskedNetwork(model), checkpoint.meta
     inner = inner._replace(second_moment=masked.extend(inner.second_moment))
     return Checkpoint(masked, MetaState(masked.extend(weights), inner), info)
+
+
+def with_mask(model: Model) -> Model:
+    """Return the network, with a mask of its outputs if it is a classifier without a bias there."""
+    if model.head_bias or model.objective is REGRESSION or not isinstance(model, ModuleNetwork):
+        return model
+    return MaskedNetwork(model)
 
 
 def adapted_tensors(model: Model, params: Params, images: Tensor) -> dict[str, Tensor]:

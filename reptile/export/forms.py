@@ -5,10 +5,11 @@ no more than this interface.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reptile.export.fold import adapted_tensors, predict_adapted
 from reptile.export.rows import Layout, indices, logits
@@ -23,6 +24,7 @@ from reptile.models import (
     size,
     unflatten,
 )
+from reptile.models.cut import split
 
 
 class Form(Protocol):
@@ -30,7 +32,11 @@ class Form(Protocol):
 
     @property
     def model(self) -> Model:
-        """The network; the bias or mask of its outputs comes last in its weights."""
+        """The network; `pack` leaves the bias of its outputs where it is."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs in a step, to name its parts; an empty one for none."""
 
     @property
     def size(self) -> int:
@@ -61,6 +67,9 @@ class Form(Protocol):
     def predict_adapted(self, tensors: Params, images: Tensor) -> Tensor:
         """Return the logits under what `adapted` returned."""
 
+    def parts(self) -> list[Traced]:
+        """Return what `logits` does not hold of the traced graphs."""
+
 
 def form_of(model: Model) -> Form:
     """Return the form that a network is exported in.
@@ -78,7 +87,9 @@ class Rows:
     """conv4 and mlp as `rows` restates them."""
 
     def __init__(self, model: Conv4 | MLP) -> None:
-        self.model, self.size, self.input_shape = model, size(model), model.image_shape
+        self.model: Model = model
+        self.size, self.input_shape = size(model), model.image_shape
+        self._network, self.module = model, nn.Module()
         self._layout, self._indices = Layout(model), indices(model)
         self.pack, self.unpack = self._layout.pack, self._layout.unpack
 
@@ -88,7 +99,7 @@ class Rows:
 
     def logits(self, packed: Tensor, inputs: Tensor, share: Tensor) -> Tensor:
         """See `Form.logits`."""
-        return logits(self.model, self._layout.named(packed), inputs, share, self._indices)
+        return logits(self._network, self._layout.named(packed), inputs, share, self._indices)
 
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
         """See `Form.adapted`."""
@@ -102,33 +113,27 @@ class Rows:
         """See `Form.predict_adapted`."""
         return predict_adapted(self.model, tensors, images)
 
+    def parts(self) -> list[Traced]:
+        """See `Form.parts`: none is traced."""
+        return []
+
 
 class AsItIs:
     """Any network, each of its functions traced from its own code."""
 
     def __init__(self, model: ModuleNetwork | MaskedNetwork) -> None:
-        self.model, self.size, self.input_shape = model, size(model), model.image_shape
-        images = torch.zeros(BATCH, *model.image_shape)
-        params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
+        masked = isinstance(model, MaskedNetwork)
+        network = model.network if isinstance(model, MaskedNetwork) else model
+        cut = split(network)
+        tail = cut.tail if cut else network
+        self.model: Model = model
+        self.size, self.input_shape, self.module = size(model), tail.image_shape, tail.module
+        self._network, self._cut = network, cut
+        self._tail: Model = MaskedNetwork(tail) if masked else tail
+        self._params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
         with torch.no_grad():
-            adapted = adapted_tensors(model, params, images)
-        self._names = tuple(adapted)
-
-        def run(function: Callable[..., Any], tensors: Params) -> Traced:
-            names = list(tensors)
-            return trace(
-                lambda images, *values: function(dict(zip(names, values, strict=True)), images),
-                (images, *tensors.values()),
-                free=(0,),
-            )
-
-        self._predict = run(model.forward, params)
-        self._adapted = run(
-            lambda params, images: tuple(adapted_tensors(model, params, images).values()), params
-        )
-        self._predict_adapted = run(
-            lambda tensors, images: predict_adapted(model, tensors, images), adapted
-        )
+            images = torch.zeros(BATCH, *model.image_shape)
+            self._tensors = adapted_tensors(model, self._params, images)
 
     def pack(self, weights: Tensor) -> Tensor:
         """See `Form.pack`: the order of the model."""
@@ -140,15 +145,16 @@ class AsItIs:
 
     def fixed(self, images: Tensor) -> Tensor:
         """See `Form.fixed`."""
-        return images
+        inputs: Tensor = self._fixed(images) if self._fixed else images
+        return inputs
 
     def logits(self, packed: Tensor, inputs: Tensor, share: Tensor) -> Tensor:
         """See `Form.logits`."""
-        return self.model.forward(unflatten(self.model, packed), inputs)
+        return self._tail.forward(unflatten(self.model, packed), inputs)
 
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
         """See `Form.adapted`."""
-        return dict(zip(self._names, self._adapted(inputs, *params.values()), strict=True))
+        return dict(zip(self._tensors, self._adapted(inputs, *params.values()), strict=True))
 
     def predict(self, params: Params, images: Tensor) -> Tensor:
         """See `Form.predict`."""
@@ -159,3 +165,43 @@ class AsItIs:
         """See `Form.predict_adapted`."""
         logits: Tensor = self._predict_adapted(images, *tensors.values())
         return logits
+
+    def parts(self) -> list[Traced]:
+        """See `Form.parts`: the fixed part."""
+        return [self._fixed] if self._fixed else []
+
+    @cached_property
+    def _fixed(self) -> Traced | None:
+        if self._cut is None:
+            return None
+        images = torch.zeros(BATCH, *self.model.image_shape)
+        return trace(self._cut.fixed, (images,), (0,), self._cut.fixed)
+
+    @cached_property
+    def _adapted(self) -> Traced:
+        def run(params: Params, inputs: Tensor) -> tuple[Tensor, ...]:
+            return tuple(adapted_tensors(self._tail, params, inputs).values())
+
+        return self._trace(run, self._params, self.input_shape)
+
+    @cached_property
+    def _predict(self) -> Traced:
+        return self._trace(self.model.forward, self._params, self.model.image_shape)
+
+    @cached_property
+    def _predict_adapted(self) -> Traced:
+        def run(tensors: Params, images: Tensor) -> Tensor:
+            return predict_adapted(self.model, tensors, images)
+
+        return self._trace(run, self._tensors, self.model.image_shape)
+
+    def _trace(
+        self, function: Callable[..., Any], tensors: Params, shape: tuple[int, ...]
+    ) -> Traced:
+        names = list(tensors)
+        return trace(
+            lambda inputs, *values: function(dict(zip(names, values, strict=True)), inputs),
+            (torch.zeros(BATCH, *shape), *tensors.values()),
+            (0,),
+            self._network.module,
+        )

@@ -46,4 +46,4 @@ def trace_gradient(form: "Form") -> Traced:
         torch.zeros(BATCH, model.outputs),
         torch.zeros(()),
     )
-    return trace(gradient, examples, free=(1, 2))
+    return trace(gradient, examples, (1, 2), form.module)

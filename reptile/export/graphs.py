@@ -21,11 +21,14 @@ from reptile.export.forms import Form, form_of
 from reptile.export.gradient import trace_gradient
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.optimizer import BETA2, EPSILON, decay
-from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.models import OUTPUT_MASK, Model, mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 
 OPSET = 18
 IR_VERSION = 8  # widely supported; newer ones add no feature that these graphs use
+
+RESERVED = {"images", "support_images", "query_images", "logits", "losses", "finite", OUTPUT_MASK}
+"""Names that no parameter may have; the graphs' other inputs are no outputs of `adapt`."""
 
 while_loop = torch.ops.higher_order.while_loop
 
@@ -148,9 +151,8 @@ class Adapt(nn.Module):
         weights, targets = self.initial_weights, support_labels
         if self.model.objective is CLASSIFICATION:
             targets = torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)]
-            weights = mask_absent_outputs(
-                self.model, weights, targets.sum(0) > 0
-            )  # the bias of the outputs comes last in packed order too
+            # Packed or not, the bias of the outputs is in the same place.
+            weights = mask_absent_outputs(self.model, weights, targets.sum(0) > 0)
         losses, packed = self._loop(
             weights, inputs, targets, batches.clamp(0, inputs.shape[0] - 1), learning_rate
         )

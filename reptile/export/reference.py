@@ -1,6 +1,6 @@
 """Eager PyTorch on the graphs' inputs: the reference for golden tensors and verification.
 
-Runs the training code's eager engine, in any precision; float64 shows how much of a difference is
+Runs the training code's inner loop, in any precision; float64 shows how much of a difference is
 rounding. Independent of ONNX.
 """
 
@@ -12,12 +12,11 @@ import torch
 
 from reptile.export import fold
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.engines import EagerEngine
+from reptile.learn.inner_loop import inner_loop
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
 from reptile.models import mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
-from reptile.tasks import Task
 
 Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
 Tensors = dict[str, Array]
@@ -50,20 +49,23 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
     """Return the losses [K] and the task's tensors, by the names of the graph's outputs."""
     checkpoint = fold.exportable(checkpoint)
     model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
-    engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
-    rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
-    inner = OptimizerState(state.second_moment.to(dtype), state.step)
+    inputs = info.network_input(torch.from_numpy(task.images)).to(dtype)
+    labels = torch.from_numpy(task.labels)
     if info.objective is CLASSIFICATION:
-        present = torch.isin(torch.arange(model.outputs), torch.from_numpy(task.labels))
+        present = torch.isin(torch.arange(model.outputs), labels)
         weights = mask_absent_outputs(model, weights, present)
-    adapted = engine.adapt(
-        weights.to(dtype), inner, [Task(rows, task.labels, none, none, tuple(task.batches))]
+    adapted, _, losses = inner_loop(
+        model,
+        weights.to(dtype),
+        OptimizerState(state.second_moment.to(dtype), state.step),
+        inputs,
+        labels,
+        [torch.from_numpy(batch) for batch in task.batches],
+        info.settings.optimizer,
     )
     with torch.no_grad():
-        params = unflatten(model, adapted.weights[0])
-        tensors = fold.adapted_tensors(model, params, engine.images(rows).to(dtype))
-    losses = {"losses": adapted.losses[0]}
-    return {name: value.numpy() for name, value in (losses | tensors).items()}
+        tensors = fold.adapted_tensors(model, unflatten(model, adapted), inputs)
+    return {name: value.numpy() for name, value in ({"losses": losses} | tensors).items()}
 
 
 @torch.no_grad()

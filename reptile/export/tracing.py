@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from reptile.errors import InputError
 from reptile.export.decompositions import decompositions
+from reptile.export.place import Place
 
 BATCH = 3  # of the examples: any number above 1, which torch would treat as a constant
 
@@ -35,22 +36,29 @@ class Traced(NamedTuple):
 
     graph: GraphModule
     constants: tuple[Tensor, ...]
+    places: dict[OpOverload, str]  # parts of the module that operators come from
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the graph."""
         return self.graph(*inputs, *self.constants)
 
 
-def trace(function: Callable[..., Any], examples: Sequence[Tensor], free: Sequence[int]) -> Traced:
+def trace(
+    function: Callable[..., Any],
+    examples: Sequence[Tensor],
+    free: Sequence[int],
+    module: nn.Module,
+) -> Traced:
     """Trace a function of tensors.
 
     Args:
         function: from tensors to a tensor or a tuple of tensors.
         examples: of its inputs, with `BATCH` rows where the size is free.
         free: the inputs whose first size is free, the same for all of them.
+        module: what the function runs, to name the part that an operator or an error comes from.
 
     Raises:
-        InputError: the function fixes that size, or does what no graph can.
+        InputError: the function fixes that size, or does what no graph can; after the part's name.
     """
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
@@ -62,15 +70,26 @@ def trace(function: Callable[..., Any], examples: Sequence[Tensor], free: Sequen
         return mode.from_tensor(tensor, symbolic_context=context)
 
     inputs = [fake(number, tensor) for number, tensor in enumerate(examples)]
-    with plain_operators():
-        graph = make_fx(function, decompositions(), "fake")(*inputs)
-        if any(_changes_its_input(node) for node in graph.graph.nodes):
-            graph = make_fx(torch.func.functionalize(graph), decompositions(), "fake")(*inputs)
+    place = Place(module)
+
+    def followed(*tensors: Tensor) -> Any:
+        with place:
+            return function(*tensors)
+
+    with plain_operators(), place.followed():
+        try:
+            graph = make_fx(followed, decompositions(), "fake")(*inputs)
+            if any(_changes_its_input(node) for node in graph.graph.nodes):
+                graph = make_fx(torch.func.functionalize(graph), decompositions(), "fake")(*inputs)
+        except Exception as error:  # whatever the module's code raises, or torch on tracing it
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            where = f"{place.last}: " if place.last else ""
+            raise InputError(f"{where}{reason}") from error
     for number in free:
         size: Any = inputs[number].shape[0]
         if isinstance(size, int) or size.node.is_constant() or size.node.maybe_as_int() is not None:
             raise InputError(f"it works for batches of {BATCH} only, the size it was tried with")
-    return _lift(graph)
+    return _lift(graph, place.operators)
 
 
 @contextlib.contextmanager
@@ -114,24 +133,24 @@ def _changes_its_input(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _lift(module: GraphModule) -> Traced:
+def _lift(module: GraphModule, places: dict[OpOverload, str]) -> Traced:
     """Turn the constants in a graph into further inputs, each once: loops need them there."""
     graph = module.graph
     constants: list[Tensor] = []
-    places: dict[Any, Any] = {}
+    inputs: dict[Any, Any] = {}
     after = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
         tensor = getattr(module, node.target)
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        if key not in places:
+        if key not in inputs:
             with graph.inserting_after(after):
-                after = places[key] = graph.placeholder(f"constant_{len(constants)}")
+                after = inputs[key] = graph.placeholder(f"constant_{len(constants)}")
             after.meta = dict(node.meta)
             constants.append(tensor.detach())
-        node.replace_all_uses_with(places[key])
+        node.replace_all_uses_with(inputs[key])
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    return Traced(module, tuple(constants))
+    return Traced(module, tuple(constants), places)

@@ -14,8 +14,8 @@ OUTPUT_MASK = "output_mask"
 class MaskedNetwork:
     """A module with a bias on its outputs that is never learnt, the last of its weights.
 
-    It is 0, or `MASK_BIAS` where `mask_absent_outputs` has taken an output out, in place of the bias
-    of a head that there may not be. See `Model` for what each member is.
+    It is 0, or `MASK_BIAS` where `mask_absent_outputs` has taken an output out, in place of the
+    bias of a head that there may not be. See `Model` for what each member is.
     """
 
     def __init__(self, network: ModuleNetwork) -> None:
@@ -23,6 +23,7 @@ class MaskedNetwork:
         self.name, self.outputs = network.name, network.outputs
         self.image_shape, self.objective = network.image_shape, network.objective
         self.has_batch_norm, self.norm_names = network.has_batch_norm, network.norm_names
+        self.feature_size = network.feature_size
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -48,6 +49,12 @@ class MaskedNetwork:
         """See `Model.forward`."""
         mask = params[OUTPUT_MASK].detach()
         return self.network.forward(self._without_mask(params), images, statistics) + mask
+
+    def features(
+        self, params: Params, images: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """See `Model.features`."""
+        return self.network.features(self._without_mask(params), images, statistics)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`."""
