@@ -36,7 +36,7 @@ from reptile.minibatches import mini_batches
 from reptile.models import ModuleNetwork, size
 from reptile.models.resnet12 import ResNet12
 from reptile.objectives import CLASSIFICATION
-from reptile.settings import TrainSettings
+from reptile.settings import LastBlocks, TrainSettings
 
 WAYS, BATCH = 5, 5
 STEPS = (0, 1, 5)
@@ -224,14 +224,13 @@ def measure(name: str, adapt: str) -> Row:
 def start(case: Case, adapt: str) -> Checkpoint:
     """Return drawn weights, with an optimiser's state of the size of real gradients."""
     torch.manual_seed(0)
-    chosen: Any = {"last": 1} if adapt.startswith("last") else adapt
-    settings = TrainSettings(ways=WAYS, adapt=chosen)
-    model = ModuleNetwork(case.make(), case.shape, WAYS, CLASSIFICATION, adapt=settings.adapt)
+    chosen: Any = LastBlocks(last=1) if adapt.startswith("last") else adapt
+    model = ModuleNetwork(case.make(), case.shape, WAYS, CLASSIFICATION, adapt=chosen)
     noise = torch.rand(size(model), generator=torch.Generator().manual_seed(1))
     state = MetaState(model.initialise(0), OptimizerState(1e-3 + 1e-2 * noise, 10_000))
     info = CheckpointInfo(
         iteration=0,
-        settings=settings,
+        settings=TrainSettings(ways=WAYS),
         image_shape=case.shape,
         pixels=False,
         module=model.name,

@@ -68,7 +68,10 @@ class Form(Protocol):
         """Return the logits under what `adapted` returned."""
 
     def parts(self) -> list[Traced]:
-        """Return what `logits` does not hold of the traced graphs."""
+        """Return the traced graphs of what `logits` does not hold."""
+
+    def trace_all(self) -> None:
+        """Trace what `graphs` will need: inside of torch.export it is too late."""
 
 
 def form_of(model: Model) -> Form:
@@ -116,6 +119,9 @@ class Rows:
     def parts(self) -> list[Traced]:
         """See `Form.parts`: none is traced."""
         return []
+
+    def trace_all(self) -> None:
+        """See `Form.trace_all`: nothing."""
 
 
 class AsItIs:
@@ -169,6 +175,10 @@ class AsItIs:
     def parts(self) -> list[Traced]:
         """See `Form.parts`: the fixed part."""
         return [self._fixed] if self._fixed else []
+
+    def trace_all(self) -> None:
+        """See `Form.trace_all`."""
+        _ = self._fixed, self._adapted, self._predict, self._predict_adapted
 
     @cached_property
     def _fixed(self) -> Traced | None:

@@ -58,6 +58,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     """
     checkpoint = exportable(checkpoint)
     model, form = checkpoint.model, form_of(checkpoint.model)
+    form.trace_all()
     task = {
         "support_images": _images(model, "support"),
         "support_labels": _targets(model),
