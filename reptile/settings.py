@@ -37,8 +37,6 @@ NETWORKS = ("conv4", "mlp", "resnet12")
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
-REMOVED = {"evaluate": {"ways"}}
-"""Settings by stage that were removed; they are accepted and have no effect."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -57,10 +55,6 @@ class Section(BaseModel):
                     raise ValueError(f"{old} is the old name of {new}: give one of them")
                 values = {new if key == old else key: value for key, value in values.items()}
                 log.warning("%s.%s is called %s.%s now", stage, old, stage, new)
-        for name in REMOVED.get(stage, ()):
-            if isinstance(values, dict) and name in values:
-                values = {key: value for key, value in values.items() if key != name}
-                log.warning("%s.%s is gone and has no effect; remove it", stage, name)
         return values
 
 
@@ -324,6 +318,17 @@ class EvaluateSettings(Section):
     """Query images per class; the reference uses one. Of a sinusoid: other points."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
+    ways: Ways | None = None
+    """Classes of a task. None: as many as in training, or 5 for a closed-form learner; at most the
+    classes there are. Learners that take gradient steps have at most as many as in training."""
+    learner: Literal["trained", "prototypes", "ridge", "auto"] = "trained"
+    """What a bundle is to learn tasks with: the learner as it was trained, or its features without
+    adaptation and a closed-form head. Every row is compared with it. `auto`: the best of these on
+    validation tasks."""
+
+    def task_ways(self, training: TrainSettings, classes: int) -> int:
+        """Return the classes of a task, for a learner trained so and a split of so many classes."""
+        return self.ways or (min(5, classes) if training.closed_form else training.ways)
 
 
 class GateSettings(Section):
@@ -337,6 +342,9 @@ class GateSettings(Section):
     """For a regressor: maximum mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Minimum gain over the random initialisation adapted in the same way."""
+    insist: bool = False
+    """Export also what a simpler method beats on the same tasks: no adaptation, a linear probe, the
+    network before training, or the raw input."""
 
 
 class ExportSettings(Section):

@@ -5,7 +5,7 @@ The work is in the package of the stage's name; this module only connects them. 
 imports what it runs, so that reptile.provenance can determine what each result depends on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,9 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     from reptile.objectives import objective_of
     from reptile.tasks import check_classes
 
-    data, ways = load_prepared(prepared), settings.train.ways
+    data = load_prepared(prepared)
     test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
+    ways = evaluation.task_ways(settings.train, len(test.starts))
     images = max(evaluation.shots) + evaluation.queries
     what = f"test split of {data.name}"
     check_classes(test, ways, images, f"{what}, for `reptile evaluate`")
@@ -121,8 +122,12 @@ def evaluate(
     checkpoint: Path,
     evaluation: Path,
     on_progress: Counted | None = None,
+    beside: Mapping[str, Path] | None = None,
 ) -> "Evaluation":
-    """Measure few-shot scores on held-out classes and on the cross-domain data."""
+    """Measure few-shot scores on held-out classes and on the cross-domain data.
+
+    Checkpoints `beside`, by name, are measured on the same tasks.
+    """
     from reptile.data.dataset import load_cross_domain, load_prepared
     from reptile.evaluate import evaluate as evaluate_checkpoint
     from reptile.evaluate import write_evaluation
@@ -131,7 +136,9 @@ def evaluate(
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
-    result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
+    others = {name: load_checkpoint(folder) for name, folder in (beside or {}).items()}
+    cross_domain = load_cross_domain(prepared)
+    result = evaluate_checkpoint(settings, trained, data, cross_domain, on_progress, beside=others)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
     return result

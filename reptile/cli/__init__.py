@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -164,6 +165,37 @@ def train(
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
 
 
+@app.command("check-model")
+def check_model_command(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Show what the network of the settings is and costs; refuse one that cannot train.
+
+    Inputs are those of the prepared data, or without any of the settings of `prepare`.
+
+    Example: reptile check-model -S train.model.name=torchvision:resnet18 -S train.adapt=head
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.learn.check_model import check_model
+
+    size, values = settings.prepare.image_size, 0
+    channels = 1 if settings.prepare.channels == "grey" else 3
+    image_shape: tuple[int, ...] = (channels, size, size)
+    if (artifacts / "prepared" / INDEX_FILE).is_file():
+        data = load_prepared(artifacts / "prepared")
+        image_shape, values = data.image_shape, data.values
+    with console.status("checking"):
+        result = check_model(settings.train, image_shape, values)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in result.rows():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
 @app.command()
 def runs(
     params: ParamsOption = None,
@@ -211,6 +243,15 @@ def evaluate(
     preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="NAME=FOLDER",
+            help="Another checkpoint of the same data, measured on the same tasks; may be "
+            "repeated. By default the second learner, if the settings `beside` train one.",
+        ),
+    ] = None,
 ) -> None:
     """Measure few-shot accuracy on held-out classes and other domains, with a report.
 
@@ -221,18 +262,30 @@ def evaluate(
     from reptile.evaluate import summary_table
     from reptile.evaluate.metrics import read_metrics
 
+    others = dict(map(_named_folder, beside or ()))
+    if not beside and settings.beside.training:
+        others = {"beside": artifacts / "beside/checkpoint"}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
         result = stages.evaluate(
-            settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
+            settings.evaluate,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            folder,
+            count,
+            others,
         )
     seconds = perf_counter() - start
-    console.print(summary_table(read_metrics(folder)))
-    console.print(
-        f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
-        f"{result.adaptations / seconds:.0f} tasks/s"
-    )
+    metrics = read_metrics(folder)
+    console.print(summary_table(metrics))
+    if metrics.chosen:
+        console.print(f"best on validation tasks: {metrics.chosen.best}")
+    if result.adaptations:
+        console.print(
+            f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in "
+            f"{seconds:.0f} s, {result.adaptations / seconds:.0f} tasks/s"
+        )
     console.print(f"report: {folder / 'report.html'}")
 
 
@@ -610,6 +663,13 @@ def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--beside {text}: write it as NAME=FOLDER")
+    return name, Path(folder)
 
 
 @contextmanager

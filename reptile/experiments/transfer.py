@@ -10,7 +10,7 @@ from typing import Any
 
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
-from reptile.evaluate.measure import Measurement, Start, evaluate
+from reptile.evaluate.measure import Measurement, evaluate
 from reptile.evaluate.metrics import Score
 from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
@@ -56,7 +56,10 @@ def transfer(
                     f"{row} was trained on images of {checkpoint.info.image_shape}, {column} has "
                     f"{data.image_shape}; prepare it with the same image_size and channels"
                 )
-    ways = min(checkpoint.info.settings.ways for checkpoint in checkpoints.values())
+    classes = min(len(data.split("test").starts) for data in datasets.values())
+    ways = min(
+        settings.task_ways(checkpoint.info.settings, classes) for checkpoint in checkpoints.values()
+    )
     pairs = [
         (row, column)
         for row, checkpoint in checkpoints.items()
@@ -70,7 +73,9 @@ def transfer(
             if on_progress:
                 on_progress(before * total + done, len(pairs) * total)
 
-        evaluation = evaluate(settings, checkpoints[row], datasets[column], {}, count, ways=ways)
+        evaluation = evaluate(
+            settings, checkpoints[row], datasets[column], {}, count, ways=ways, baselines=False
+        )
         cells[row, column] = evaluation.measurements
     return Transfer(settings, ways, tuple(checkpoints), tuple(datasets), cells)
 
@@ -85,7 +90,7 @@ def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
             f"| trained on | {' | '.join(f'tested on {name}' for name in result.columns)} |",
             "| --- " * (1 + len(result.columns)) + "|",
         ]
-        rows: list[tuple[str, str, Start]] = [(row, row, "trained") for row in result.rows]
+        rows: list[tuple[str, str, str]] = [(row, row, "trained") for row in result.rows]
         rows.append((f"nothing (random start of {result.rows[0]})", result.rows[0], "random"))
         for title, row, start in rows:
             scores = [

@@ -148,7 +148,7 @@ def _write_golden(
     settings: ExportSettings,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write inputs and outputs of every graph for two small tasks of the test split.
+    """Write inputs and outputs of every graph for two small tasks of the test split, and a refusal.
 
     `adapt` has as many classes as the head, and is run for 0, 5 and 50 steps. `crossing` has no
     images of label 0, and mini-batches that go on from one shuffle of the support set in the next.
@@ -156,6 +156,8 @@ def _write_golden(
     The outputs are eager PyTorch's in float64. Each case's tolerance is ten times what eager
     float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
     this says nothing (a cold Adam takes the sign of gradients that are only noise) is left out.
+
+    `refused` is a step with an infinite learning rate, for which `adapt` must say `finite` = false.
     """
     info, classes = checkpoint.info, data.split("test")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
@@ -184,6 +186,8 @@ def _write_golden(
         for number in numbers:
             first = support.first(number)
             _add_adaptation(golden, f"{name}-{number}", checkpoint, first, images)
+    refused = support.first(1).feeds(checkpoint) | {"learning_rate": np.array(np.inf, np.float32)}
+    golden.refuse("adapt", "refused", refused)
     golden.close()
 
 
@@ -231,6 +235,11 @@ class _Golden:
         inputs = self._store(name, feeds)
         case = GoldenCase(graph, inputs, self._store(name, outputs), tolerance, RTOL)
         self._cases.append(case)
+
+    def refuse(self, graph: str, name: str, feeds: Tensors) -> None:
+        """Add a case whose only output is that the numbers are not finite."""
+        outputs = self._store(name, {"finite": np.array(False)})
+        self._cases.append(GoldenCase(graph, self._store(name, feeds), outputs, ATOL, RTOL))
 
     def close(self) -> None:
         write_json(self._folder / GOLDEN_FILE, golden_json(self._cases))

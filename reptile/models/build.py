@@ -96,11 +96,15 @@ def _build_module(
         else:
             module = ResNet12(settings.filters, seen[0], max(outputs, 1))
     module = module.cpu().float().eval()
-    forward = run_once(module, inputs, settings.name)
+    try:
+        forward = run_once(module, inputs, settings.name)
+    except InputError as error:
+        raise InputError(f"{error}; train.model.input_size sets the size of its input") from error
     last = forward.last.name if forward.last else ""
     if settings.weights and load:
         path = Path(settings.weights)
-        weights = read_weights(path) if path.suffix else download(entry, settings.weights)
+        by_name = entry is not None and not path.suffix
+        weights = download(entry, settings.weights) if by_name else read_weights(path)
         if entry:  # GoogLeNet's and Inception's heads for training alone
             weights = {k: v for k, v in weights.items() if not k.lower().startswith("aux")}
         put_weights(module, weights, last, settings.name, settings.weights)

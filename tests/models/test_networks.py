@@ -190,6 +190,7 @@ def test_weights_that_hold_code_are_refused_and_not_run(
         ("w.safetensors", b"\x10", "cannot be read as weights"),
         ("w.pth", b"PK\x03\x04broken", "cannot be read as weights|holds more"),
         ("w.bin", b"", "must be a .safetensors, .pth or .pt file"),
+        ("DEFAULT", None, "must be a .safetensors, .pth or .pt file"),
     ],
 )
 def test_a_file_that_is_no_weights_is_refused(
@@ -246,6 +247,8 @@ def test_unknown_names_are_refused_with_those_that_exist() -> None:
         build("torchvision:resnet18", weights="V7")
     with pytest.raises(InputError, match=r"the network needs 3; set prepare.channels = rgb"):
         build("torchvision:resnet18", shape=(2, 32, 32))
+    with pytest.raises(InputError, match=r"do not pass .*; train.model.input_size sets the size"):
+        build("resnet12", filters=2, shape=(1, 8, 8))
 
 
 @pytest.mark.parametrize(("have", "size"), [(28, 64), (28, 17), (64, 28), (5, 5)])

@@ -396,10 +396,11 @@ def _golden(subject: _Subject) -> Iterator[Check]:
     cases = parse_golden((folder / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
     missing = [f"no case of {name}" for name in GRAPHS if name not in {c.graph for c in cases}]
     yield Check.none_of("golden tensors cover every graph", missing)
-    worst = 0.0
+    worst, refusals = 0.0, 0
     for case in cases:
         feeds = {name: np.load(folder / file) for name, file in case.inputs.items()}
         actual = subject.session(case.graph)(feeds)
+        refusals += not actual.get("finite", True)
         for name, file in case.outputs.items():
             wanted = np.load(folder / file).astype(np.float64)
             allowed = case.atol + case.rtol * np.abs(wanted)
@@ -407,6 +408,8 @@ def _golden(subject: _Subject) -> Iterator[Check]:
             worst = float(np.maximum(worst, excess.max(initial=0)))
     detail = "deviation as a share of the stated tolerance"
     yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
+    none = [] if refusals else ["no case in which adapt gives finite = false"]
+    yield Check.none_of("golden tensors hold a refused input", none)
 
 
 def _runtime(subject: _Subject) -> Iterator[Check]:

@@ -39,7 +39,7 @@ def without_fixed_part(model: Model, inputs: Inputs, device: torch.device) -> tu
     cut = split(model)
     if cut is None:
         return model, lambda rows: gather(inputs, rows, device)
-    log.info("%s: what is fixed, up to %s, runs once an image", model.name, cut.where)
+    log.debug("%s: what is fixed, up to %s, runs once an image", model.name, cut.where)
     return cut.tail, FixedValues(cut, inputs, device)
 
 
