@@ -45,8 +45,17 @@ class SupportSet(NamedTuple):
         }
 
 
-def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
-    """Return the losses [K] and the task's tensors, by the names of the graph's outputs."""
+def adapt(
+    checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype, *, noise: int | None = None
+) -> Tensors:
+    """Return the losses [K] and the task's tensors, by the names of the graph's outputs.
+
+    Args:
+        checkpoint: where adaptation starts.
+        task: the support set and its mini-batches.
+        dtype: precision of all arithmetic.
+        noise: seed of errors as large as float32's rounding, one in each weight before each step.
+    """
     checkpoint = fold.exportable(checkpoint)
     model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
     inputs = info.network_input(torch.from_numpy(task.images)).to(dtype)
@@ -54,18 +63,26 @@ def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tenso
     if info.objective is CLASSIFICATION:
         present = torch.isin(torch.arange(model.outputs), labels)
         weights = mask_absent_outputs(model, weights, present)
-    adapted, _, losses = inner_loop(
-        model,
-        weights.to(dtype),
-        OptimizerState(state.second_moment.to(dtype), state.step),
-        inputs,
-        labels,
-        [torch.from_numpy(batch) for batch in task.batches],
-        info.settings.optimizer,
-    )
+    weights, state = weights.to(dtype), OptimizerState(state.second_moment.to(dtype), state.step)
+    generator = torch.Generator().manual_seed(noise or 0)
+    losses = [weights.new_empty(0)]
+    for batch in task.batches:
+        if noise is not None:
+            errors = torch.randn(weights.shape, generator=generator, dtype=dtype)
+            weights = weights * (1 + torch.finfo(torch.float32).eps * errors)
+        weights, state, loss = inner_loop(
+            model,
+            weights,
+            state,
+            inputs,
+            labels,
+            [torch.from_numpy(batch)],
+            info.settings.optimizer,
+        )
+        losses.append(loss)
     with torch.no_grad():
-        tensors = fold.adapted_tensors(model, unflatten(model, adapted), inputs)
-    return {name: value.numpy() for name, value in ({"losses": losses} | tensors).items()}
+        tensors = fold.adapted_tensors(model, unflatten(model, weights), inputs)
+    return {name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()}
 
 
 @torch.no_grad()
