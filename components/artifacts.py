@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
@@ -16,8 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
+from components import secrets
 from components.fetch import fetch
+from components.nodes import train_on_nodes
 from components.push import publish as publish_bundle
+from components.store import is_address, working_folder
+from components.supervise import supervise
 from reptile import stages
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
@@ -26,9 +31,10 @@ from reptile.evaluate.gate import gate as judge
 from reptile.evaluate.metrics import Metrics, Mode, Score, read_metrics
 from reptile.evaluate.report.comparison import HEADLINE_MODE
 from reptile.evaluate.write import metrics as metrics_of
-from reptile.files import sha256_file
+from reptile.files import atomic_directory, sha256_file
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
-from reptile.learn.train import Progress
+from reptile.learn.run_folder import run_folder
+from reptile.learn.train import untrained
 from reptile.objectives import objective_named
 from reptile.provenance import settings_sha256
 from reptile.settings import (
@@ -132,23 +138,58 @@ def prepare(
 
 
 def train(
-    settings: str, work: str, prepared: Artifact, checkpoint: Artifact, curves: Artifact
+    settings: str,
+    work: str,
+    nodes: int,
+    prepared: Artifact,
+    checkpoint: Artifact,
+    curves: Artifact,
+    secret: Path = secrets.WORK,
 ) -> None:
-    """Meta-train; go on from the latest checkpoint below `work`, if this run has left one there."""
+    """Meta-train in a process of its own or on several nodes, started again if it dies.
+
+    Args:
+        settings: of `train`.
+        work: folder or address of a store, for the checkpoints of unfinished training; this run
+            goes on from the latest one that it has left there.
+        nodes: pods to share the training among; more than one share the folder `work`.
+        prepared: the dataset.
+        checkpoint: the checkpoint to write.
+        curves: the learning curves to write.
+        secret: folder with the store's credentials.
+
+    Raises:
+        InputError: several nodes, and `work` is no folder that they share.
+        SystemExit: training has failed for good, with its exit code.
+    """
     chosen = parse_settings(TrainSettings, settings)
-    result = stages.train(
-        chosen,
-        Path(prepared.path),
-        Path(checkpoint.path),
-        curves=Path(curves.path),
-        work=Path(work),
-        resume=True,
-        on_progress=_Log(),
-    )
+    start = untrained(chosen, load_prepared(Path(prepared.path)))
+    run = run_folder(Path(), start.info).name
+    program = ("-m", "components.training", settings)
+    if nodes > 1:
+        if is_address(work):
+            raise InputError(
+                f"nodes = {nodes}: the nodes share data and checkpoint on a volume; set work to a "
+                f"folder on it, not {work}"
+            )
+        shared = Path(work) / f"{run}.nodes"
+        if not (shared / "prepared").is_dir():
+            with atomic_directory(shared / "prepared") as copy:
+                shutil.copytree(prepared.path, copy, dirs_exist_ok=True)
+        places = [str(shared / name) for name in ("prepared", "checkpoint", "curves")]
+        train_on_nodes(nodes, f"reptile-{run}", ["torchrun", *program, *places, work])
+        for name, artifact in (("checkpoint", checkpoint), ("curves", curves)):
+            shutil.copytree(shared / name, artifact.path)
+        shutil.rmtree(shared)
+    else:
+        with working_folder(work, run, secret) as folder:
+            places = [prepared.path, checkpoint.path, curves.path, str(folder)]
+            supervise([sys.executable, *program, *places])
+    info = load_checkpoint(Path(checkpoint.path)).info
     made = {
         "train_settings_sha256": _hash(chosen),
-        "code_sha256": result.info.code_sha256,
-        f"validation_{result.info.objective.metric}": result.info.curve[-1].score,
+        "code_sha256": info.code_sha256,
+        f"validation_{info.objective.metric}": info.curve[-1].score,
     }
     checkpoint.metadata |= _inherit(prepared) | finite(made)
     curves.metadata |= checkpoint.metadata
@@ -453,25 +494,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
     kept = {name: value for name, value in values.items() if name not in bad}
     return kept | ({"not_finite": ", ".join(bad)} if bad else {})
-
-
-class _Log:
-    """Prints where training starts, and each new point of its curve, as a pod's log shows it."""
-
-    def __init__(self) -> None:
-        self._shown = -1
-
-    def __call__(self, progress: Progress) -> None:
-        if self._shown < 0:
-            print(f"from meta-iteration {progress.iteration} of {progress.of}: {progress.engine}")
-            self._shown = 0
-        for point in progress.curve[self._shown :]:
-            print(
-                f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                f"validation {progress.objective.title} {point.score:.3f}",
-                flush=True,
-            )
-        self._shown = len(progress.curve)
 
 
 # What passes from an artifact to those made from it; its scores and other hashes do not.

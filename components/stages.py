@@ -38,6 +38,7 @@ def prepare(
 def train(
     settings: str,
     work: str,
+    nodes: int,
     prepared: Input[Dataset],
     checkpoint: Output[Model],
     curves: Output[Artifact],
@@ -45,7 +46,7 @@ def train(
     """Meta-train; a run that was interrupted goes on from its latest checkpoint below `work`."""
     from components import artifacts
 
-    artifacts.train(settings, work, prepared, checkpoint, curves)
+    artifacts.train(settings, work, nodes, prepared, checkpoint, curves)
 
 
 @component

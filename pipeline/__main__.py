@@ -256,10 +256,12 @@ def submit(
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
     from pipeline.cluster import RunOptions
-    from pipeline.package import load_package, run_parameters
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     run_id = cluster.submit(
@@ -292,7 +294,8 @@ def sweep(
     cache: CacheOption = None,
     pipeline_root: RootOption = None,
     service_account: AccountOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended.")] = False,
+    force: ForceOption = False,
+    wait: WaitOption = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -332,6 +335,7 @@ def sweep(
         cache=cache,
         pipeline_root=pipeline_root,
         service_account=service_account,
+        force=force,
         wait=wait,
         timeout=None,
         poll=10.0,
@@ -447,10 +451,12 @@ def schedule(
     """
     from pipeline.cluster import RunOptions, Timetable
     from pipeline.cron import parse_cron
-    from pipeline.package import load_package, run_parameters
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)

@@ -27,6 +27,11 @@ class Finding(NamedTuple):
     sentence: str
 
 
+_S3 = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"})
+_KEYS = {"data_secret": _S3, "work_secret": _S3}
+"""The keys that a store in S3 needs, or may need; other stores and accounts need others or none."""
+
+
 def findings(
     cluster: Cluster | ClusterError,
     kube: Kubernetes | None,
@@ -58,10 +63,10 @@ def findings(
         )
         return
     yield _nodes(kube, package, parameters)
-    if "work_volume" in values:
+    if "work_volume" in values and "://" not in values["work"]:
         yield _claim(kube, values["work_volume"])
     for name in sorted(name for name in values if name.endswith("_secret")):
-        yield _secret(kube, values[name], _secret_keys(package, name))
+        yield _secret(kube, values[name], _KEYS.get(name, frozenset()))
     yield _argo(kube)
 
 
@@ -156,7 +161,7 @@ def _claim(kube: Kubernetes, name: str) -> Finding:
     return Finding("volume", "ok", f"Claim {name} is bound, {', '.join(modes)}.")
 
 
-def _secret(kube: Kubernetes, name: str, wanted: set[str]) -> Finding:
+def _secret(kube: Kubernetes, name: str, wanted: frozenset[str]) -> Finding:
     what = f"secret {name}"
     try:
         keys = kube.secret_keys(name)
@@ -170,26 +175,13 @@ def _secret(kube: Kubernetes, name: str, wanted: set[str]) -> Finding:
     return Finding(what, "ok", f"It has {', '.join(sorted(keys)) or 'no keys'}.")
 
 
-def _secret_keys(package: Package, parameter: str) -> set[str]:
-    """Return the keys that the pipeline's tasks read from the secret of that parameter."""
-    return {
-        key["secretKey"]
-        for pod in package.pods.values()
-        for secret in pod.get("secretAsEnv", ())
-        if str(secret.get("secretNameParameter", {}).get("componentInputParameter")).endswith(
-            f"--{parameter}"
-        )
-        for key in secret["keyToEnv"]
-    }
-
-
 def _argo(kube: Kubernetes) -> Finding:
     """Say what Argo retries: what its defaults say goes for all that the pipeline retries."""
     try:
         policy = _retry_policy(kube.config_map(_ARGO, NAMESPACE))
     except (ClusterError, yaml.YAMLError) as error:
         return Finding("retries", "unknown", _sentence(str(error).partition("\n")[0]))
-    way_out = "set retryPolicy: Always in its workflowDefaults to have both"
+    way_out = "deploy/argo has the setting for both"
     if policy == "Always":
         return Finding(
             "retries", "ok", "Argo retries a process that failed and a pod that is lost."

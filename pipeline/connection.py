@@ -228,7 +228,10 @@ def check_version(version: str, needed: tuple[int, int]) -> str:
     if not match:
         return f"the server does not say its version ({version}); {needs}"
     if (int(match[1]), int(match[2])) < needed:
-        raise ClusterError(f"the server has version {version}; {needs}, so upgrade it")
+        raise ClusterError(
+            f"the server has version {version}; {needs}; upgrade it, or give --pipeline one that "
+            "`python -m pipeline compile --backend` has made for an earlier release"
+        )
     return ""
 
 

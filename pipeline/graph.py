@@ -13,7 +13,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
-from components import control, stages
+from components import control, secrets, stages
 from components.image import IMAGE
 from pipeline.revisions import DATA_FILE, data_md5
 from reptile.settings import load_settings
@@ -25,9 +25,6 @@ RETRY_WINDOW = "7d"
 WORK = "/workspace"  # where the volume for unfinished training runs is mounted
 # In the mode that the bundle runs in, down to the fewest classes that it takes.
 POINTS = ("2-way 1-shot frozen", "3-way 1-shot frozen", "5-way 1-shot frozen")
-
-# Kubernetes secret with the DVC remote's credentials, as the environment variables of that name.
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
 
 
 def _place(task: PipelineTask, image: str, pull_secret: str, hours: int = 1) -> PipelineTask:
@@ -44,8 +41,9 @@ def _place(task: PipelineTask, image: str, pull_secret: str, hours: int = 1) -> 
     return kubernetes.set_timeout(task, hours * 60 * 60)
 
 
-def _give_secret(task: PipelineTask, name: str) -> None:
-    kubernetes.use_secret_as_env(task, name, {key: key for key in SECRET_KEYS}, optional=True)
+def _give_secret(task: PipelineTask, name: str, folder: Path) -> None:
+    # Not as environment variables: Kubeflow's launcher would take those keys for its own store.
+    kubernetes.use_secret_as_volume(task, name, str(folder), optional=True)
 
 
 _SETTINGS = load_settings(ROOT / "params.yaml")
@@ -69,7 +67,10 @@ def _graph(
     points: list[str] = list(POINTS),
     work: str = WORK,
     work_volume: str = "reptile-work",
+    work_secret: str = "reptile-work",
+    nodes: int = 1,
     data_secret: str = "reptile-data",
+    git_secret: str = "reptile-git",
     accelerator: str = "nvidia.com/gpu",
     accelerators: str = "0",
     cpu: str = "4",
@@ -97,9 +98,13 @@ def _graph(
         export_settings: section `export` of params.yaml, as JSON; its gate decides.
         verify_settings: section `verify` of params.yaml, as JSON.
         points: other tasks to measure, such as `3-way 1-shot frozen`; may be empty.
-        work: folder for unfinished training runs, on the volume below.
+        work: folder for unfinished training runs, on the volume below; or an address such as
+            `s3://bucket/unfinished`, with which no volume is mounted.
         work_volume: persistent volume claim that is mounted for training.
+        work_secret: Kubernetes secret with the credentials of the store at `work`; may be missing.
+        nodes: pods that training is shared among, by Kubeflow Trainer; 1 needs no Trainer.
         data_secret: Kubernetes secret with the credentials of the DVC remote; may be missing.
+        git_secret: Kubernetes secret with a key or token for the git repository; may be missing.
         accelerator: resource name of the accelerator.
         accelerators: how many of them training gets; 0 trains on CPUs.
         cpu: CPUs of training and evaluation.
@@ -119,11 +124,12 @@ def _graph(
     prepared.set_retry(
         3, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
     )
-    _give_secret(prepared, data_secret)
+    _give_secret(prepared, data_secret, secrets.DATA)
+    _give_secret(prepared, git_secret, secrets.GIT)
     dataset = prepared.outputs["prepared"]
 
     def train(settings: Any) -> Any:
-        trained = stages.train(settings=settings, work=work, prepared=dataset)
+        trained = stages.train(settings=settings, work=work, nodes=nodes, prepared=dataset)
         _place(trained, image, pull_secret, hours=24)
         trained.set_retry(
             5, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
@@ -133,6 +139,7 @@ def _graph(
         # KFP 2.17 forgets to hand these on into a group of tasks such as a loop.
         trained.register_pipeline_channels([accelerator, accelerators, cpu, memory])
         kubernetes.mount_pvc(trained, work_volume, WORK)
+        _give_secret(trained, work_secret, secrets.WORK)
         kubernetes.empty_dir_mount(trained, "shared-memory", "/dev/shm", "Memory", "2Gi")
         kubernetes.add_node_selector_json(trained, node_selector)
         kubernetes.add_toleration_json(trained, tolerations)
@@ -180,7 +187,7 @@ def _graph(
         published.set_retry(
             3, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
         )
-        _give_secret(published, data_secret)
+        _give_secret(published, data_secret, secrets.DATA)
 
 
 def _swept(graph: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,17 @@ def run_parameters(
             f"give --param {min(missing)}=VALUE"
         )
     return {name: _typed(name, value, known[name]) for name, value in given.items()}
+
+
+def without_volume(package: Package) -> Package:
+    """Return the pipeline without its volume, which a store of unfinished training replaces.
+
+    Kubeflow cannot mount a volume on a condition: it refuses a claim without a name.
+    """
+    spec, platform = yaml.safe_load_all(package.text)
+    for task in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        task.pop("pvcMount", None)
+    return replace(package, text=yaml.safe_dump_all([spec, platform]).encode())
 
 
 def _typed(name: str, value: Any, definition: Mapping[str, Any]) -> Any:

@@ -108,6 +108,12 @@ def check_parameters(
                 f"parameter {name}: {values[name]!r} is not the name of a secret; leave it out for "
                 f"{default}"
             )
+    given = [values[name] for name in ("data_secret", "git_secret") if name in values]
+    if len(given) == 2 and given[0] == given[1] != "":
+        raise InputError(
+            f"parameters data_secret and git_secret are both {given[0]}: a pod can mount a "
+            "secret once; make two of it"
+        )
     for name in sorted(package.loops):
         if values.get(name) == []:
             raise InputError(

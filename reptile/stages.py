@@ -80,12 +80,14 @@ def train(
     work: Path,
     resume: bool = False,
     on_progress: "Callable[[Progress], None]" = lambda progress: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> "Checkpoint":
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
     `work` holds unfinished runs, so that `resume` can continue them. Started by torchrun, the
     processes share the work, and only the first writes. A second training that would write to the
-    same folder is refused while this one runs.
+    same folder is refused while this one runs. `stop` is that of
+    `reptile.learn.run.run_training`.
     """
     from reptile.data.dataset import load_prepared
     from reptile.learn.checkpoint import save_checkpoint
@@ -99,7 +101,7 @@ def train(
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
-            return run_training(settings, data, work, resume=resume, processes=processes)
+            return run_training(settings, data, work, resume=resume, processes=processes, stop=stop)
         with lock_folder(checkpoint.parent):
             with CurveWriter(curves, objective_of(data.values)) as writer:
 
@@ -108,7 +110,13 @@ def train(
                     on_progress(progress)
 
                 result = run_training(
-                    settings, data, work, resume=resume, processes=processes, on_progress=observe
+                    settings,
+                    data,
+                    work,
+                    resume=resume,
+                    processes=processes,
+                    on_progress=observe,
+                    stop=stop,
                 )
                 writer.write(result.info.curve)
             save_checkpoint(checkpoint, result)

@@ -36,7 +36,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from reptile.cli.under_dvc import check_code, check_data
-from reptile.errors import InputError, PlatformError, ReptileError
+from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings
 
@@ -137,10 +137,14 @@ def train(
 ) -> None:
     """Meta-train an initialisation on the prepared data.
 
+    The first Ctrl-C (or SIGTERM) ends it after the current meta-iteration, with a checkpoint, and
+    exit code 130 (143); --resume continues. A second Ctrl-C interrupts at once.
+
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
     settings = read_settings(params, preset, changes)
     from reptile import stages
+    from reptile.learn.signals import stop_by_signal
 
     training = settings.beside.training if beside else settings.train
     outputs = artifacts / "beside" if beside else artifacts
@@ -150,7 +154,7 @@ def train(
         return
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
-    with _training(training) as observe:
+    with _training(training) as observe, stop_by_signal() as stop:
         result = stages.train(
             training,
             artifacts / "prepared",
@@ -159,6 +163,7 @@ def train(
             work=artifacts / "training",
             resume=resume,
             on_progress=observe,
+            stop=stop,
         )
     last = result.info.curve[-1]
     score = f"validation {result.info.objective.title} {last.score:.3f}"
@@ -617,6 +622,10 @@ def run() -> None:
     try:
         check_code()
         app()
+    except StoppedError as stopped:
+        if not console.quiet:
+            typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except ReptileError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -122,13 +122,19 @@ class Comparison:
         """Add the weights that training began with, learning a task as the trained learner does."""
         settings = checkpoint.info.settings
         weights = initialise(checkpoint.model, settings.seed).to(checkpoint.state.weights.device)
+        if not settings.closed_form:
+            state = MetaState(weights, fresh_state(weights))
+            self.adapted["random"] = GradientLearner(checkpoint, state)
+        if not self._has_training_split:
+            return  # batch norm's statistics for these weights cannot be measured
         self._networks[before] = frozen_features(checkpoint, weights, self._data)
         if settings.closed_form:
             head = checkpoint.closed_form.head
             self.rows["random"] = Row(before, closed_form(head, head.initial))
-        else:
-            state = MetaState(weights, fresh_state(weights))
-            self.adapted["random"] = GradientLearner(checkpoint, state)
+
+    @property
+    def _has_training_split(self) -> bool:
+        return len(self._data.split("train").starts) > 0
 
     def _add_baselines(self, checkpoint: Checkpoint, before: str) -> None:
         settings, data = checkpoint.info.settings, self._data

@@ -11,7 +11,6 @@ from typing import Any
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
 from reptile.evaluate.measure import Measurement, evaluate
-from reptile.evaluate.metrics import Score
 from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
@@ -94,7 +93,7 @@ def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
         rows.append((f"nothing (random start of {result.rows[0]})", result.rows[0], "random"))
         for title, row, start in rows:
             scores = [
-                _shown(measurements[number].score(start, mode)) if measurements else "–"
+                _shown(measurements[number], start, mode) if measurements else "–"
                 for measurements in (result.cells.get((row, column)) for column in result.columns)
             ]
             lines.append(f"| {title} | {' | '.join(scores)} |")
@@ -131,6 +130,7 @@ def transfer_json(result: Transfer) -> dict[str, Any]:
             for measurement in measured
             for mode in BATCH_NORM_MODES
             for start in ("trained", "random")
+            if start in measurement.methods
         ],
     }
 
@@ -142,8 +142,11 @@ def _leaks(checkpoint: Checkpoint, data: PreparedData) -> bool:
     return info.dataset == data.name and not same
 
 
-def _shown(score: Score) -> str:
-    return f"{100 * score.mean:.1f} ± {100 * score.interval:.1f}"
+def _shown(measurement: Measurement, start: str, mode: BatchNormMode) -> str:
+    if start not in measurement.methods:  # an untrained closed-form learner, on data of others
+        return "–"
+    mean, interval = measurement.score(start, mode)
+    return f"{100 * mean:.1f} ± {100 * interval:.1f}"
 
 
 def transfer_runs(

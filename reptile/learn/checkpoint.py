@@ -75,6 +75,8 @@ class CheckpointInfo(BaseModel):
     code_sha256: str
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
+    losses: tuple[float, ...] = ()
+    """Of the meta-iterations since the curve's last point; none in a finished checkpoint."""
 
     def check_data(self, data: PreparedData) -> None:
         """Refuse other data: classes that it holds out may be among those trained on.
@@ -172,6 +174,12 @@ def build_network(
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves what was at `folder` before."""
+    with atomic_directory(folder) as temporary:
+        write_checkpoint(temporary, checkpoint)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into a folder."""
     model, state, info = checkpoint
     vectors = {"weights": state.weights}
     if isinstance(state, MetaState):
@@ -192,9 +200,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             for name, value in statistics._asdict().items():
                 tensors[f"statistics/{layer}/{name}"] = value.contiguous().cpu()
     tensors["step"] = torch.tensor(state.step)
-    with atomic_directory(folder) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
-        write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
+    write_json(folder / INFO_FILE, info.model_dump(mode="json"))
 
 
 def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
-from reptile.errors import DivergedError
+from reptile.errors import DivergedError, StoppedError
 from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
@@ -47,6 +47,7 @@ def meta_train(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
     """Meta-train from a checkpoint to the last meta-iteration of its settings.
 
@@ -55,17 +56,20 @@ def meta_train(
         start: an untrained initialisation, or where an earlier training stopped.
         data: its training split makes tasks, its validation split the learning curve.
         on_progress: called after each meta-iteration.
-        on_checkpoint: called every `checkpoint_every` meta-iterations, and after the last.
+        on_checkpoint: called every `checkpoint_every` meta-iterations, after the last, and when
+            the training is stopped.
+        stop: asked after each meta-iteration but the last whether to stop there.
 
     Raises:
         InputError: the data cannot make the tasks.
         DivergedError: the loss is no longer finite.
+        StoppedError: `stop` said so.
     """
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
     algorithm = algorithm_of(settings, model, info.values)
-    losses: list[float] = []
+    losses = list(info.losses)
     for iteration in range(info.iteration, settings.meta_iterations):
         state, task_losses = algorithm.iterate(engine, state, classes, iteration)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
@@ -81,11 +85,18 @@ def meta_train(
             score = algorithm.score(engine, state, validation)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
-            info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
+            info = info.model_copy(
+                update={"iteration": done, "curve": (*info.curve, point), "losses": ()}
+            )
             on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
+        if done < settings.meta_iterations and stop():
+            if done != info.iteration:
+                info = info.model_copy(update={"iteration": done, "losses": tuple(losses)})
+                on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
+            raise StoppedError(f"stopped after meta-iteration {done} of {settings.meta_iterations}")
     state = algorithm.finish(engine, state, data)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 

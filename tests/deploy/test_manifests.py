@@ -16,9 +16,10 @@ from kubernetes import client
 
 from components.artifacts import COMMIT_VARIABLE
 from components.image import IMAGE
+from components.secrets import OPTIONS
 from pipeline.__main__ import app
 from pipeline.cron import parse_cron
-from pipeline.graph import SECRET_KEYS, WORK
+from pipeline.graph import WORK
 from pipeline.package import load_package, run_parameters
 from reptile.bundle_format import GRAPHS
 from reptile.cli import app as reptile_app
@@ -167,7 +168,7 @@ def test_volume_and_secret_are_those_that_the_pipeline_asks_for() -> None:
     manifest("PersistentVolumeClaim", defaults["work_volume"])
     secret = manifest("ExternalSecret", defaults["data_secret"])
     assert secret["spec"]["target"]["name"] == defaults["data_secret"]
-    assert {each["secretKey"] for each in secret["spec"]["data"]} == set(SECRET_KEYS)
+    assert {each["secretKey"] for each in secret["spec"]["data"]} <= set(OPTIONS["s3"])
     (mount,) = dict(pods())["reptile-work-access"]["containers"][0]["volumeMounts"]
     assert mount["mountPath"] == WORK
 

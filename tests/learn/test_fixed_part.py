@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import reptile.learn.engines.fixed
 from reptile.data.dataset import PreparedData, load_prepared
+from reptile.errors import InputError
 from reptile.learn.engines import make_engine
 from reptile.learn.engines.base import Engine
 from reptile.learn.engines.fixed import BATCH, FixedValues, without_fixed_part
@@ -22,6 +23,7 @@ from reptile.settings import Adapt, LastBlocks, ModelSettings, TrainSettings
 from reptile.tasks import FewShotProtocol, Task, held_out_task, random_stream, training_tasks
 
 CPU = torch.device("cpu")
+ADAPTS: tuple[Adapt, ...] = ("all", "head")
 SETTINGS = TrainSettings(
     ways=3, train_shots=4, inner_steps=3, inner_batch=5, meta_batch=2,
     model=ModelSettings(name="resnet12", filters=2, input_size=16),
@@ -103,6 +105,34 @@ def test_features_are_those_of_the_whole_network(data: PreparedData) -> None:
         torch.testing.assert_close(
             there.features(weights, rows, given), model.features(params, images, given)
         )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(12, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.rnn(x[:, 0])[0][:, -1])
+        return outputs
+
+
+def test_what_cannot_be_batched_is_refused_by_name_and_runs_with_a_fixed_gru(
+    data: PreparedData,
+) -> None:
+    whole, head = (
+        ModuleNetwork(Recurrent(), (1, 12, 12), 3, CLASSIFICATION, adapt=adapt) for adapt in ADAPTS
+    )
+    with pytest.raises(InputError, match=r"batched: cannot run .*Recurrent \(.*gru.*; use auto"):
+        make_engine("batched", whole, SETTINGS.optimizer, data.images, CPU)
+    weights = initialise(head, 0)
+    eager, batched = (
+        make_engine(name, head, SETTINGS.optimizer, data.images, CPU).adapt(
+            weights, fresh_state(weights), tasks(data)
+        )
+        for name in ("eager", "batched")
+    )
+    torch.testing.assert_close(eager.weights, batched.weights)
 
 
 class Counted(nn.Module):

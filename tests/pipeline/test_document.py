@@ -13,8 +13,10 @@ from google.protobuf import json_format
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
+from components import secrets
 from components.artifacts import read_point
 from pipeline import COMPILED, SWEEP
+from pipeline.package import load_package, without_volume
 from reptile.provenance import STAGES
 from reptile.settings import load_settings
 
@@ -149,9 +151,10 @@ def test_a_pod_gets_its_gpu_secret_volume_and_place_from_the_run(
     pipeline, platform = documents
     executors = pipeline["deploymentSpec"]["executors"]
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    wanted = {"node_selector", "tolerations", "work_volume", "pull_secret"}
+    wanted = {"node_selector", "tolerations", "work_volume", "work_secret", "pull_secret"}
     assert tasks["train"].platform == wanted
-    assert tasks["prepare"].platform == tasks["publish"].platform == {"data_secret", "pull_secret"}
+    assert tasks["prepare"].platform == {"data_secret", "git_secret", "pull_secret"}
+    assert tasks["publish"].platform == {"data_secret", "pull_secret"}
     assert "/dev/shm" in [each["mountPath"] for each in pods["exec-train"]["emptyDirMounts"]]
     resources = executors["exec-train"]["container"]["resources"]
     placeholder = "{{{{$.inputs.parameters['pipelinechannel--{}']}}}}"
@@ -168,6 +171,38 @@ def test_a_pod_gets_its_gpu_secret_volume_and_place_from_the_run(
     for task in tasks.values():
         assert task.parameters["pipelinechannel--image"] == Origin("", "image"), task.name
     assert not [name for name in executors if "env" not in executors[name]["container"]]
+
+
+def test_secrets_are_files_and_never_in_the_environment_that_the_launcher_reads(
+    documents: tuple[Document, Document],
+) -> None:
+    _, platform = documents
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    mounted = {
+        name: {each["mountPath"] for each in pod["secretAsVolume"]}
+        for name, pod in pods.items()
+        if "secretAsVolume" in pod
+    }
+    assert mounted == {
+        "exec-prepare": {str(secrets.DATA), str(secrets.GIT)},
+        "exec-publish": {str(secrets.DATA)},
+        "exec-train": {str(secrets.WORK)},
+    }
+    assert all(each["optional"] for pod in pods.values() for each in pod.get("secretAsVolume", ()))
+    assert not [name for name, pod in pods.items() if "secretAsEnv" in pod]
+
+
+def test_with_a_store_for_unfinished_training_no_pod_waits_for_a_volume(root: Path) -> None:
+    package = load_package(root / "pipeline/reptile.yaml")
+    without = without_volume(package)
+    before, after = (list(yaml.safe_load_all(each.text)) for each in (package, without))
+    assert before[0] == after[0], "the graph is the same"
+    assert "pvcMount" in package.text.decode()
+    assert "pvcMount" not in without.text.decode()
+    pods = before[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    del pods["exec-train"]["pvcMount"]
+    assert before[1] == after[1], "and nothing else is gone"
+    assert without.sha256 != package.sha256, "so it is a version of its own"
 
 
 def test_training_is_retried_with_back_off_and_finds_its_work_again(

@@ -109,6 +109,7 @@ def test_an_image_that_may_change_can_be_insisted_on(
     [
         ({"data_secret": ""}, "leave it out for reptile-data"),
         ({"data_secret": "Reptile Data"}, "not the name of a secret"),
+        ({"data_secret": "both", "git_secret": "both"}, "make two of it"),
         ({"points": "[]"}, "points is an empty list"),
         ({"cpu": "four"}, "cpu: 'four' is not a quantity"),
         ({"memory": "8 GB"}, "memory: '8 GB' is not a quantity"),

@@ -3,6 +3,7 @@
 The values are kept in a file beside the prepared data, named after the network's code and weights.
 """
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -47,7 +48,7 @@ class FixedValues:
     """The values of a network's fixed part, computed where they are first needed."""
 
     def __init__(self, cut: Cut, inputs: Inputs, device: torch.device) -> None:
-        self._fixed = cut.fixed.to(device)
+        self._fixed = copy.deepcopy(cut.fixed).to(device)  # the network itself stays where it is
         self._shape = cut.tail.image_shape
         self._inputs, self._device = inputs, device
         self._store = ValueStore(_size(self._shape), _folder(inputs), _key(cut, inputs, device))
