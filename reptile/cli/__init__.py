@@ -409,7 +409,7 @@ def classify(
     if not paths and save is None:
         raise InputError("no images to classify: give PNG or JPEG files, or --save to learn only")
     model = FewShotModel.load(bundle)
-    queries = read_images(paths, model.image_shape)
+    queries = read_images(paths, model.pixel_shape)
     if support is not None:
         examples, labels = read_support(support, model)
         adapted = model.adapt(examples, labels, steps=steps, seed=seed or 0)

@@ -30,7 +30,7 @@ from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
-from reptile.export.graphs import build_graphs, describe, exportable
+from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
@@ -151,7 +151,8 @@ def _manifest(
         kind=info.objective.name,
         outputs=model.outputs,
         image_shape=model.image_shape,
-        model=exportable(model).settings.model_dump(mode="json"),
+        model=_network(checkpoint),
+        pixels=info.pixels,
         optimizer=optimizer.name,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -176,6 +177,13 @@ def _manifest(
             "versions": info.versions | versions("torch", "onnx", "onnxscript"),
         },
     )
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the network's settings, or the name of the user's module."""
+    if checkpoint.info.module:
+        return {"name": "module", "module": checkpoint.info.module}
+    return checkpoint.info.settings.model.model_dump(mode="json")
 
 
 def _write_golden(
@@ -235,7 +243,7 @@ def _add_adaptation(
     queries = images.astype(np.float32)
     adapted = [reference.adapt(checkpoint, support, dtype) for dtype in _PRECISIONS]
     predicted = [
-        {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
+        {"logits": reference.predict_adapted(checkpoint, tensors, images, dtype)}
         for tensors, dtype in zip(adapted, _PRECISIONS, strict=True)
     ]
     feeds = support.feeds(checkpoint)
