@@ -82,7 +82,8 @@ def adapt(
         losses.append(loss)
     with torch.no_grad():
         tensors = fold.adapted_tensors(model, unflatten(model, weights), inputs)
-    return {name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()}
+    adapted = {"losses": torch.cat(losses)} | tensors
+    return {name: value.numpy() for name, value in adapted.items()}
 
 
 @torch.no_grad()
