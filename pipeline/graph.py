@@ -61,6 +61,7 @@ def _graph(
     bundle_remote: str = "",
     prepare_settings: str = _SETTINGS.prepare.model_dump_json(),
     train_settings: str = _SETTINGS.train.model_dump_json(),
+    beside_settings: str = _SETTINGS.beside.model_dump_json(),
     evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
     export_settings: str = _SETTINGS.export.model_dump_json(),
     verify_settings: str = _SETTINGS.verify.model_dump_json(),
@@ -94,6 +95,7 @@ def _graph(
         bundle_remote: address of a DVC remote that a verified bundle is pushed to; empty for none.
         prepare_settings: section `prepare` of params.yaml, as JSON.
         train_settings: section `train` of params.yaml, as JSON; of a sweep, a list of such texts.
+        beside_settings: section `beside` of params.yaml, as JSON; its algorithm may be none.
         evaluate_settings: section `evaluate` of params.yaml, as JSON.
         export_settings: section `export` of params.yaml, as JSON; its gate decides.
         verify_settings: section `verify` of params.yaml, as JSON.
@@ -153,9 +155,14 @@ def _graph(
         checkpoint = _place(chosen, image, pull_secret).outputs["best"]
     else:
         checkpoint = train(train_settings)
+    beside = train(beside_settings)
 
     evaluated = stages.evaluate(
-        settings=evaluate_settings, points=points, prepared=dataset, checkpoint=checkpoint
+        settings=evaluate_settings,
+        points=points,
+        prepared=dataset,
+        checkpoint=checkpoint,
+        beside=beside,
     )
     _place(evaluated, image, pull_secret, hours=6)
     evaluated.set_cpu_limit(cpu).set_memory_limit(memory)
@@ -168,14 +175,20 @@ def _graph(
     # A refusal fails the gate's task, and so the run. A condition would do neither: a backend skips
     # its tasks, and does not see a group as complete whose tasks were skipped or cached.
     exported = stages.export(
-        settings=export_settings, prepared=dataset, checkpoint=checkpoint, evaluation=evaluation
+        settings=export_settings,
+        prepared=dataset,
+        checkpoint=checkpoint,
+        beside=beside,
+        evaluation=evaluation,
     ).after(judged)
     _place(exported, image, pull_secret)
     verified = stages.verify(
         settings=verify_settings,
         prepared=dataset,
         checkpoint=checkpoint,
+        beside=beside,
         bundle=exported.outputs["bundle"],
+        bundles=exported.outputs["bundles"],
     )
     _place(verified, image, pull_secret)
     # Nothing may depend on this group: by default it is skipped.
