@@ -98,6 +98,8 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "dvc repro": "tests/test_clone.py::test_the_gate_reruns_export",
     "dvc exp run --queue": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp run --run-all": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
+    "dvc exp show": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
+    "dvc exp apply": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
     "dvc exp run -S": "tests/experiments/test_presets.py::test_dvc_exp_run_takes_the_printed_line",
     "dvc exp show": (
         "tests/pipeline/test_sweep.py::"
@@ -106,6 +108,9 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "dvc add": "tests/test_clone.py::test_dvc_prepares_again_when_the_data_of_another_domain",
     "reptile export -S export.gate.accuracy=0.8": (
         "tests/cli/test_cli.py::test_the_gate_refuses_and_can_be_overruled"
+    ),
+    "reptile check-model": (
+        "tests/cli/test_check_model.py::test_it_shows_the_network_of_the_settings"
     ),
     "reptile transfer letters digits": (
         "tests/experiments/test_transfer.py::test_the_command_prints_the_table"
@@ -157,8 +162,17 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "export KF_PIPELINES_ENDPOINT": (
         "tests/pipeline/test_cluster.py::test_a_run_is_what_was_asked_for"
     ),
+    "python -m pipeline sweep --local": (
+        "tests/pipeline/test_sweep.py::test_the_best_by_validation_is_evaluated_once_and_delivered"
+    ),
+    "python -m pipeline sweep": (
+        "tests/pipeline/test_sweep.py::test_a_sweep_is_one_run_of_the_compiled_sweep"
+    ),
     "python -m pipeline schedule": (
         "tests/pipeline/test_cluster.py::test_a_schedule_is_what_was_asked_for"
+    ),
+    "python -m pipeline check": (
+        "tests/pipeline/test_check.py::test_where_nothing_is_wrong_each_thing_is_named"
     ),
     "python -m pipeline status": (
         "tests/pipeline/test_waiting.py::test_status_says_how_a_run_is_doing"
