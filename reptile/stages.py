@@ -167,6 +167,7 @@ def export(
     from reptile.evaluate.metrics import read_json, read_metrics
     from reptile.export.write import export_bundle
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
 
     metrics = read_metrics(evaluation)
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
@@ -175,6 +176,7 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
+    trained = exported(trained, data, metrics.model_dump(mode="json"))
     export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
 
 
@@ -193,10 +195,13 @@ def verify(
     from reptile.data.dataset import load_prepared
     from reptile.export.verify import verify_bundle
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
+    from reptile.runtime.bundle import open_bundle
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
+    trained = exported(trained, data, open_bundle(bundle).raw["metrics"])
     report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]

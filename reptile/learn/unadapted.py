@@ -3,7 +3,8 @@
 What a checkpoint is worth without adaptation; trained through a head or not.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,3 +86,25 @@ def as_closed_form(
     weights = torch.cat([learner.params[name].reshape(-1) for name in names])
     nothing = torch.zeros_like(weights)
     return Checkpoint(model, EpisodicState(weights, nothing, nothing, 0, learner.statistics), info)
+
+
+def exported(
+    checkpoint: Checkpoint, data: PreparedData, metrics: Mapping[str, Any] | None
+) -> Checkpoint:
+    """Return the checkpoint that a bundle is made of: with the learner that its evaluation names.
+
+    Args:
+        checkpoint: what was trained and evaluated.
+        data: what it was trained on.
+        metrics: of the evaluation, as in metrics.json; None if there was none. Ridge regression
+            takes its strength at the fewest shots.
+
+    Raises:
+        InputError: see `as_closed_form`.
+    """
+    learner = (metrics or {}).get("learner", "trained")
+    if metrics is None or learner == "trained":
+        return checkpoint
+    strengths = metrics["strengths"].get(learner, {})
+    strength = strengths[min(strengths, key=int)] if strengths else None
+    return as_closed_form(checkpoint, data, learner, strength)
