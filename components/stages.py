@@ -50,6 +50,21 @@ def train(
 
 
 @component
+def train_beside(
+    settings: str,
+    work: str,
+    nodes: int,
+    prepared: Input[Dataset],
+    beside: Output[Model],
+    curves: Output[Artifact],
+) -> None:
+    """Train the second learner likewise; with the algorithm `none` there is no checkpoint."""
+    from components import artifacts
+
+    artifacts.train(settings, work, nodes, prepared, beside, curves)
+
+
+@component
 def evaluate(
     settings: str,
     points: list[str],

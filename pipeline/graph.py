@@ -130,8 +130,8 @@ def _graph(
     _give_secret(prepared, git_secret, secrets.GIT)
     dataset = prepared.outputs["prepared"]
 
-    def train(settings: Any) -> Any:
-        trained = stages.train(settings=settings, work=work, nodes=nodes, prepared=dataset)
+    def train(settings: Any, stage: Callable[..., Any] = stages.train) -> Any:
+        trained = stage(settings=settings, work=work, nodes=nodes, prepared=dataset)
         _place(trained, image, pull_secret, hours=24)
         trained.set_retry(
             5, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
@@ -145,17 +145,17 @@ def _graph(
         kubernetes.empty_dir_mount(trained, "shared-memory", "/dev/shm", "Memory", "2Gi")
         kubernetes.add_node_selector_json(trained, node_selector)
         kubernetes.add_toleration_json(trained, tolerations)
-        return trained.outputs["checkpoint"]
+        return trained
 
     if train_settings.channel_type.startswith("List"):  # type: ignore[attr-defined]  # of kfp
         # Without a name: backends up to 2.15 cannot collect the results of a loop that has one.
         with dsl.ParallelFor(train_settings) as candidate:
-            checkpoints = train(candidate)
+            checkpoints = train(candidate).outputs["checkpoint"]
         chosen = control.choose(checkpoints=dsl.Collected(checkpoints))
         checkpoint = _place(chosen, image, pull_secret).outputs["best"]
     else:
-        checkpoint = train(train_settings)
-    beside = train(beside_settings)
+        checkpoint = train(train_settings).outputs["checkpoint"]
+    beside = train(beside_settings, stages.train_beside).outputs["beside"]
 
     evaluated = stages.evaluate(
         settings=evaluate_settings,

@@ -98,6 +98,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "verify": (
         *_ALL,
         *_TRAINED,
+        "learn/unadapted.py",
         "bundle_format.py",
         "export/__init__.py",
         "export/fold.py",
