@@ -96,7 +96,6 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "dvc exp run --queue": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp run --run-all": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp show": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
-    "dvc exp apply": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
     "dvc exp run -S": "tests/experiments/test_presets.py::test_dvc_exp_run_takes_the_printed_line",
     "dvc add": "tests/test_clone.py::test_dvc_prepares_again_when_the_data_of_another_domain",
     "reptile export -S export.gate.accuracy=0.8": (
