@@ -10,6 +10,7 @@ from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import CheckpointInfo
 from reptile.objectives import CLASSIFICATION, REGRESSION
+from reptile.settings import Adapt, LastBlocks
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "

@@ -82,7 +82,9 @@ def adapt(
         losses.append(loss)
     with torch.no_grad():
         tensors = fold.adapted_tensors(model, unflatten(model, weights), inputs)
-    return {name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()}
+    return {
+        name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()
+    }
 
 
 @torch.no_grad()

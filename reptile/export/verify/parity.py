@@ -331,7 +331,7 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
 
 
 def _accepts(session: _Session, feeds: Tensors) -> bool:
-    """Return whether `finite` is true; an input that ONNX Runtime itself refuses is not accepted."""
+    """Return whether `finite` is true; what ONNX Runtime itself refuses is not accepted."""
     try:
         return bool(session(feeds)["finite"])
     except Exception:  # its own classes: a number that is no index of an embedding, say
