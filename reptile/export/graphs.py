@@ -66,9 +66,9 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     images = {"images": _images(model, "images")}
     logits = {"logits": Spec(torch.float32, ("images", model.outputs))}
     graphs = {
-        "predict": _to_onnx("predict", Predict(checkpoint), images, logits),
-        "adapt": _to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
-        "predict_adapted": _to_onnx(
+        "predict": to_onnx("predict", Predict(checkpoint), images, logits),
+        "adapt": to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
+        "predict_adapted": to_onnx(
             "predict_adapted", PredictAdapted(model), images | weights, logits
         ),
     }
@@ -258,7 +258,8 @@ def _images(model: Network, count: str) -> Spec:
     return Spec(torch.float32, (count, *model.image_shape))
 
 
-def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    """Export a module of tensors in and out to a portable graph."""
     free = {size for spec in inputs.values() for size in spec.shape if isinstance(size, str)}
     dims = {size: torch.export.Dim(size) for size in sorted(free)}
     dynamic = [

@@ -57,7 +57,7 @@ def test_a_specialized_task_predicts_the_same_with_its_own_weights_inside(
     first, second = (model.adapt(images, FOUR, seed=seed) for seed in (0, 1))
     for task in (first, second):
         own = task.specialized()
-        assert [node.name for node in own._session.get_inputs()] == ["images"]
+        assert [node.name for node in own._sessions["predict_adapted"].get_inputs()] == ["images"]
         np.testing.assert_allclose(own.logits(images), task.logits(images), rtol=1e-4, atol=1e-5)
         own.save(tmp_path / "task")
         again = model.load_adapted(tmp_path / "task")
