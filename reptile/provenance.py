@@ -57,6 +57,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "learn/algorithms.py",
         "learn/curves.py",
         "learn/distributed.py",
+        "learn/maml.py",
         "learn/run.py",
         "learn/run_folder.py",
         "learn/train.py",

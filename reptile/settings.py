@@ -141,10 +141,11 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training through a closed-form head: protonet and ridge."""
+    """Training on the loss of queries: protonet, ridge, bayes and maml."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
-    """Support images per class; each meta-iteration draws one of these numbers."""
+    """Support images per class; each meta-iteration draws one of these numbers. maml: train_shots
+    instead."""
     queries: Positive = 5
     """Query images per class."""
     learning_rate: Rate = 1e-3
@@ -159,9 +160,10 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
     model: ModelSettings = ModelSettings()
-    algorithm: Literal["reptile", "fomaml", "protonet", "ridge"] = "reptile"
-    """Adapt by gradient steps (reptile, fomaml), or by the nearest prototype or ridge regression on
-    the network's features (protonet, ridge), which the network is then trained through."""
+    algorithm: Literal["reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "reptile"
+    """Adapt by gradient steps (reptile, fomaml, maml), or in closed form on the network's features,
+    which the network is then trained through: by the nearest prototype (protonet), by ridge
+    regression on labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
@@ -183,11 +185,18 @@ class TrainSettings(Section):
     @property
     def closed_form(self) -> bool:
         """Whether a task is learnt in closed form, without gradient steps."""
-        return self.algorithm in ("protonet", "ridge")
+        return self.algorithm in ("protonet", "ridge", "bayes")
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether a meta-step moves towards adapted weights; otherwise Adam follows a gradient."""
+        return self.algorithm in ("reptile", "fomaml")
 
     @property
     def images_per_class(self) -> int:
         """Images of each class that a training task takes."""
+        if self.algorithm == "maml":
+            return self.train_shots + self.episode.queries
         if self.closed_form:
             return max(self.episode.shots) + self.episode.queries
         return self.train_shots
@@ -200,6 +209,10 @@ class TrainSettings(Section):
                 f"inner_batch = {self.inner_batch} with replacement: a task has only "
                 f"ways x train_shots = {size} images"
             )
+        if self.algorithm == "maml" and self.optimizer.name != "sgd":
+            raise ValueError(
+                "algorithm = maml: its inner loop is plain SGD; set optimizer.name to sgd"
+            )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")
         if self.tail_shots >= self.train_shots:
@@ -209,6 +222,18 @@ class TrainSettings(Section):
         if self.tail_shots and self.inner_steps < 2:
             raise ValueError("inner_steps = 1: a tail needs at least one step before it")
         return self
+
+
+class BesideSettings(TrainSettings):
+    """A second learner, trained on the same data and measured on the same tasks."""
+
+    algorithm: Literal["none", "reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
+    """As in `train`; `none` trains no second learner."""
+
+    @property
+    def training(self) -> TrainSettings | None:
+        """The settings of its training; None if there is no second learner."""
+        return None if self.algorithm == "none" else TrainSettings(**self.model_dump())
 
 
 class EvaluateSettings(Section):
@@ -259,6 +284,7 @@ class Settings(Section):
 
     prepare: PrepareSettings = PrepareSettings()
     train: TrainSettings = TrainSettings()
+    beside: BesideSettings = BesideSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()

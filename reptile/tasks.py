@@ -136,12 +136,14 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
 
 
 def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
-    """Draw the episodes of a meta-iteration, all of the same number of shots."""
+    """Draw the tasks with queries of a meta-iteration, all of the same number of shots."""
     rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
     episode = settings.episode
-    protocol = FewShotProtocol(
-        settings.ways, int(rng.choice(episode.shots)), episode.queries, steps=0, batch=1
-    )
+    shots, steps, batch = int(rng.choice(episode.shots)), 0, 1
+    if settings.algorithm == "maml":
+        shots, steps = settings.train_shots, settings.inner_steps
+        batch = min(settings.inner_batch, settings.ways * shots)
+    protocol = FewShotProtocol(settings.ways, shots, episode.queries, steps, batch)
     return [held_out_task(rng, classes, protocol) for _ in range(settings.meta_batch)]
 
 

@@ -119,8 +119,10 @@ def test_a_file_that_is_no_module_belongs_to_a_stage_that_imports_its_package() 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_depends_on_the_same_code(stage: Stage, root: Path) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    code = [each for each in stages[stage]["deps"] if each.startswith("reptile/")]
-    assert code == [f"reptile/{path}" for path in STAGES[stage]]
+    for name in (stage, f"{stage}-beside"):
+        if name in stages:
+            code = [each for each in stages[name]["deps"] if each.startswith("reptile/")]
+            assert code == [f"reptile/{path}" for path in STAGES[stage]]
 
 
 @pytest.fixture

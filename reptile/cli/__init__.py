@@ -37,7 +37,7 @@ from rich.text import Text
 from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
-from reptile.settings import BatchNormMode, Settings, load_settings
+from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -130,6 +130,9 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Resume an interrupted run from its last checkpoint.")
     ] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Train the second learner, of the settings `beside`.")
+    ] = False,
 ) -> None:
     """Meta-train an initialisation on the prepared data.
 
@@ -138,14 +141,20 @@ def train(
     settings = read_settings(params, preset, changes)
     from reptile import stages
 
-    folder = artifacts / "checkpoint"
+    training = settings.beside.training if beside else settings.train
+    outputs = artifacts / "beside" if beside else artifacts
+    if training is None:
+        outputs.mkdir(parents=True, exist_ok=True)  # DVC expects it
+        console.print("beside.algorithm = none: no second learner to train")
+        return
+    folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
-    with _training(settings) as observe:
+    with _training(training) as observe:
         result = stages.train(
-            settings.train,
+            training,
             artifacts / "prepared",
             folder,
-            curves=artifacts / "curves",
+            curves=outputs / "curves",
             work=artifacts / "training",
             resume=resume,
             on_progress=observe,
@@ -612,12 +621,12 @@ def _counting(what: str) -> "Iterator[Counted]":
 
 
 @contextmanager
-def _training(settings: Settings) -> "Iterator[Callable[[TrainingProgress], None]]":
+def _training(settings: TrainSettings) -> "Iterator[Callable[[TrainingProgress], None]]":
     """Show training: a bar in a terminal, and a line for each point of the curve."""
     shown = 0
-    meta_batch = settings.train.meta_batch
+    meta_batch = settings.meta_batch
     with _bar("{task.fields[rate]}") as bar:
-        task = bar.add_task("training", total=settings.train.meta_iterations, rate="")
+        task = bar.add_task("training", total=settings.meta_iterations, rate="")
 
         def observe(progress: "TrainingProgress") -> None:
             nonlocal shown

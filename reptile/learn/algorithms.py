@@ -1,148 +1,197 @@
-"""The algorithms by name: where each starts, one meta-iteration, and how the curve is measured.
+"""The algorithms behind one interface: where each starts, a meta-iteration, its validation score.
 
-Reptile and first-order MAML are in `reptile`, training through a closed-form head in `episodic`.
+Reptile and first-order MAML are in `reptile`, MAML in `maml`, training through a closed-form head
+in `episodic`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from reptile.data.dataset import ClassRange, PreparedData
 from reptile.errors import InputError
 from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import (
+    ClosedForm,
     EpisodicState,
-    closed_form,
     episodic_step,
-    mean_accuracy,
+    mean_query_score,
     population_statistics,
 )
-from reptile.learn.heads import HEADS
+from reptile.learn.heads import Head, head_of
+from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.validate import mean_score
-from reptile.objectives import CLASSIFICATION, Objective
+from reptile.models import Model
+from reptile.objectives import Objective
 from reptile.settings import TrainSettings
 from reptile.tasks import Task, episodes, training_tasks
 
-State = MetaState | EpisodicState
-S = TypeVar("S", MetaState, EpisodicState)
+
+class Algorithm(Protocol):
+    """One way to meta-train; the state is what it learns, with its optimiser's."""
+
+    settings: TrainSettings
+
+    def start(self, weights: Tensor) -> Any:
+        """Return the state from the network's weights [P]."""
+
+    def iterate(
+        self, engine: Engine, state: Any, classes: ClassRange, iteration: int
+    ) -> tuple[Any, Tensor]:
+        """Take a meta-iteration; return the state, and the loss of each of its tasks [T]."""
+
+    def finish(self, engine: Engine, state: Any, data: PreparedData) -> Any:
+        """Return the state with what a checkpoint needs besides; training does not use it."""
+
+    def score(self, engine: Engine, state: Any, tasks: Sequence[Task]) -> float:
+        """Return the mean score of a finished state on validation tasks."""
+
+    def diverged(self) -> str:
+        """Return the settings to lower where the loss is no longer finite."""
 
 
-class Algorithm(NamedTuple, Generic[S]):
-    """One way to meta-train, as functions of its state."""
+class GradientSteps:
+    """Reptile and first-order MAML."""
 
-    start: Callable[[Tensor, TrainSettings], S]
-    """From the network's weights [P]."""
-    iterate: Callable[[Engine, S, ClassRange, TrainSettings, int], tuple[S, Tensor]]
-    """One meta-iteration on the training classes; also the loss of each of its tasks [T]."""
-    finish: Callable[[Engine, S, PreparedData, TrainSettings], S]
-    """What a checkpoint needs besides; no part of training."""
-    score: Callable[[Engine, S, Sequence[Task], Objective, TrainSettings], float]
-    """The mean score on validation tasks, of a finished state."""
-    settings: str
-    """The settings to lower where the loss is no longer finite."""
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
 
+    def start(self, weights: Tensor) -> MetaState:
+        """See `Algorithm.start`."""
+        return MetaState(weights, fresh_state(weights))
 
-def _gradient_start(weights: Tensor, settings: TrainSettings) -> MetaState:
-    return MetaState(weights, fresh_state(weights))
+    def iterate(
+        self, engine: Engine, state: MetaState, classes: ClassRange, iteration: int
+    ) -> tuple[MetaState, Tensor]:
+        """See `Algorithm.iterate`."""
+        tasks = training_tasks(classes, self.settings, iteration)
+        epsilon = step_size(self.settings, iteration)
+        state, losses = meta_step(engine, state, tasks, self.settings, epsilon)
+        return state, losses[:, -1]
 
+    def finish(self, engine: Engine, state: MetaState, data: PreparedData) -> MetaState:
+        """See `Algorithm.finish`: nothing."""
+        return state
 
-def _gradient_iterate(
-    engine: Engine,
-    state: MetaState,
-    classes: ClassRange,
-    settings: TrainSettings,
-    iteration: int,
-) -> tuple[MetaState, Tensor]:
-    tasks = training_tasks(classes, settings, iteration)
-    state, losses = meta_step(engine, state, tasks, settings, step_size(settings, iteration))
-    return state, losses[:, -1]
+    def score(self, engine: Engine, state: MetaState, tasks: Sequence[Task]) -> float:
+        """See `Algorithm.score`."""
+        return mean_score(engine, state, tasks, engine.model.objective)
 
-
-def _gradient_finish(
-    engine: Engine, state: MetaState, data: PreparedData, settings: TrainSettings
-) -> MetaState:
-    return state
+    def diverged(self) -> str:
+        """See `Algorithm.diverged`."""
+        return (
+            f"train.optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or "
+            f"train.meta_step (now {self.settings.meta_step:g})"
+        )
 
 
-def _gradient_score(
-    engine: Engine,
-    state: MetaState,
-    tasks: Sequence[Task],
-    objective: Objective,
-    settings: TrainSettings,
-) -> float:
-    return mean_score(engine, state, tasks, objective)
+class Maml:
+    """MAML."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+
+    def start(self, weights: Tensor) -> EpisodicState:
+        """See `Algorithm.start`."""
+        return EpisodicState(weights, torch.zeros_like(weights), torch.zeros_like(weights), 0)
+
+    def iterate(
+        self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
+    ) -> tuple[EpisodicState, Tensor]:
+        """See `Algorithm.iterate`."""
+        tasks = episodes(classes, self.settings, iteration)
+        inner_rate = self.settings.optimizer.learning_rate
+        return maml_step(engine, state, tasks, inner_rate, adam_rate(self.settings, iteration))
+
+    def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
+        """See `Algorithm.finish`: nothing."""
+        return state
+
+    def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
+        """See `Algorithm.score`."""
+        start = MetaState(state.weights, fresh_state(state.weights))
+        return mean_score(engine, start, tasks, engine.model.objective)
+
+    def diverged(self) -> str:
+        """See `Algorithm.diverged`."""
+        return (
+            f"train.optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or "
+            f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
+        )
 
 
-def _episodic_start(weights: Tensor, settings: TrainSettings) -> EpisodicState:
-    return EpisodicState.start(weights, HEADS[settings.algorithm])
+class ThroughHead:
+    """Training through a closed-form head: protonet, ridge, bayes."""
+
+    def __init__(self, settings: TrainSettings, head: Head) -> None:
+        self.settings = settings
+        self.head = head
+
+    def start(self, weights: Tensor) -> EpisodicState:
+        """See `Algorithm.start`."""
+        return EpisodicState.start(weights, self.head)
+
+    def iterate(
+        self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
+    ) -> tuple[EpisodicState, Tensor]:
+        """See `Algorithm.iterate`."""
+        drawn = episodes(classes, self.settings, iteration)
+        rate = adam_rate(self.settings, iteration)
+        return episodic_step(engine, state, drawn, self.head, rate)
+
+    def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
+        """See `Algorithm.finish`: the statistics of batch norm."""
+        statistics = population_statistics(
+            engine.model, state.weights, data.images, data.split("train"), self.settings.seed
+        )
+        return state._replace(statistics=statistics)
+
+    def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
+        """See `Algorithm.score`."""
+        learner = ClosedForm.of(engine.model, self.head, state)
+        return mean_query_score(learner, engine, tasks)
+
+    def diverged(self) -> str:
+        """See `Algorithm.diverged`."""
+        return f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
 
 
-def _episodic_iterate(
-    engine: Engine,
-    state: EpisodicState,
-    classes: ClassRange,
-    settings: TrainSettings,
-    iteration: int,
-) -> tuple[EpisodicState, Tensor]:
+def adam_rate(settings: TrainSettings, iteration: int) -> float:
+    """Return the outer step size of a meta-iteration (from 0), which falls linearly."""
     episode, done = settings.episode, iteration / settings.meta_iterations
-    rate = episode.learning_rate * (1 - done) + episode.learning_rate_final * done
-    drawn = episodes(classes, settings, iteration)
-    return episodic_step(engine, state, drawn, HEADS[settings.algorithm], rate)
+    return episode.learning_rate * (1 - done) + episode.learning_rate_final * done
 
 
-def _episodic_finish(
-    engine: Engine, state: EpisodicState, data: PreparedData, settings: TrainSettings
-) -> EpisodicState:
-    statistics = population_statistics(
-        engine.model, state.weights, data.images, data.split("train"), settings.seed
-    )
-    return state._replace(statistics=statistics)
+def algorithm_of(settings: TrainSettings, model: Model, values: int) -> Algorithm:
+    """Return the algorithm that the settings name.
 
-
-def _episodic_score(
-    engine: Engine,
-    state: EpisodicState,
-    tasks: Sequence[Task],
-    objective: Objective,
-    settings: TrainSettings,
-) -> float:
-    return mean_accuracy(closed_form(engine.model, state, settings), engine, tasks)
-
-
-GRADIENT: Algorithm[MetaState] = Algorithm(
-    _gradient_start,
-    _gradient_iterate,
-    _gradient_finish,
-    _gradient_score,
-    "train.optimizer.learning_rate (now {0.optimizer.learning_rate:g}) or train.meta_step "
-    "(now {0.meta_step:g})",
-)
-EPISODIC: Algorithm[EpisodicState] = Algorithm(
-    _episodic_start,
-    _episodic_iterate,
-    _episodic_finish,
-    _episodic_score,
-    "train.episode.learning_rate (now {0.episode.learning_rate:g})",
-)
-
-
-def algorithm_of(settings: TrainSettings) -> Algorithm[MetaState] | Algorithm[EpisodicState]:
-    """Return the algorithm that the settings name."""
-    return EPISODIC if settings.closed_form else GRADIENT
+    Args:
+        settings: of the training.
+        model: the network.
+        values: how many values there are to predict; 0 where classes are to be named.
+    """
+    if settings.interpolates:
+        return GradientSteps(settings)
+    if settings.algorithm == "maml":
+        return Maml(settings)
+    return ThroughHead(settings, head_of(settings.algorithm, model.feature_size, values))
 
 
 def check_objective(settings: TrainSettings, objective: Objective) -> None:
     """Refuse an algorithm that cannot learn such tasks.
 
     Raises:
-        InputError: a closed-form head, whose classes are named, for values.
+        InputError: a head for classes where values are to be predicted, or the other way round.
     """
-    if settings.closed_form and objective is not CLASSIFICATION:
+    heads = {"protonet": "classification", "ridge": "classification", "bayes": "regression"}
+    wanted = heads.get(settings.algorithm, objective.name)
+    if wanted != objective.name:
+        use = "bayes" if objective.name == "regression" else "protonet or ridge"
         raise InputError(
-            f"train.algorithm = {settings.algorithm}: for classes; to predict values use reptile "
-            "or fomaml"
+            f"train.algorithm = {settings.algorithm}: for {wanted}, and the data is for "
+            f"{objective.name}; use {use}, or reptile"
         )

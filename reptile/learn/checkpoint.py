@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
-from reptile.learn.episodic import ClosedForm, EpisodicState, closed_form
-from reptile.learn.heads import HEADS
-from reptile.learn.optimizer import OptimizerState
+from reptile.learn.episodic import ClosedForm, EpisodicState
+from reptile.learn.heads import Head, head_of
+from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.models import (
     LayerStatistics,
@@ -105,12 +105,14 @@ class Checkpoint(NamedTuple):
         Raises:
             InputError: tasks are learnt in closed form.
         """
-        if not isinstance(self.state, MetaState):
+        if isinstance(self.state, MetaState):
+            return self.state
+        if self.info.settings.closed_form:
             raise InputError(
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks in closed form; it "
                 "has no start for gradient steps"
             )
-        return self.state
+        return MetaState(self.state.weights, fresh_state(self.state.weights))
 
     @property
     def closed_form(self) -> ClosedForm:
@@ -119,12 +121,12 @@ class Checkpoint(NamedTuple):
         Raises:
             InputError: tasks are learnt by gradient steps.
         """
-        if not isinstance(self.state, EpisodicState):
+        if not (isinstance(self.state, EpisodicState) and self.info.settings.closed_form):
             raise InputError(
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
                 "not in closed form"
             )
-        return closed_form(self.model, self.state, self.info.settings)
+        return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
 
 
 def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Model:
@@ -198,7 +200,7 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     if module is not None and not info.module:
         raise InputError(f"{folder}: holds the weights of {info.settings.model.name}, not a module")
     model = build_network(info, module)
-    episodic = info.settings.closed_form
+    episodic = not info.settings.interpolates
     shapes = _shapes(model, info)
     vectors = ("weights", *(("first_moment",) if episodic else ()), "second_moment")
     expected = {f"{vector}/{name}": shape for vector in vectors for name, shape in shapes.items()}
@@ -229,7 +231,11 @@ def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:
     """Return the names and shapes of all that is learnt: the network's weights, then a head's."""
     if not info.settings.closed_form:
         return model.shapes
-    return model.shapes | HEADS[info.settings.algorithm].shapes
+    return model.shapes | _head(model, info).shapes
+
+
+def _head(model: Model, info: CheckpointInfo) -> Head:
+    return head_of(info.settings.algorithm, model.feature_size, info.values)
 
 
 def _flat(shapes: Mapping[str, torch.Size], tensors: dict[str, Tensor], vector: str) -> Tensor:

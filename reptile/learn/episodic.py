@@ -1,6 +1,6 @@
-"""Training through a closed-form head: prototypical networks (Snell et al.) and R2D2 (ridge).
+"""Training through a closed-form head: prototypical networks, R2D2 (ridge) and ALPaCA (bayes).
 
-Each episode is a task whose queries are classified by the head that its support set gives; the
+Each episode is a task whose queries are predicted by the head that its support set gives; the
 features, and the head's own numbers, follow the gradient of the queries' loss. The loop over
 episodes is in `train`.
 """
@@ -14,12 +14,18 @@ from torch import Tensor
 
 from reptile.data.dataset import ClassRange, Inputs
 from reptile.learn.engines.base import Engine, gather
-from reptile.learn.heads import HEADS, Classifier, Head, one_hot
+from reptile.learn.heads import (
+    BayesHead,
+    Classifier,
+    ClassifierHead,
+    Head,
+    Posterior,
+    one_hot,
+)
 from reptile.minibatches import IntArray
 from reptile.models import LayerStatistics, Model, Params, Statistics, named_parts, size, unflatten
 from reptile.objectives import CLASSIFICATION
-from reptile.settings import TrainSettings
-from reptile.tasks import Purpose, Task, random_stream
+from reptile.tasks import Purpose, Targets, Task, random_stream
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 STATISTICS_IMAGES = 512  # whose statistics batch norm uses after training
@@ -38,7 +44,8 @@ class EpisodicState(NamedTuple):
     @classmethod
     def start(cls, weights: Tensor, head: Head) -> "EpisodicState":
         """Return the state before any episode, from a network's weights [P]."""
-        weights = torch.cat([weights, weights.new_tensor([*head.initial.values()])])
+        numbers = [value.reshape(-1).to(weights) for value in head.initial.values()]
+        weights = torch.cat([weights, *numbers])
         return cls(weights, torch.zeros_like(weights), torch.zeros_like(weights), 0)
 
     def to(self, device: torch.device) -> "EpisodicState":
@@ -67,27 +74,49 @@ def episodic_step(
     Returns:
         The state, and each episode's loss before the step [T].
     """
+    model = engine.model
+    # Batch norm sees one episode at a time; without it, all may pass through the network at once.
+    parts = [[each] for each in episodes] if model.has_batch_norm else [episodes]
     gradient, losses = torch.zeros_like(state.weights), []
-    for episode in episodes:
+    for part in parts:
         weights = state.weights.detach().requires_grad_()
-        loss = episode_loss(engine, weights, episode, head)
-        gradient += torch.autograd.grad(loss, weights)[0] / len(episodes)
+        loss = episode_losses(engine, weights, part, head)
+        gradient += torch.autograd.grad(loss.sum() / len(episodes), weights)[0]
         losses.append(loss.detach())
-    return adam(state, gradient, rate), torch.stack(losses)
+    return adam(state, gradient, rate), torch.cat(losses)
 
 
-def episode_loss(engine: Engine, weights: Tensor, episode: Task, head: Head) -> Tensor:
-    """Return the cross-entropy of an episode's queries, a function of the weights [P + H]."""
-    body, numbers = torch.split(weights, [size(engine.model), len(head.shapes)])
-    features = engine.features(body, np.concatenate([episode.support, episode.query]))
-    support, queries = torch.split(features, [len(episode.support), len(episode.query)])
-    labels = torch.from_numpy(episode.support_targets).to(features.device)
-    targets = torch.from_numpy(episode.query_targets).to(features.device)
-    ways = int(episode.support_targets.max()) + 1
-    classifier = head.fit(
-        dict(zip(head.shapes, numbers, strict=True)), support, one_hot(labels, ways, support)
+def episode_losses(engine: Engine, weights: Tensor, episodes: Sequence[Task], head: Head) -> Tensor:
+    """Return the loss of each episode's queries [T], a function of the weights [P + H].
+
+    Batch norm uses the statistics of all their images.
+    """
+    model = engine.model
+    body, numbers = torch.split(weights, [size(model), len(weights) - size(model)])
+    rows = np.concatenate([np.concatenate([each.support, each.query]) for each in episodes])
+    features = engine.features(body, rows).view(len(episodes), -1, model.feature_size)
+    sizes = [len(episodes[0].support), len(episodes[0].query)]
+    support, queries = torch.split(features, sizes, dim=1)
+    params = named_parts(head.shapes, numbers)
+    losses: Tensor = torch.vmap(head.loss, in_dims=(None, 0, 0, 0, 0))(
+        params,
+        support,
+        head_targets(model, np.stack([each.support_targets for each in episodes]), support),
+        queries,
+        head_targets(model, np.stack([each.query_targets for each in episodes]), queries),
     )
-    return CLASSIFICATION.loss(classifier.logits(queries), targets)
+    return losses
+
+
+def head_targets(model: Model, targets: Targets, like: Tensor) -> Tensor:
+    """Return labels [T, N] as one-hot [T, N, W], or values as [T, N, outputs], as heads take them.
+
+    W is one more than the largest label.
+    """
+    given = torch.from_numpy(targets).to(like.device)
+    if model.objective is CLASSIFICATION:
+        return one_hot(given, int(targets.max()) + 1, like)
+    return given.reshape(*like.shape[:2], -1)
 
 
 def adam(state: EpisodicState, gradient: Tensor, rate: float) -> EpisodicState:
@@ -108,6 +137,12 @@ class ClosedForm(NamedTuple):
     params: Params  # the network's weights and the head's numbers
     statistics: Statistics  # what batch norm uses
 
+    @classmethod
+    def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":
+        """Return the learner of a finished state."""
+        params = named_parts(model.shapes | head.shapes, state.weights)
+        return cls(model, head, params, state.statistics)
+
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Return the features [N, D] of what the network sees, [N, *image_shape]."""
@@ -125,29 +160,51 @@ class ClosedForm(NamedTuple):
             features: of its images, [S, D].
             labels: 0..ways-1, int64 [S].
             ways: number of classes.
+
+        Raises:
+            TypeError: the learner predicts values.
         """
+        if not isinstance(self.head, ClassifierHead):
+            raise TypeError("a learner of values has a posterior, no classifier")
         return self.head.fit(self.params, features, one_hot(labels, ways, features))
 
+    @torch.no_grad()
+    def posterior(self, features: Tensor, values: Tensor) -> Posterior:
+        """Return what a support set of features [S, D] and values [S, outputs] says.
 
-def closed_form(model: Model, state: EpisodicState, settings: TrainSettings) -> ClosedForm:
-    """Return the learner that has been trained."""
-    head = HEADS[settings.algorithm]
-    params = named_parts(model.shapes | head.shapes, state.weights)
-    return ClosedForm(model, head, params, state.statistics)
+        Raises:
+            TypeError: the learner names classes.
+        """
+        if not isinstance(self.head, BayesHead):
+            raise TypeError("a learner of classes has a classifier, no posterior")
+        return self.head.fit(self.params, features, values)
+
+    def outputs(self, support: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
+        """Return the logits [Q, W] of a task's queries, or the means of their values [Q, outputs].
+
+        Args:
+            support: features [S, D].
+            targets: labels, int64 [S]; or values [S, outputs].
+            queries: features [Q, D].
+        """
+        if self.model.objective is CLASSIFICATION:
+            classifier = self.classifier(support, targets, int(targets.max()) + 1)
+            return classifier.logits(queries)
+        mean, _ = self.posterior(support, targets.reshape(len(support), -1)).predict(queries)
+        return mean
 
 
-def mean_accuracy(learner: ClosedForm, engine: Engine, tasks: Sequence[Task]) -> float:
-    """Return the mean accuracy over all queries of the tasks."""
-    right = []
+def mean_query_score(learner: ClosedForm, engine: Engine, tasks: Sequence[Task]) -> float:
+    """Return the mean accuracy, or squared error, over all queries of the tasks."""
+    scores = []
     for task in tasks:
         inputs = engine.images(np.concatenate([task.support, task.query]))
         features = learner.features(inputs)
         support, queries = torch.split(features, [len(task.support), len(task.query)])
-        labels = torch.from_numpy(task.support_targets).to(features.device)
-        classifier = learner.classifier(support, labels, int(labels.max()) + 1)
-        outputs = classifier.logits(queries).double().cpu().numpy()
-        right.append(CLASSIFICATION.scores(outputs, task.query_targets))
-    return float(np.mean(right))
+        targets = torch.from_numpy(task.support_targets).to(features.device)
+        outputs = learner.outputs(support, targets, queries).double().cpu().numpy()
+        scores.append(learner.model.objective.scores(outputs, task.query_targets))
+    return float(np.mean(scores))
 
 
 @torch.no_grad()

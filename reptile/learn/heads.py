@@ -1,13 +1,14 @@
-"""Closed-form heads: a linear classifier from a support set in one step, without gradients.
+"""Closed-form heads: a predictor from a support set in one step, without gradients.
 
-Both give weights [W, D] and biases [W] for features [D], so that whatever is trained through a head
-is used in the same way: logits = features · weightᵀ + bias.
+Those for classes give weights [W, D] and biases [W] for features [D], so that whatever is trained
+through them is used in the same way: logits = features · weightᵀ + bias. The one for values gives
+each prediction with its variance.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +32,38 @@ class Classifier(NamedTuple):
 
 
 class Head(ABC):
-    """How a support set becomes a classifier."""
+    """How a support set becomes a predictor."""
 
-    initial: ClassVar[dict[str, float]]
-    """Its learnt numbers by name, each a logarithm, and where they start."""
+    initial: Mapping[str, Tensor]
+    """Its learnt numbers by name, and where they start."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of the learnt numbers."""
-        return dict.fromkeys(self.initial, torch.Size(()))
+        return {name: value.shape for name, value in self.initial.items()}
+
+    @abstractmethod
+    def loss(
+        self,
+        params: Params,
+        support: Tensor,
+        support_targets: Tensor,
+        queries: Tensor,
+        query_targets: Tensor,
+    ) -> Tensor:
+        """Return the mean loss [] of the queries of a task.
+
+        Args:
+            params: the head's learnt numbers.
+            support: features [S, D].
+            support_targets: one-hot labels [S, W], or values [S, outputs].
+            queries: features [Q, D].
+            query_targets: likewise, [Q, W] or [Q, outputs].
+        """
+
+
+class ClassifierHead(Head):
+    """A head that gives a linear classifier."""
 
     @abstractmethod
     def fit(
@@ -58,15 +82,28 @@ class Head(ABC):
             solve: solves the linear system, where there is one.
         """
 
+    def loss(
+        self,
+        params: Params,
+        support: Tensor,
+        support_targets: Tensor,
+        queries: Tensor,
+        query_targets: Tensor,
+    ) -> Tensor:
+        """See `Head.loss`: cross-entropy."""
+        classifier = self.fit(params, support, support_targets)
+        return F.cross_entropy(classifier.logits(queries), query_targets)
 
-class PrototypeHead(Head):
+
+class PrototypeHead(ClassifierHead):
     """Nearest prototype: logits are -s·‖f - c‖², with the mean c of each class's features.
 
     Snell et al., Prototypical networks for few-shot learning (2017), where s = 1; here s is learnt.
     ‖f‖² is left out, as it is the same for every class. A class without examples has prototype 0.
     """
 
-    initial: ClassVar[dict[str, float]] = {"head.scale": 0.0}
+    def __init__(self) -> None:
+        self.initial = {"head.scale": torch.zeros(())}  # log s
 
     def fit(
         self,
@@ -75,13 +112,13 @@ class PrototypeHead(Head):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `Head.fit`."""
+        """See `ClassifierHead.fit`."""
         prototypes = (labels.T @ features) / labels.sum(0).clamp(min=1)[:, None]
         scale = params["head.scale"].exp()
         return Classifier(2 * scale * prototypes, -scale * prototypes.square().sum(1))
 
 
-class RidgeHead(Head):
+class RidgeHead(ClassifierHead):
     """Ridge regression on the one-hot labels, in closed form.
 
     Bertinetto et al., Meta-learning with differentiable closed-form solvers (R2D2, 2019): with
@@ -89,7 +126,11 @@ class RidgeHead(Head):
     is left out, as it is the same for every class.
     """
 
-    initial: ClassVar[dict[str, float]] = {"head.strength": 0.0, "head.scale": math.log(4)}
+    def __init__(self) -> None:
+        self.initial = {  # log λ and log α
+            "head.strength": torch.zeros(()),
+            "head.scale": torch.tensor(4.0).log(),
+        }
 
     def fit(
         self,
@@ -98,7 +139,7 @@ class RidgeHead(Head):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `Head.fit`."""
+        """See `ClassifierHead.fit`."""
         strength = params["head.strength"].exp()
         identity = torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
         kernel = features @ features.T + 1 + strength * identity  # 1: of the column of ones
@@ -106,8 +147,105 @@ class RidgeHead(Head):
         return Classifier(dual.T @ features, dual.sum(0))
 
 
-HEADS: dict[str, Head] = {"protonet": PrototypeHead(), "ridge": RidgeHead()}
-"""By the name of the algorithm that trains through them."""
+class Posterior(NamedTuple):
+    """What a support set says of the weights of a Bayesian linear regression."""
+
+    mean: Tensor  # [D + 1, outputs]; the last row is the constant's
+    covariance: Tensor  # [D + 1, D + 1], in units of the noise's variance
+    noise: Tensor  # [outputs], its variance
+
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the values, both [N, outputs], at features [N, D]."""
+        features = with_constant(features.to(self.mean.dtype))
+        spread = 1 + ((features @ self.covariance) * features).sum(-1)
+        return features @ self.mean, spread[:, None] * self.noise
+
+
+class BayesHead(Head):
+    """Bayesian linear regression whose prior and noise are learnt with the features.
+
+    Harrison et al., Meta-learning priors for efficient online Bayesian regression (ALPaCA, 2018):
+    with the prior N(K₀, Λ₀⁻¹σ²) of the weights and Φ = [features, 1], the posterior has
+    Λ = ΦᵀΦ + Λ₀ and mean Λ⁻¹(ΦᵀY + Λ₀K₀); the loss is the negative logarithm of the queries'
+    predictive density. Computed in float64: in float32 training drifts apart.
+
+    Args:
+        features: D.
+        outputs: values to predict.
+    """
+
+    def __init__(self, features: int, outputs: int) -> None:
+        size = features + 1
+        self.initial = {
+            "head.mean": torch.zeros(size, outputs),
+            # Λ₀ = LLᵀ; below the diagonal L, on it the logarithm of L's.
+            "head.factor": -2 * torch.eye(size),
+            "head.noise": torch.full((outputs,), -4.0),  # log σ²
+        }
+
+    def fit(
+        self,
+        params: Params,
+        features: Tensor,
+        values: Tensor,
+        solve: Solve = torch.linalg.solve,
+    ) -> Posterior:
+        """Return the posterior, float64, given features [S, D] and values [S, outputs].
+
+        It solves a system of the support set's size, I + ΦΛ₀⁻¹Φᵀ, whose eigenvalues are at least 1.
+        """
+        mean, covariance, noise = self.prior(params)
+        features, values = with_constant(features.to(mean.dtype)), values.to(mean.dtype)
+        spread = covariance @ features.T  # [D + 1, S]
+        identity = torch.eye(len(features), dtype=mean.dtype, device=mean.device)
+        off = torch.cat([values - features @ mean, spread.T], dim=1)
+        solved = spread @ solve(identity + features @ spread, off)
+        mean_move, shrunk = torch.split(solved, [values.shape[1], len(mean)], dim=1)
+        return Posterior(mean + mean_move, covariance - shrunk, noise)
+
+    @staticmethod
+    def prior(params: Params) -> Posterior:
+        """Return what is known without any support set, float64."""
+        raw = params["head.factor"].double()
+        factor = raw.tril(-1) + torch.diag_embed(raw.diagonal().exp())
+        identity = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
+        root = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return Posterior(
+            params["head.mean"].double(), root.T @ root, params["head.noise"].double().exp()
+        )
+
+    def loss(
+        self,
+        params: Params,
+        support: Tensor,
+        support_targets: Tensor,
+        queries: Tensor,
+        query_targets: Tensor,
+    ) -> Tensor:
+        """See `Head.loss`."""
+        mean, variance = self.fit(params, support, support_targets).predict(queries)
+        off = (query_targets.to(mean.dtype) - mean).square() / variance
+        return (0.5 * (off + variance.log() + math.log(2 * math.pi))).mean().to(queries.dtype)
+
+
+HEADS: dict[str, ClassifierHead] = {"protonet": PrototypeHead(), "ridge": RidgeHead()}
+"""Classifiers by the name of the algorithm that trains through them."""
+
+
+def head_of(algorithm: str, features: int, outputs: int) -> Head:
+    """Return the head that an algorithm trains through.
+
+    Args:
+        algorithm: its name.
+        features: D.
+        outputs: values to predict; of no concern to a classifier.
+    """
+    return BayesHead(features, outputs) if algorithm == "bayes" else HEADS[algorithm]
+
+
+def with_constant(features: Tensor) -> Tensor:
+    """Return features [N, D] with a column of ones, [N, D + 1]."""
+    return torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
 
 
 def one_hot(labels: Tensor, ways: int, like: Tensor) -> Tensor:

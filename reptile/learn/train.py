@@ -6,14 +6,14 @@ processes and resuming are in `run`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
 from reptile.errors import DivergedError
-from reptile.learn.algorithms import Algorithm, algorithm_of, check_objective
+from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
 from reptile.models import initialise
@@ -63,21 +63,21 @@ def meta_train(
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
-    algorithm: Algorithm[Any] = algorithm_of(settings)
+    algorithm = algorithm_of(settings, model, info.values)
     losses: list[float] = []
     for iteration in range(info.iteration, settings.meta_iterations):
-        state, task_losses = algorithm.iterate(engine, state, classes, settings, iteration)
+        state, task_losses = algorithm.iterate(engine, state, classes, iteration)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
             raise DivergedError(
                 f"the loss is no longer finite in meta-iteration {iteration + 1}: lower "
-                + algorithm.settings.format(settings)
+                + algorithm.diverged()
             )
         losses.append(float(task_losses.mean()))
 
         done = iteration + 1
         if done % settings.checkpoint_every == 0 or done == settings.meta_iterations:
-            state = algorithm.finish(engine, state, data, settings)
-            score = algorithm.score(engine, state, validation, info.objective, settings)
+            state = algorithm.finish(engine, state, data)
+            score = algorithm.score(engine, state, validation)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
             info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
@@ -85,7 +85,7 @@ def meta_train(
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
-    state = algorithm.finish(engine, state, data, settings)
+    state = algorithm.finish(engine, state, data)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
 
@@ -122,7 +122,8 @@ def untrained(
     model = build_network(info, module)
     info = info.model_copy(update={"module": model.name if module else ""})
     weights = initialise(model, settings.seed)
-    return Checkpoint(model, algorithm_of(settings).start(weights, settings), info)
+    start = algorithm_of(settings, model, info.values).start(weights)
+    return Checkpoint(model, start, info)
 
 
 def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:

@@ -45,7 +45,7 @@ class Conv4(Network):
     def feature_size(self) -> int:
         """See `Model.feature_size`: the last layer's activations."""
         height, width = (math.ceil(side / 2**CONV_LAYERS) for side in self.image_shape[1:])
-        return self.settings.filters * height * width
+        return int(self.settings.filters * height * width)
 
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None

@@ -1,0 +1,108 @@
+"""Closed-form heads against the papers' formulas, written out literally in NumPy and float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from reptile.learn.heads import HEADS, BayesHead, one_hot
+
+RNG = np.random.default_rng(0)
+LABELS = np.array([2, 0, 1, 1, 2, 0, 0])
+SUPPORT, QUERIES = RNG.normal(size=(7, 5)), RNG.normal(size=(4, 5))
+STRENGTH, SCALE = 0.7, 3.0
+
+
+def logits(name: str, **numbers: float) -> np.ndarray:
+    params = {
+        f"head.{key}": torch.tensor(value, dtype=torch.float64).log()
+        for key, value in numbers.items()
+    }
+    support = torch.from_numpy(SUPPORT)
+    labels = one_hot(torch.from_numpy(LABELS), 3, support)
+    classifier = HEADS[name].fit(params, support, labels)
+    return classifier.logits(torch.from_numpy(QUERIES)).numpy()
+
+
+def test_prototypes_are_nearest_means_as_snell_et_al_write_them() -> None:
+    means = np.stack([SUPPORT[label == LABELS].mean(0) for label in range(3)])
+    distances = np.array([[np.square(query - mean).sum() for mean in means] for query in QUERIES])
+    wanted = np.exp(-SCALE * distances) / np.exp(-SCALE * distances).sum(1, keepdims=True)
+    got = torch.from_numpy(logits("protonet", scale=SCALE)).softmax(1).numpy()
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_ridge_is_r2d2_in_its_primal_form() -> None:
+    support = np.hstack([SUPPORT, np.ones((7, 1))])
+    queries = np.hstack([QUERIES, np.ones((4, 1))])
+    gram = support.T @ support + STRENGTH * np.eye(6)  # R2D2 uses the dual form
+    wanted = SCALE * queries @ np.linalg.inv(gram) @ support.T @ np.eye(3)[LABELS]
+    np.testing.assert_allclose(logits("ridge", strength=STRENGTH, scale=SCALE), wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_class_without_examples_does_not_disturb_the_others(name: str) -> None:
+    head = HEADS[name]
+    params = {key: value.double() for key, value in head.initial.items()}
+    support = torch.from_numpy(SUPPORT)
+    labels = torch.from_numpy(LABELS)
+    three = head.fit(params, support, one_hot(labels, 3, support))
+    four = head.fit(params, support, one_hot(labels, 4, support))
+    torch.testing.assert_close(four.weight[:3], three.weight)
+    torch.testing.assert_close(four.bias[:3], three.bias)
+    assert four.weight[3].abs().max() == 0
+
+
+def test_the_learnt_numbers_start_where_the_papers_do() -> None:
+    assert HEADS["protonet"].initial["head.scale"].exp() == 1
+    assert HEADS["ridge"].initial["head.strength"].exp() == 1
+
+
+def bayes_params(rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    head = BayesHead(5, 2)
+    return {
+        name: value.double() + 0.3 * torch.from_numpy(rng.normal(size=value.shape))
+        for name, value in head.initial.items()
+    }
+
+
+def test_the_posterior_is_alpacas_in_its_primal_form() -> None:
+    params, values = bayes_params(RNG), RNG.normal(size=(7, 2))
+    posterior = BayesHead(5, 2).fit(params, torch.from_numpy(SUPPORT), torch.from_numpy(values))
+    factor = np.tril(params["head.factor"].numpy(), -1)
+    factor += np.diag(np.exp(np.diag(params["head.factor"].numpy())))
+    prior = factor @ factor.T
+    inputs = np.hstack([SUPPORT, np.ones((7, 1))])
+    precision = prior + inputs.T @ inputs
+    mean = np.linalg.solve(precision, inputs.T @ values + prior @ params["head.mean"].numpy())
+    np.testing.assert_allclose(posterior.mean, mean, rtol=1e-9)
+    np.testing.assert_allclose(
+        posterior.covariance, np.linalg.inv(precision), rtol=1e-8, atol=1e-12
+    )
+    got, variance = posterior.predict(torch.from_numpy(QUERIES))
+    queries = np.hstack([QUERIES, np.ones((4, 1))])
+    spread = 1 + np.einsum("nd,de,ne->n", queries, np.linalg.inv(precision), queries)
+    np.testing.assert_allclose(got, queries @ mean, rtol=1e-9)
+    noise = np.exp(params["head.noise"].numpy())
+    np.testing.assert_allclose(variance, spread[:, None] * noise, rtol=1e-8)
+
+
+def test_the_posterior_of_two_halves_is_that_of_the_whole() -> None:
+    """What one half says is the prior of the other."""
+    head, params = BayesHead(5, 2), bayes_params(RNG)
+    support, values = torch.from_numpy(SUPPORT), torch.from_numpy(RNG.normal(size=(7, 2)))
+    whole, half = head.fit(params, support, values), head.fit(params, support[:4], values[:4])
+    factor = torch.linalg.cholesky(torch.linalg.inv(half.covariance))
+    raw = factor.tril(-1) + torch.diag_embed(factor.diagonal().log())
+    then = head.fit(params | {"head.mean": half.mean, "head.factor": raw}, support[4:], values[4:])
+    torch.testing.assert_close(then.mean, whole.mean)
+    torch.testing.assert_close(then.covariance, whole.covariance)
+
+
+def test_the_loss_of_values_is_the_negative_log_density_of_a_normal_distribution() -> None:
+    head, params = BayesHead(5, 2), bayes_params(RNG)
+    support, queries = torch.from_numpy(SUPPORT), torch.from_numpy(QUERIES)
+    values, wanted = (torch.from_numpy(RNG.normal(size=(n, 2))) for n in (7, 4))
+    mean, variance = head.fit(params, support, values).predict(queries)
+    density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(wanted)
+    loss = head.loss(params, support, values, queries, wanted)
+    torch.testing.assert_close(loss, -density.mean())
