@@ -20,6 +20,7 @@ DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
 ALGORITHMS = {
     "reptile": "Reptile",
     "fomaml": "first-order MAML",
+    "maml": "MAML",
     "protonet": "nearest prototype: Snell, Swersky, Zemel: arXiv 1703.05175",
     "ridge": "ridge regression: Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136",
 }

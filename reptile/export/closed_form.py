@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reptile.export.graphs import Spec, to_onnx
+from reptile.errors import InputError
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
+from reptile.learn.heads import ClassifierHead
 from reptile.models import MASK_BIAS, LayerStatistics
 from reptile.objectives import CLASSIFICATION
 
@@ -85,6 +87,7 @@ class Fit(nn.Module):
 
     def __init__(self, learner: ClosedForm, max_ways: int) -> None:
         super().__init__()
+        assert isinstance(learner.head, ClassifierHead)
         self.head, self.max_ways = learner.head, max_ways
         self.names = list(learner.head.shapes)
         for name in self.names:
@@ -150,8 +153,16 @@ def build_closed_form_graphs(checkpoint: Checkpoint, max_ways: int) -> dict[str,
     Args:
         checkpoint: of a learner in closed form.
         max_ways: larger labels count as the largest of so many.
+
+    Raises:
+        InputError: it predicts values.
     """
     learner = checkpoint.closed_form
+    if not isinstance(learner.head, ClassifierHead):
+        raise InputError(
+            f"a learner of algorithm: {checkpoint.info.settings.algorithm} cannot be exported to "
+            "ONNX yet; use it in PyTorch with reptile.load, or export one of algorithm: reptile"
+        )
     embed, fit, shape = Embed(learner), Fit(learner, max_ways), checkpoint.model.image_shape
     size = checkpoint.model.feature_size
 

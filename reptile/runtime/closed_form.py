@@ -16,8 +16,6 @@ from reptile.runtime.bundle import Bundle
 from reptile.runtime.provider import run_within
 from reptile.runtime.saved import Examples, FloatArray
 
-_CHUNK = 64  # images per run: bounds memory; they are independent
-
 
 def check_no_steps(inner: InnerLoop) -> None:
     """Refuse settings of gradient steps, of which there are none."""
@@ -46,10 +44,11 @@ def embed(
         TimeoutError: not done in time.
     """
     features = np.empty((len(images), bundle.features), dtype=np.float32)
-    for start in range(0, len(images), _CHUNK):
-        chunk = np.ascontiguousarray(images[start : start + _CHUNK], dtype=np.float32)
+    for start in range(0, len(images), bundle.images_at_once):
+        part = slice(start, start + bundle.images_at_once)
+        chunk = np.ascontiguousarray(images[part], dtype=np.float32)
         (output,) = run_within(session, ["features"], {"images": chunk}, _left(until))
-        features[start : start + _CHUNK] = output
+        features[part] = output
     return features
 
 

@@ -27,8 +27,6 @@ from reptile.runtime.saved import (
     write_adapted,
 )
 
-_CHUNK = 256  # images per run: bounds memory; queries are independent
-
 
 class Prediction(NamedTuple):
     """The result of `AdaptedModel.predict` for N images."""
@@ -89,11 +87,12 @@ class AdaptedModel:
         array = check_images(images, self.bundle.image_shape)
         logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
         session = self._sessions["predict_adapted"]
-        for start in range(0, len(array), _CHUNK):
-            chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
+        for start in range(0, len(array), self.bundle.images_at_once):
+            part = slice(start, start + self.bundle.images_at_once)
+            chunk = np.ascontiguousarray(array[part], dtype=np.float32)
             (output,) = session.run(["logits"], {"images": chunk, **self._fed})
             # Outputs without a class are dropped.
-            logits[start : start + _CHUNK] = output[:, : logits.shape[1]]
+            logits[part] = output[:, : logits.shape[1]]
         return logits
 
     def specialized(self) -> "AdaptedModel":

@@ -303,7 +303,7 @@ def test_a_diverged_adaptation_says_to_lower_the_rate(
         def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
             return [np.array(False), *[np.zeros(1, np.float32)] * (len(names) - 1)]
 
-    object.__setattr__(model, "_adapt", Diverges())
+    object.__setattr__(model, "_sessions", {**model._sessions, "adapt": Diverges()})
     with pytest.raises(DivergedError, match=r"diverged.*lower learning_rate.*made for 0\.5"):
         model.adapt(images, FOUR)
 
