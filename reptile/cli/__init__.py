@@ -324,7 +324,10 @@ def classify(
     save: Annotated[
         Path | None, typer.Option(help="File for the adapted task, to use with --task.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Inner steps; the bundle's by default. Not for closed-form bundles.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Inner steps; the bundle's by default. Not for closed-form bundles."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the mini-batches; 0 by default.")
     ] = None,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reptile.export.graphs import Spec, to_onnx
 from reptile.errors import InputError
+from reptile.export.graphs import Spec, to_onnx
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
 from reptile.learn.heads import ClassifierHead

@@ -169,7 +169,8 @@ class Service:
         if name.startswith(TASK):
             return self.task(name.removeprefix(TASK)).model
         raise UnknownError(
-            f"no model {name[:50]!r}: there are {', '.join(self.graphs)}, and {TASK}ID for each task"
+            f"no model {name[:50]!r}: there are {', '.join(self.graphs)}, and {TASK}ID for each "
+            "task"
         )
 
     def _check_adaptation(self, feeds: Mapping[str, Array]) -> None:
