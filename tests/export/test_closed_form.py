@@ -59,7 +59,7 @@ def test_a_matrix_beyond_float32_gives_finite_numbers() -> None:
 def test_the_graphs_have_standard_operators_and_no_control_flow(closed_form_bundle: Path) -> None:
     manifest = json.loads((closed_form_bundle / "manifest.json").read_text())
     assert list(manifest["graphs"]) == ["embed", "fit", "adapt", "predict_adapted", "few_shot"]
-    operators = Counter()
+    operators: Counter[str] = Counter()
     for graph in manifest["graphs"].values():
         found = onnx.load(closed_form_bundle / graph["path"]).graph
         operators += Counter(node.op_type for node in found.node)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHROMIUM, FLAGS, serving
 
 from reptile.data.dataset import PreparedData
 from reptile.runtime import FewShotModel
@@ -119,14 +118,12 @@ def site(root: Path, closed_form_bundle: Path, tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("provider", ["wasm", "webgpu"])
 def test_chromium_gives_what_python_gives(
-    site: str, closed_form_bundle: Path, task: dict[str, Any], provider: str
+    chromium_with_webgpu: Any,
+    site: str,
+    closed_form_bundle: Path,
+    task: dict[str, Any],
+    provider: str,
 ) -> None:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    flags = [flag for flag in FLAGS if flag != "--disable-gpu"]
-    flags += ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
     script = f"""async ([input, provider]) => {{
       if (provider === "webgpu" && !(await navigator.gpu?.requestAdapter())) return null;
       const ort = await import(`/ort/ort.${{provider}}.bundle.min.mjs`);
@@ -139,34 +136,29 @@ def test_chromium_gives_what_python_gives(
       {TASK.replace("BUNDLE", '"/bundle/"').replace("OPTIONS", "options")}
       return result;
     }}"""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page()
-        page.goto(site)
-        found = page.evaluate(script, [task, provider])
-        browser.close()
+    page = chromium_with_webgpu.new_page()
+    page.goto(site)
+    found = page.evaluate(script, [task, provider])
     if found is None:
         pytest.skip("this Chromium offers no WebGPU adapter")
     check(found, closed_form_bundle, task)
 
 
 def test_the_page_speaks_of_no_steps(
-    open_page: Callable[..., Any], closed_form_bundle: Path, tmp_path: Path
+    open_page: Callable[..., Any], closed_form_server: str
 ) -> None:
-    with serving(closed_form_bundle, tmp_path) as address:
-        page = open_page(address)
-        page.locator("#about", has_text="up to 50 symbols").wait_for()
-        assert "steps" not in page.locator("#about").inner_text()
-        for where in ("server", "browser"):
-            page.locator(f"[name=where][value={where}]").check(force=True)
-            if where == "server":
-                for i in range(2):
-                    box = page.locator(".symbol .pad").nth(i).bounding_box()
-                    page.mouse.move(box["x"] + 20, box["y"] + 20)
-                    page.mouse.down()
-                    page.mouse.move(box["x"] + 60 + 40 * i, box["y"] + 90 - 60 * i, steps=5)
-                    page.mouse.up()
-            page.locator("#learn").click()
-            page.locator("#status", has_text="Learnt from 2 examples").wait_for(timeout=60_000)
-            assert page.locator("#curve").is_hidden()
-            assert page.locator("#probabilities li").count() == 2
+    page = open_page(closed_form_server)
+    page.locator("#about", has_text="up to 50 symbols").wait_for()
+    assert "steps" not in page.locator("#about").inner_text()
+    for i in range(2):
+        box = page.locator(".symbol .pad").nth(i).bounding_box()
+        page.mouse.move(box["x"] + 20, box["y"] + 20)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 60 + 40 * i, box["y"] + 90 - 60 * i, steps=5)
+        page.mouse.up()
+    for where in ("server", "browser"):
+        page.locator(f"[name=where][value={where}]").check(force=True)
+        page.locator("#learn").click()
+        page.locator("#status", has_text="Learnt from 2 examples").wait_for(timeout=60_000)
+        assert page.locator("#curve").is_hidden()
+        assert page.locator("#probabilities li").count() == 2

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from reptile.errors import DivergedError, InputError
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotModel
-from reptile.runtime.model import _CHUNK
 
 FOUR = ["ox", "ox", "hen", "hen", "cat", "cat", "dog", "dog"]
 
@@ -104,10 +103,11 @@ def test_spare_outputs_of_the_head_never_win(model: FewShotModel, images: np.nda
 
 def test_queries_do_not_depend_on_one_another(model: FewShotModel, images: np.ndarray) -> None:
     adapted = model.adapt(images, FOUR)
-    together = adapted.predict(np.tile(images, (_CHUNK // 4, 1, 1, 1))).probabilities
-    assert len(together) == 2 * _CHUNK  # more than one run
+    many = model.bundle.images_at_once
+    together = adapted.predict(np.tile(images, (many // 4, 1, 1, 1))).probabilities
+    assert len(together) == 2 * many  # more than one run
     alone = np.concatenate([adapted.predict(image[None]).probabilities for image in images])
-    np.testing.assert_allclose(together, np.tile(alone, (_CHUNK // 4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(together, np.tile(alone, (many // 4, 1)), rtol=1e-5)
 
 
 def test_no_images_give_an_empty_answer(model: FewShotModel, images: np.ndarray) -> None:
