@@ -43,8 +43,9 @@ def newton_schulz(matrix: Tensor, right: Tensor) -> Tensor:
         1000  2e6         5e-5              1e-4      4e-2
         500   4e7         6e-3              3e-3      (both beyond what float32 resolves)
 
-    Conjugate gradients are 3 to 10 times as fast at S = 500 (60 against 250 ms, one core; both take
-    less than a millisecond up to S = 100), but how many steps they need depends on the features.
+    In ONNX Runtime on one core, with all that `Fit` does: 0.1 ms at S = 25, 0.8 at 100, 340 at 500,
+    2500 at 1000. Conjugate gradients are several times as fast from S = 500 on, but how many steps
+    they need depends on the features.
     Beyond CONDITION, eigenvalues that are too small to resolve act as if ridge were stronger.
     """
     inverse = torch.eye(matrix.shape[0]) / matrix.abs().sum(1).max()
