@@ -10,14 +10,16 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow test-images test-browser page lint bench load-test images lock clean
+.PHONY: help setup repro test test-slow test-versions test-images test-browser page docs lint bench load-test images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
+	@echo "make test-versions  try the oldest and the newest onnxruntime (from the package index)"
 	@echo "make page       fetch onnxruntime-web, so that the page can learn in the browser too (npm)"
 	@echo "make test-browser  try the page in Chromium, and the JavaScript examples in Node (npm)"
+	@echo "make docs       build the site of the documentation: guides, topics, reference"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
 	@echo "make load-test  serve a bundle to many clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundle)"
@@ -31,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"error: Python {v[0]}.{v[1]} is too old, 3.11 is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),serve,train,dvc,kubeflow,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(ORT),serve,train,dvc,kubeflow,dev,docs]'
 	touch $@
 
 repro: setup
@@ -40,10 +42,14 @@ repro: setup
 	@python -m reptile show
 
 test: setup
-	pytest -m "not slow and not browser"
+	pytest -m "not slow and not versions and not browser"
 
 test-slow: setup
-	pytest -m "not browser"
+	pytest -m "not versions and not browser"
+
+# In environments of their own, from the package index.
+test-versions: setup
+	pytest -m versions
 
 NPM := npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 WEB := ort.wasm.bundle.min.mjs ort-wasm-simd-threaded.wasm
@@ -59,6 +65,10 @@ page: setup
 test-browser: page
 	cd clients/node && $(NPM)
 	pytest -m browser
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "the site is in artifacts/site: open artifacts/site/index.html"
 
 lint: setup
 	ruff format --check .

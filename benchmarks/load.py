@@ -1,8 +1,8 @@
-"""A closed loop of clients that send one request over and over, in a process of its own.
+"""A closed loop of clients that repeat one request, in a separate process.
 
-Each client waits for its answer before it asks again, on a connection that stays open. Plain
-sockets and the standard library only, so that a client costs little beside what it measures; what
-it does cost is counted. Reads answers that carry a Content-Length.
+Each client waits for a response before it sends the next request, on a connection that stays open.
+Plain sockets and the standard library only, so that a client costs little; its CPU time is
+measured. Responses must have a Content-Length.
 
     python -m benchmarks.load < order.json > result.json
 """
@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 RECV_BYTES = 1 << 16
-DRAIN_SECONDS = 30.0  # seconds to wait for a first answer, and for the last ones
-TICK = 0.01  # seconds between looks at the clock while nothing comes
-_CODE = len("HTTP/1.1 ")  # where an answer's status begins
+DRAIN_SECONDS = 30.0  # seconds to wait for the first response, and for the last ones
+TICK = 0.01  # seconds to wait for input before looking at the clock
+_CODE = len("HTTP/1.1 ")  # where a response's status begins
 
 
 class Order(NamedTuple):
-    """What clients are to do."""
+    """What the clients send, and for how long."""
 
     host: str
     port: int
@@ -38,17 +38,19 @@ class Order(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What clients found."""
+    """What the clients measured."""
 
-    seconds: float  # that were counted
-    milliseconds: list[float]  # from a request's first byte to its answer's last, of 2xx only
-    statuses: dict[str, int]  # how many answers of each
-    broken: int  # connections that ended without an answer
-    cpu_seconds: float  # that the clients took themselves
+    seconds: float  # of measurement
+    milliseconds: list[
+        float
+    ]  # from the first byte of a request to the last of its response; 2xx only
+    statuses: dict[str, int]  # number of responses with each status
+    broken: int  # connections that ended without a response
+    cpu_seconds: float  # used by the clients
 
     @property
     def per_second(self) -> float:
-        """Requests that were served."""
+        """Successful requests per second."""
         return len(self.milliseconds) / self.seconds
 
 
@@ -57,13 +59,13 @@ class _Client:
     socket: socket.socket
     sent: float = 0.0
     got: bytearray = field(default_factory=bytearray)
-    size: int = -1  # of the whole answer, once its head is there
+    size: int = -1  # of the whole response, once its head has arrived
 
 
 def run(order: Order) -> Load:
-    """Send requests until the time is up and one was served; wait for what is under way then.
+    """Send requests until the time is up and one has succeeded; wait for those in progress.
 
-    A client that is told to come back later (429 or 503 with Retry-After) does so.
+    A client that gets 429 or 503 waits as long as Retry-After says.
     """
     request = order.request.encode("latin-1")
     selector = selectors.DefaultSelector()
@@ -145,25 +147,25 @@ def run(order: Order) -> Load:
 
 
 def _header(head: bytes | bytearray, name: bytes) -> bytes:
-    _, found, rest = head.lower().partition(b"\r\n" + name + b":")
-    if not found:
-        raise ValueError(f"an answer without {name.decode()}: {bytes(head[:500])!r}")
+    _, separator, rest = head.lower().partition(b"\r\n" + name + b":")
+    if not separator:
+        raise ValueError(f"a response without {name.decode()}: {bytes(head[:500])!r}")
     return bytes(rest.split(b"\r\n", 1)[0].strip())
 
 
 class Clients:
-    """Clients at work in a process of their own."""
+    """Clients running in a separate process."""
 
     def __init__(self, order: Order) -> None:
-        with tempfile.TemporaryFile("w+") as told:
-            json.dump(order._asdict(), told)
-            told.seek(0)
+        with tempfile.TemporaryFile("w+") as given:
+            json.dump(order._asdict(), given)
+            given.seek(0)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.load"], stdin=told, stdout=subprocess.PIPE
+                [sys.executable, "-m", "benchmarks.load"], stdin=given, stdout=subprocess.PIPE
             )
 
     def result(self) -> Load:
-        """Wait until they are done and return what they found."""
+        """Wait until they end and return what they measured."""
         answer, _ = self._process.communicate()
         if self._process.returncode:
             raise RuntimeError("the clients failed; see above")

@@ -1,6 +1,6 @@
-"""A real `reptile serve` process on a free port, and what it takes of the machine.
+"""A real `reptile serve` process on a free port, and the resources it uses.
 
-For load tests and fault tests. Not for what is asked of it.
+For load tests and fault tests, which choose the requests.
 """
 
 import http.client
@@ -29,16 +29,16 @@ _LOG_TAIL = 2000  # characters of it that an error shows
 
 
 class Footprint(NamedTuple):
-    """What a process holds; from /proc, so on Linux only."""
+    """Resources of a process; from /proc, so on Linux only."""
 
     resident: int  # bytes
-    peak: int  # bytes, the most that ever were resident
+    peak: int  # bytes, maximum so far
     threads: int
     files: int  # descriptors
 
 
 class Answer(NamedTuple):
-    """A response as it came."""
+    """A response, unchanged."""
 
     status: int
     headers: Mapping[str, str]  # names in lower case
@@ -52,23 +52,26 @@ class Answer(NamedTuple):
 class Server:
     """A running server; a context manager that ends it."""
 
-    def __init__(self, bundle: Path, *options: str, wait: float = 60.0) -> None:
+    def __init__(
+        self, bundle: Path, *options: str, wait: float = 60.0, prefix: Sequence[str] = ()
+    ) -> None:
         """Start a server and wait until it is ready.
 
         Args:
             bundle: what it serves.
-            options: more of `reptile serve`'s, such as `--tasks` and a folder.
-            wait: seconds it may take to get ready.
+            options: further options of `reptile serve`, such as `--tasks` and a folder.
+            wait: maximum seconds until it is ready.
+            prefix: a command that runs the command after it, such as `nice`.
 
         Raises:
-            InputError: it ended, or was not ready in time; with what it said.
+            InputError: it ended, or was not ready in time; with its output.
         """
         self.port = _free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
-        # A session of its own: a Ctrl-C at the terminal reaches it through `stop` alone.
+        # A new session: Ctrl-C in the terminal reaches it only through `stop`.
         where = ("--host", HOST, "--port", str(self.port))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reptile", "serve", str(bundle), *where, *options],
+            [*prefix, sys.executable, "-m", "reptile", "serve", str(bundle), *where, *options],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -94,18 +97,18 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Without a slash at its end."""
+        """The address, without a slash at the end."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def log(self) -> str:
-        """All that it wrote to its standard output and error."""
+        """Its standard output and error so far."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
     @property
     def footprint(self) -> Footprint:
-        """What its process holds now."""
+        """The resources that its process uses now."""
         proc = Path(f"/proc/{self.process.pid}")
         lines = (proc / "status").read_text(encoding="utf-8").splitlines()
         status = dict(line.split(":", 1) for line in lines)
@@ -124,10 +127,10 @@ class Server:
         headers: Mapping[str, str] | None = None,
         wait: float = 60.0,
     ) -> Answer:
-        """Ask on a connection of its own; a body that is not bytes is sent as JSON.
+        """Send a request on a new connection; a body that is not bytes is sent as JSON.
 
         Raises:
-            OSError, http.client.HTTPException: no answer.
+            OSError, http.client.HTTPException: no response.
         """
         sent = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
@@ -137,13 +140,13 @@ class Server:
         try:
             connection.request(method, path, body, sent)
             response = connection.getresponse()
-            found = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, found, response.read())
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, received, response.read())
         finally:
             connection.close()
 
     def stop(self, wait: float = 30.0) -> int:
-        """Ask it to end (SIGTERM) and return its exit code; killed if it does not end in time."""
+        """Stop it (SIGTERM) and return its exit code; kill it if it does not end in time."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -153,7 +156,7 @@ class Server:
         return self.process.returncode
 
     def kill(self) -> None:
-        """End it with no chance to tidy up (SIGKILL)."""
+        """Kill it without a chance to clean up (SIGKILL)."""
         if self.process.poll() is None:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -201,13 +204,13 @@ def binary_request(path: str, images: npt.NDArray[np.uint8], output: str) -> byt
         "parameters": {"binary_data_size": images.nbytes},
     }
     wanted = {"name": output, "parameters": {"binary_data": True}}
-    told = json.dumps({"inputs": [tensor], "outputs": [wanted]}).encode()
+    head = json.dumps({"inputs": [tensor], "outputs": [wanted]}).encode()
     return raw_request(
         "POST",
         path,
-        told + images.tobytes(),
+        head + images.tobytes(),
         "application/octet-stream",
-        [f"Inference-Header-Content-Length: {len(told)}"],
+        [f"Inference-Header-Content-Length: {len(head)}"],
     )
 
 

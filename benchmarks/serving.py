@@ -1,4 +1,4 @@
-"""The load test: a served bundle under 1, 8 and 64 clients, beside ONNX Runtime called in a loop.
+"""The load test: a served bundle under 1, 8 and 64 clients, relative to ONNX Runtime in a loop.
 
     python -m benchmarks.serving artifacts/bundle
 
@@ -37,11 +37,11 @@ RESULTS = Path("artifacts/load.json")
 PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools")
 CLIENTS = (1, 8, 64)
 SHOTS = 5
-TEACHERS = 4  # clients that adapt without a pause while others' predictions are timed
+ADAPTERS = 4  # clients that adapt without a pause while others' predictions are timed
 SHARE_OF_DIRECT = 0.5  # of the direct rate, that predictions over HTTP reach at 64 clients
 SLOWER_WHILE_ADAPTING = 5.0  # times the idle p99
 
-HEADINGS = ("what runs", "clients", "/s", "p50", "p95", "p99 ms", "refused", "ratio", "asked for")
+HEADINGS = ("what runs", "clients", "/s", "p50", "p95", "p99 ms", "refused", "ratio", "target")
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 messages = Console(stderr=True)
@@ -60,7 +60,7 @@ FULL, QUICK = Effort(rounds=3, seconds=3.0, warm_up=0.5, steps=None), Effort(1, 
 
 
 class Line(Compared):
-    """One thing that was done over and over; the same in every round."""
+    """One line of the table: the same work, repeated in every round."""
 
     clients: int
     per_second: tuple[float, ...]  # one a round
@@ -101,7 +101,7 @@ class LoadResults(BaseModel):
 def main(
     bundle: Annotated[Path, typer.Argument(help="What to serve.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only see that everything runs; no figures.")
+        bool, typer.Option("--quick", help="Check that everything runs; its figures mean nothing.")
     ] = False,
     json: Annotated[Path, typer.Option(help="Where to write every round.")] = RESULTS,
     as_markdown: Annotated[
@@ -116,7 +116,7 @@ def main(
     else:
         console.print(table(results))
     for warning in warnings(results):
-        messages.print(f"[bold red]not a figure to rely on[/]: {warning}", soft_wrap=True)
+        messages.print(f"[bold red]unreliable figures[/]: {warning}", soft_wrap=True)
 
 
 class _Work(NamedTuple):
@@ -137,11 +137,11 @@ def measure(bundle: Path, effort: Effort) -> LoadResults:
     images, labels = _support(model)
     loads: dict[tuple[str, int], list[Load]] = defaultdict(list)
     with Server(bundle) as server:
-        lesson = {"images": images.tolist(), "labels": labels}
-        taught = server.request("POST", "/tasks", lesson)
-        if taught.status != 201:
-            raise InputError(f"POST /tasks answered {taught.status}: {taught.body[:500]!r}")
-        task = taught.json()["id"]
+        support = {"images": images.tolist(), "labels": labels}
+        adapted = server.request("POST", "/tasks", support)
+        if adapted.status != 201:
+            raise InputError(f"POST /tasks answered {adapted.status}: {adapted.body[:500]!r}")
+        task = adapted.json()["id"]
         works = _works(model, server.port, task, images, labels, effort)
         for done in range(effort.rounds):
             for work in works:
@@ -186,8 +186,8 @@ def _works(
     predict = json_request("POST", place, {"images": images[:1].tolist()})
     predict_binary = binary_request(f"/v2/models/task-{task}/infer", images[:1], "probabilities")
     predict_png = raw_request("POST", place, *multipart([("image", "a.png", _png(images[0]))]))
-    lesson = {"images": images.tolist(), "labels": labels, "steps": effort.steps}
-    adapt = json_request("POST", "/tasks", lesson)
+    support = {"images": images.tolist(), "labels": labels, "steps": effort.steps}
+    adapt = json_request("POST", "/tasks", support)
 
     def order(request: bytes, clients: int, more: float = 0.0) -> Order:
         return Order(
@@ -204,12 +204,12 @@ def _works(
 
     def while_adapting(clients: int) -> Callable[[], Load]:
         def run() -> Load:
-            teachers = Clients(order(adapt, TEACHERS, more=2 * effort.warm_up))
+            adapters = Clients(order(adapt, ADAPTERS, more=2 * effort.warm_up))
             try:
                 time.sleep(effort.warm_up)
                 return Clients(order(predict, clients)).result()
             finally:
-                teachers.result()
+                adapters.result()
 
         return run
 
@@ -245,36 +245,36 @@ def _loop(call: Callable[[], Any], effort: Effort) -> Load:
 
 
 def _line(label: str, clients: int, loads: dict[tuple[str, int], list[Load]]) -> Line:
-    own = loads[label, clients]
-    pooled = [value for load in own for value in load.milliseconds]
+    mine = loads[label, clients]
+    pooled = [value for load in mine for value in load.milliseconds]
     answers: dict[str, int] = defaultdict(int)
-    for load in own:
+    for load in mine:
         for status, count in load.statuses.items():
             answers[status] += count
     p50, p95, p99 = np.percentile(pooled, (50, 95, 99))
     ratio: dict[str, Any] = {}
     if label in (PREDICT, PREDICT_BINARY, PREDICT_PNG):
-        ratio = _ratio("rate, to direct", own, loads[DIRECT, 1], lambda load: load.per_second)
+        ratio = _ratio("rate, to direct", mine, loads[DIRECT, 1], lambda load: load.per_second)
         if clients == CLIENTS[-1] and label != PREDICT_PNG:
             ratio["limit"] = SHARE_OF_DIRECT
     elif label == ADAPT:
         base = loads[DIRECT_ADAPT, 1]
-        ratio = _ratio("rate, to direct", own, base, lambda load: load.per_second)
+        ratio = _ratio("rate, to direct", mine, base, lambda load: load.per_second)
     elif label == PREDICT_BUSY:
-        ratio = _ratio("p99, to idle", own, loads[PREDICT, clients], _p99)
+        ratio = _ratio("p99, to idle", mine, loads[PREDICT, clients], _p99)
         ratio |= {"limit": SLOWER_WHILE_ADAPTING, "limit_is_most": True}
     return Line(
         label=label,
         clients=clients,
-        per_second=tuple(load.per_second for load in own),
-        p99s=tuple(map(_p99, own)),
+        per_second=tuple(load.per_second for load in mine),
+        p99s=tuple(map(_p99, mine)),
         p50=float(p50),
         p95=float(p95),
         p99=float(p99),
         served=len(pooled),
         statuses=dict(answers),
-        broken=sum(load.broken for load in own),
-        client_microseconds=1e6 * sum(load.cpu_seconds for load in own) / sum(answers.values())
+        broken=sum(load.broken for load in mine),
+        client_microseconds=1e6 * sum(load.cpu_seconds for load in mine) / sum(answers.values())
         if answers
         else None,
         **ratio,
@@ -282,9 +282,9 @@ def _line(label: str, clients: int, loads: dict[tuple[str, int], list[Load]]) ->
 
 
 def _ratio(
-    what: str, own: Sequence[Load], base: Sequence[Load], value: Callable[[Load], float]
+    what: str, mine: Sequence[Load], base: Sequence[Load], value: Callable[[Load], float]
 ) -> dict[str, Any]:
-    pairs = zip(own, base, strict=True)
+    pairs = zip(mine, base, strict=True)
     return {"ratio_to": what, "ratios": tuple(value(a) / value(b) for a, b in pairs)}
 
 
@@ -320,10 +320,10 @@ def _versions() -> dict[str, str]:
 
 
 def warnings(results: LoadResults) -> list[str]:
-    """Say everything that forbids taking these figures for real."""
+    """Return every reason why these figures are not reliable."""
     found = []
     if results.quick:
-        found.append("a quick run, good for no figure")
+        found.append("a quick run, whose figures mean nothing")
     if (results.others or 0.0) > OTHERS:
         found.append(f"other programs took {results.others:.0%} of the CPUs")
     for line in results.lines:
@@ -348,8 +348,8 @@ def markdown(results: LoadResults) -> str:
     """Return the same table in Markdown, with the machine below it."""
     rows = [HEADINGS, ("---", *["--:"] * (len(HEADINGS) - 1)), *map(_cells, results.lines)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    told = [f"\n**Not to be relied on**: {warning}." for warning in warnings(results)]
-    return "\n".join([*lines, "", _caption(results), *told])
+    notes = [f"\n**Unreliable**: {warning}." for warning in warnings(results)]
+    return "\n".join([*lines, "", _caption(results), *notes])
 
 
 def _cells(line: Line) -> tuple[str, ...]:
@@ -379,9 +379,9 @@ def _caption(results: LoadResults) -> str:
         f"{machine.cpu}, {machine.cpus} CPUs; bundle {results.bundle}; "
         f"{', '.join(f'{name} {number}' for name, number in names.items())}; "
         f"commit {(machine.commit or 'unknown')[:10]}{' with changes' if machine.changed else ''}; "
-        f"{results.started}, {results.seconds:.0f} s, of which other programs took "
-        f"{results.others or 0:.0%} of the CPUs; the clients themselves took "
-        f"{max(cost or 0.0 for cost in costs):.0f} µs of CPU a prediction; the server's memory "
+        f"{results.started}, {results.seconds:.0f} s, of which other programs used "
+        f"{results.others or 0:.0%} of the CPUs; the clients themselves used "
+        f"{max(cost or 0.0 for cost in costs):.0f} µs of CPU per prediction; the server's memory "
         f"peaked at {results.peak_bytes / 2**20:.0f} MiB. Rates and ratios are medians over rounds."
     )
 

@@ -1,6 +1,6 @@
 """Fetching a dataset that DVC versions: one path, at one revision, of one repository.
 
-For a machine that has no clone, such as a pod. What becomes of the files is `prepare`'s business.
+For a machine that has no clone, such as a pod. `prepare` reads the files.
 """
 
 import re
@@ -9,14 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from components import secrets
+from components.clone import clone_with
 from reptile.errors import InputError
 
 
-def fetch(repository: str, revision: str, path: str, md5: str, folder: Path) -> None:
+def fetch(
+    repository: str,
+    revision: str,
+    path: str,
+    md5: str,
+    folder: Path,
+    data_secret: Path = secrets.DATA,
+    git_secret: Path = secrets.GIT,
+) -> None:
     """Fetch `path` of a DVC repository to `folder / path`, and check that it is what it should be.
 
-    Credentials are taken from where DVC and git take them (environment, configuration, credential
-    helper), never from the address.
+    Credentials come from the mounted secrets, which DVC and git alone are given; without them, from
+    where DVC and git take them (environment, configuration, credential helper). Never from the
+    address.
 
     Args:
         repository: a git address, or the folder of a clone.
@@ -24,6 +35,8 @@ def fetch(repository: str, revision: str, path: str, md5: str, folder: Path) -> 
         path: a file or folder that DVC tracks, relative to the repository's root.
         md5: the hash that DVC knows it by, as the .dvc file has it (`….dir` for a folder).
         folder: where to put it.
+        data_secret: folder with the credentials of the DVC remote, for an address.
+        git_secret: folder with the credentials of the git repository, for an address.
 
     Raises:
         InputError: it cannot be had, or it is not what `md5` says.
@@ -38,7 +51,7 @@ def fetch(repository: str, revision: str, path: str, md5: str, folder: Path) -> 
     what = f"{path} of {repository}" + (f" at {revision}" if revision else "")
     target = folder / path
     try:
-        with _clone(repository, revision) as (clone, at):
+        with _clone(repository, revision, data_secret, git_secret) as (clone, at):
             files = DVCFileSystem(clone, rev=at)
             known = (files.info(path).get("dvc_info") or {}).get("md5", "no hash by DVC")
             if known != md5:
@@ -68,7 +81,9 @@ def content_md5(path: Path) -> str:
 
 
 @contextmanager
-def _clone(repository: str, revision: str) -> Iterator[tuple[str, str | None]]:
+def _clone(
+    repository: str, revision: str, data_secret: Path, git_secret: Path
+) -> Iterator[tuple[str, str | None]]:
     """Yield the folder of a clone, and the revision at which DVC is to look at it.
 
     DVC would clone by itself, but then does not find a remote that lies inside the repository.
@@ -79,7 +94,11 @@ def _clone(repository: str, revision: str) -> Iterator[tuple[str, str | None]]:
         yield repository, revision or None
         return
     with TemporaryDirectory(prefix="reptile-clone-") as folder:
-        Git.clone(repository, folder, rev=revision or None).close()
+        if credentials := secrets.read_secret(git_secret):
+            clone_with(credentials, git_secret, repository, revision, Path(folder))
+        else:
+            Git.clone(repository, folder, rev=revision or None).close()
+        secrets.configure_remotes(Path(folder) / ".dvc", data_secret)
         yield folder, None
 
 

@@ -9,19 +9,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from components import secrets
 from reptile.errors import InputError
 
 
-def publish(bundle: Path, remote: str, pointer: Path) -> None:
+def publish(bundle: Path, remote: str, pointer: Path, secret: Path = secrets.DATA) -> None:
     """Push a bundle to a DVC remote and write its .dvc file.
 
-    The same bundle gives the same pointer, and is stored once. Credentials come from the
-    environment, as DVC's remotes read them.
+    The same bundle gives the same pointer, and is stored once. Credentials come from the mounted
+    secret, which DVC alone is given; without it, from where DVC's remotes look for them.
 
     Args:
         bundle: folder of the bundle.
         remote: address of the DVC remote, such as `s3://models/reptile`, or an absolute path.
         pointer: the .dvc file to write; it names the bundle `bundle`.
+        secret: folder with the remote's credentials.
 
     Raises:
         InputError: the remote does not take it.
@@ -31,6 +33,7 @@ def publish(bundle: Path, remote: str, pointer: Path) -> None:
         _dvc(folder, "init", "--no-scm")
         _dvc(folder, "config", "core.analytics", "false")
         _dvc(folder, "remote", "add", "--default", "there", remote)
+        secrets.configure_remotes(Path(folder) / ".dvc", secret)
         _dvc(folder, "add", "bundle")
         _dvc(folder, "push")
         pointer.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,19 @@
-"""The five stages, evaluation at single points, and publishing.
+"""The five stages, and publishing.
 
 Settings travel as JSON text, so that large seeds and nested values survive.
 """
 
-from kfp.dsl import HTML, Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import (
+    HTML,
+    Artifact,
+    ClassificationMetrics,
+    Dataset,
+    Input,
+    Markdown,
+    Metrics,
+    Model,
+    Output,
+)
 
 from components.image import component
 
@@ -28,6 +38,7 @@ def prepare(
 def train(
     settings: str,
     work: str,
+    nodes: int,
     prepared: Input[Dataset],
     checkpoint: Output[Model],
     curves: Output[Artifact],
@@ -35,30 +46,38 @@ def train(
     """Meta-train; a run that was interrupted goes on from its latest checkpoint below `work`."""
     from components import artifacts
 
-    artifacts.train(settings, work, prepared, checkpoint, curves)
+    artifacts.train(settings, work, nodes, prepared, checkpoint, curves)
 
 
 @component
 def evaluate(
     settings: str,
+    points: list[str],
     prepared: Input[Dataset],
     checkpoint: Input[Model],
-    evaluation: Output[Metrics],
-    confusion: Output[ClassificationMetrics],
+    evaluation: Output[Artifact],
+    scores: Output[Metrics],
+    other_tasks: Output[Markdown],
+    confusion_matrix: Output[ClassificationMetrics],
     report: Output[HTML],
 ) -> None:
-    """Measure few-shot accuracy; the evaluation's files lie where its metrics point."""
+    """Measure few-shot scores on held-out classes and on other data, and on the tasks of `points`.
+
+    All in one task: a task of its own for each point costs more than most points take.
+    """
     from components import artifacts
 
-    artifacts.evaluate(settings, prepared, checkpoint, evaluation, confusion, report)
-
-
-@component
-def measure(settings: str, point: str, prepared: Input[Dataset], checkpoint: Input[Model]) -> str:
-    """Measure held-out accuracy at one point, such as `3-way 1-shot frozen`: a row of a table."""
-    from components import artifacts
-
-    return artifacts.measure(settings, point, prepared, checkpoint)
+    artifacts.evaluate(
+        settings,
+        points,
+        prepared,
+        checkpoint,
+        evaluation,
+        scores,
+        other_tasks,
+        confusion_matrix,
+        report,
+    )
 
 
 @component
@@ -66,7 +85,7 @@ def export(
     settings: str,
     prepared: Input[Dataset],
     checkpoint: Input[Model],
-    evaluation: Input[Metrics],
+    evaluation: Input[Artifact],
     bundle: Output[Model],
 ) -> None:
     """Write the ONNX bundle."""
@@ -81,12 +100,13 @@ def verify(
     prepared: Input[Dataset],
     checkpoint: Input[Model],
     bundle: Input[Model],
-    verification: Output[Metrics],
+    verification: Output[Artifact],
+    checks: Output[Markdown],
 ) -> str:
-    """Check the bundle against eager PyTorch; return the SHA-256 of the manifest that held."""
+    """Check the bundle against eager PyTorch; return the SHA-256 of the manifest that passed."""
     from components import artifacts
 
-    return artifacts.verify(settings, prepared, checkpoint, bundle, verification)
+    return artifacts.verify(settings, prepared, checkpoint, bundle, verification, checks)
 
 
 @component

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 COMPILED = Path(__file__).parent / "reptile.yaml"
+SWEEP = Path(__file__).parent / "sweep.yaml"

@@ -3,6 +3,7 @@
 It only reads options and shows results; the work is done by the modules beside it.
 """
 
+import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from pipeline import COMPILED
+from pipeline import COMPILED, SWEEP
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.files import atomic_file
+from reptile.provenance import STAGES
 from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
     from pipeline.cluster import Cluster, Outcome
+    from pipeline.package import Package
 
 app = typer.Typer(
     help="The Kubeflow pipeline: the same five stages as dvc.yaml, with a gate before the export."
@@ -71,24 +77,52 @@ TokenOption = Annotated[
 CertificateOption = Annotated[
     Path | None, typer.Option("--ca-cert", help="PEM file of the host's certificate authority.")
 ]
-_STATES = {
-    "RUNTIME_STATE_UNSPECIFIED": "accepted",
-    "CANCELING": "cancelling",
-    "CANCELED": "cancelled",
-}
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Allow an image without digest or version, and more than any node holds."
+    ),
+]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Until the run has ended.")]
+TimeoutOption = Annotated[
+    float | None, typer.Option(min=0, help="Seconds to wait; without it, as long as it takes.")
+]
+PollOption = Annotated[float, typer.Option(min=0.01, help="Seconds between looks.")]
 
 
 @app.command(name="compile")
-def compile_() -> None:
-    """Write pipeline/reptile.yaml from the source, params.yaml and data.dvc.
+def compile_(
+    output: Annotated[
+        Path, typer.Option(help="Folder of the compiled files.", file_okay=False)
+    ] = COMPILED.parent,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="RELEASE",
+            help="Oldest release of Kubeflow Pipelines to run on; 2.15 knows no security context.",
+        ),
+    ] = "2.16",
+    pull_policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="When pods pull the image: Always, IfNotPresent, Never; Kubernetes' default.",
+        ),
+    ] = None,
+) -> None:
+    """Write reptile.yaml and sweep.yaml from the source, params.yaml and data.dvc.
 
-    Example: python -m pipeline compile
+    Example: python -m pipeline compile --backend 2.15 --output compiled
     """
-    from pipeline.document import render
+    from pipeline.document import read_backend, read_pull_policy, render
+    from pipeline.graph import reptile, reptile_sweep
 
-    with atomic_file(COMPILED) as temporary:
-        temporary.write_text(render(), encoding="utf-8")
-    console.print(f"wrote {COMPILED}", soft_wrap=True)
+    release, policy = read_backend(backend), pull_policy and read_pull_policy(pull_policy)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, graph in ((COMPILED, reptile), (SWEEP, reptile_sweep)):
+        with atomic_file(output / path.name) as temporary:
+            temporary.write_text(render(graph, release, policy or None), encoding="utf-8")
+        console.print(f"wrote {output / path.name}", soft_wrap=True)
 
 
 @app.command()
@@ -123,8 +157,45 @@ def run_local(
 
     Example: python -m pipeline run-local -S train.meta_iterations=300
     """
-    settings = read_settings(params, preset, changes)
+    from pipeline.graph import reptile
+
+    settings = settings_arguments(read_settings(params, preset, changes))
+    raise typer.Exit(
+        _run_here(
+            reptile,
+            settings,
+            output,
+            work,
+            repository=repository,
+            revision=revision,
+            champion=champion,
+            points=points,
+            bundle_remote=bundle_remote,
+            image=(image or _image()) if docker else None,
+        )
+    )
+
+
+def _image() -> str:
     from components.image import IMAGE
+
+    return IMAGE
+
+
+def _run_here(
+    graph: "GraphComponent",
+    settings: dict[str, Any],
+    output: Path,
+    work: Path,
+    *,
+    repository: Path = Path(),
+    revision: str = "HEAD",
+    champion: Path | None = None,
+    points: list[str] | None = None,
+    bundle_remote: str = "",
+    image: str | None = None,
+) -> int:
+    """Run a pipeline on this machine and show what it has made; return the exit code."""
     from pipeline import local
     from pipeline.graph import POINTS
     from pipeline.revisions import code_commit, pinned_data
@@ -140,11 +211,11 @@ def run_local(
         "champion": _text(champion) if champion else "",
         "bundle_remote": _absolute(bundle_remote),
         "work": str(work.absolute()),
-        "image": (image or IMAGE) if docker else "",
+        "image": image or "",
         "points": points or list(POINTS),
-        **settings_arguments(settings),
+        **settings,
     }
-    run = local.run_local(arguments, output, (image or IMAGE) if docker else None)
+    run = local.run_local(arguments, output, image, graph)
     table = Table("stage", "what it made")
     for result in run.results:
         table.add_row(result.stage, result.found)
@@ -152,7 +223,7 @@ def run_local(
     console.print(f"{run.outcome.name.lower()}: {run.folder}", soft_wrap=True)
     if run.message:
         typer.echo(run.message, err=True)
-    raise typer.Exit(run.outcome)
+    return run.outcome
 
 
 @app.command()
@@ -167,11 +238,10 @@ def submit(
     cache: CacheOption = None,
     pipeline_root: RootOption = None,
     service_account: AccountOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended.")] = False,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait; without it, as long as it takes.")
-    ] = None,
-    poll: Annotated[float, typer.Option(min=0.01, help="Seconds between looks.")] = 10.0,
+    force: ForceOption = False,
+    wait: WaitOption = False,
+    timeout: TimeoutOption = None,
+    poll: PollOption = 10.0,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -185,14 +255,15 @@ def submit(
 
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
-    from pipeline.cluster import Cluster, RunOptions
-    from pipeline.connection import connect
-    from pipeline.package import load_package, run_parameters
+    from pipeline.cluster import RunOptions
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
-    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     run_id = cluster.submit(
         package, options, name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     )
@@ -202,8 +273,85 @@ def submit(
 
 
 @app.command()
+def sweep(
+    params: ParamsOption = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-S",
+            metavar="KEY=VALUE[,VALUE…]",
+            help="Change a setting; several values of one of `train` are tried. May be repeated.",
+        ),
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--local", help="Run on this machine, as run-local does.")
+    ] = False,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    experiment: ExperimentOption = "Default",
+    cache: CacheOption = None,
+    pipeline_root: RootOption = None,
+    service_account: AccountOption = None,
+    force: ForceOption = False,
+    wait: WaitOption = False,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Train with each combination of settings; evaluate and export the best by validation.
+
+    The best is measured on the test split, and only the best, once. Exit codes are those of submit,
+    or with --local those of run-local.
+
+    Example: python -m pipeline sweep --local -S train.meta_step=0.5,1.0 -S train.seed=0,1
+    """
+    from pipeline.sweep import candidates
+
+    tried = candidates(params or PARAMS, changes or ())
+    settings: dict[str, Any] = dict(settings_arguments(tried[0]))
+    settings["train_settings"] = [each.train.model_dump_json() for each in tried]
+    console.print(f"{len(tried)} candidates", highlight=False)
+    if here:
+        from pipeline.graph import reptile_sweep
+
+        runs, work = Path("artifacts/kubeflow"), Path("artifacts/training")
+        raise typer.Exit(_run_here(reptile_sweep, settings, runs, work))
+    # Of the other sections those that are given here; else the file of inputs has its say.
+    changed = {change.partition(".")[0] for change in changes or ()} | {"train"}
+    given = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+        if params or key.removesuffix("_settings") in changed
+    ]
+    submit(
+        pipeline=SWEEP,
+        param=[*(param or ()), *given],
+        inputs=inputs,
+        name=name,
+        experiment=experiment,
+        cache=cache,
+        pipeline_root=pipeline_root,
+        service_account=service_account,
+        force=force,
+        wait=wait,
+        timeout=None,
+        poll=10.0,
+        host=host,
+        namespace=namespace,
+        token_file=token_file,
+        ca_cert=ca_cert,
+    )
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, as submit prints it.")],
+    wait: WaitOption = False,
+    timeout: TimeoutOption = None,
+    poll: PollOption = 10.0,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -211,17 +359,62 @@ def status(
 ) -> None:
     """Show the state of a run, and if it failed, which task did and the end of its log.
 
-    Exit code: 0 succeeded; 1 failed; 3 refused by the gate; 4 cancelled; 5 not ended.
+    Exit code: 0 succeeded; 1 failed; 3 refused by the gate; 4 cancelled; 5 not ended, or with
+    --wait not in time; 130 interrupted.
 
     Example: python -m pipeline status 990880c5-66ea-4aa6-baed-76ab61790c8f
     """
     from pipeline.cluster import Cluster
     from pipeline.connection import connect
+    from pipeline.progress import state
 
     cluster = Cluster(connect(host, namespace, token_file, ca_cert))
     found = cluster.run(run)
-    console.print(f"{_state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(_explain(cluster, found))
+    console.print(f"{state(found)}: {cluster.link(run)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(_follow(cluster, run, timeout, poll) if wait else _explain(cluster, found))
+
+
+@app.command()
+def check(
+    pipeline: PipelineOption = COMPILED,
+    params: SectionsOption = None,
+    changes: SetOption = None,
+    param: ParamOption = None,
+    inputs: InputsOption = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    token_file: TokenOption = None,
+    ca_cert: CertificateOption = None,
+) -> None:
+    """Look at what a run with these parameters needs of the cluster; nothing is changed there.
+
+    Exit code: 0 nothing is wrong; 2 wrong option or parameter; 7 something is, so that a run would
+    fail or wait for ever. What this account may not read is no error.
+
+    Example: python -m pipeline check --inputs nightly.yaml
+    """
+    from pipeline.checks import findings
+    from pipeline.cluster import Cluster
+    from pipeline.connection import ClusterError, connect
+    from pipeline.kube import find_kubernetes
+    from pipeline.package import load_package, run_parameters
+
+    package = load_package(pipeline)
+    given = _given(params, changes, inputs, param)
+    parameters = run_parameters(package, given, complete=False)
+    cluster: Cluster | ClusterError
+    try:
+        cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+        namespace = cluster.namespace
+    except ClusterError as error:
+        cluster = error
+    table = Table("checked", "state", "found")
+    wrong = False
+    for finding in findings(cluster, find_kubernetes(namespace), package, parameters):
+        table.add_row(*map(escape, finding))
+        wrong = wrong or finding.state == "wrong"
+    console.print(table)
+    raise typer.Exit(ClusterError.exit_code if wrong else 0)
 
 
 @app.command()
@@ -244,6 +437,7 @@ def schedule(
     cache: CacheOption = None,
     pipeline_root: RootOption = None,
     service_account: AccountOption = None,
+    force: ForceOption = False,
     host: HostOption = None,
     namespace: NamespaceOption = None,
     token_file: TokenOption = None,
@@ -255,18 +449,19 @@ def schedule(
 
     Example: python -m pipeline schedule nightly '0 0 2 * * *' --inputs nightly.yaml
     """
-    from pipeline.cluster import Cluster, RunOptions, Timetable
-    from pipeline.connection import connect
+    from pipeline.cluster import RunOptions, Timetable
     from pipeline.cron import parse_cron
-    from pipeline.package import load_package, run_parameters
+    from pipeline.package import load_package, run_parameters, without_volume
 
     package = load_package(pipeline, cache)
     parameters = run_parameters(package, _given(params, changes, inputs, param))
+    if "://" in parameters.get("work", ""):
+        package = without_volume(package)
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)
     times = timetable.times(now, 3)
-    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     done = cluster.schedule(name, package, options, timetable, now)
     console.print(
         f"schedule {name} {done}: {timetable.cron.words}, UTC; next "
@@ -330,7 +525,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def settings_arguments(settings: Settings) -> dict[str, str]:
     """Return the settings as the pipeline takes them: one JSON text a stage."""
-    return {f"{name}_settings": section.model_dump_json() for name, section in settings}
+    return {f"{stage}_settings": getattr(settings, stage).model_dump_json() for stage in STAGES}
 
 
 def _absolute(remote: str) -> str:
@@ -355,16 +550,49 @@ def _time(text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+def _cluster_for(
+    package: "Package",
+    parameters: dict[str, Any],
+    force: bool,
+    host: str | None,
+    namespace: str | None,
+    token_file: Path | None,
+    ca_cert: Path | None,
+) -> "Cluster":
+    """Return the cluster, unless the run cannot succeed or the server is too old for it."""
+    from pipeline.cluster import Cluster
+    from pipeline.connection import check_version, connect
+    from pipeline.kube import find_kubernetes
+    from pipeline.preflight import check_run
+
+    check_run(package, parameters, find_kubernetes(namespace), force=force)
+    cluster = Cluster(connect(host, namespace, token_file, ca_cert))
+    remark = check_version(cluster.version(), package.backend)
+    if remark:
+        typer.echo(remark, err=True)
+    return cluster
+
+
 def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float) -> int:
-    """Show the states of a run until it has ended; return the exit code."""
+    """Show what becomes of a run and its tasks until it has ended; return the exit code."""
     from pipeline.cluster import Outcome
+    from pipeline.kube import find_kubernetes
+    from pipeline.progress import Progress
 
     later = f"the run goes on; look at {cluster.link(run_id)}"
+    kube = find_kubernetes(cluster.namespace)
+    progress = Progress(kube.obstacles if kube else lambda workflow: None)
     run = None
     try:
         with console.status("waiting"):
             for run in cluster.follow(run_id, timeout, poll):
-                console.print(f"{datetime.now(UTC):%H:%M:%S} {_state(run)}", highlight=False)
+                for line in progress.news(run):
+                    console.print(
+                        f"{datetime.now(UTC):%H:%M:%S} {line}",
+                        soft_wrap=True,
+                        highlight=False,
+                        markup=False,
+                    )
     except KeyboardInterrupt:
         typer.echo(f"no longer waiting; {later}", err=True)
         return 130
@@ -375,10 +603,6 @@ def _follow(cluster: "Cluster", run_id: str, timeout: float | None, poll: float)
     if result is Outcome.UNKNOWN:
         typer.echo(f"not ended after {timeout:g} seconds; {later}", err=True)
     return result
-
-
-def _state(run: Any) -> str:
-    return _STATES.get(run.state, (run.state or "unknown").lower())
 
 
 def _explain(cluster: "Cluster", run: Any) -> "Outcome":

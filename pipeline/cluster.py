@@ -18,10 +18,18 @@ from typing import Any
 
 import kfp_server_api as api
 
-from pipeline.connection import CALL_SECONDS, ClusterError, Connection, call, read_log
+from pipeline.connection import (
+    CALL_SECONDS,
+    ClusterError,
+    Connection,
+    call,
+    read_log,
+    server_version,
+)
 from pipeline.cron import Cron
 from pipeline.failure import Failure, failures
 from pipeline.package import Package
+from reptile import __version__
 from reptile.errors import InputError
 
 LOST_SECONDS = 300.0  # of waiting without one good answer from the cluster
@@ -94,12 +102,30 @@ class Cluster:
 
     def __init__(self, connection: Connection):
         self._client = connection.client
-        self._namespace = connection.namespace
+        self.namespace = connection.namespace
         self._site = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or connection.host
 
     def link(self, run_id: str) -> str:
         """Return the address of a run in the browser, or its id if there is no known site."""
         return f"{self._site.rstrip('/')}/#/runs/details/{run_id}" if self._site else run_id
+
+    def version(self) -> str:
+        """Return the version that the server says it has, "unknown" where it says none."""
+        return server_version(self._client)
+
+    def list_all(self) -> None:
+        """Ask for one of everything that runs and schedules need, to see whether one may.
+
+        Raises:
+            ClusterError: one may not.
+        """
+        for listing in (
+            self._client.experiments.experiment_service_list_experiments,
+            self._client.pipelines.pipeline_service_list_pipelines,
+            self._client.runs.run_service_list_runs,
+            self._client.recurring_runs.recurring_run_service_list_recurring_runs,
+        ):
+            call(listing, page_size=1, namespace=self.namespace)
 
     def submit(self, package: Package, options: RunOptions, name: str) -> str:
         """Start a run; return its id."""
@@ -114,7 +140,7 @@ class Cluster:
         return str(made.run_id)
 
     def follow(self, run_id: str, seconds: float | None, every: float) -> Iterator[Any]:
-        """Yield the run whenever its state has changed, until it has ended or time is up.
+        """Yield the run whenever it was looked at, until it has ended or time is up.
 
         `kfp.Client.wait_for_run_completion` does not know that a cancelled run has ended.
 
@@ -123,7 +149,7 @@ class Cluster:
         """
         heard = time.monotonic()
         end = math.inf if seconds is None else heard + seconds
-        state, pause = "", every
+        pause = every
         while True:
             left = min(CALL_SECONDS, end - time.monotonic())
             try:
@@ -139,10 +165,8 @@ class Cluster:
                 pause = min(2 * pause, max(60.0, every))
             else:
                 heard, pause = time.monotonic(), every
-                if run.state != state:
-                    state = run.state
-                    yield run
-                if state in _OUTCOMES:
+                yield run
+                if run.state in _OUTCOMES:
                     return
             if time.monotonic() >= end:
                 return
@@ -262,7 +286,7 @@ class Cluster:
             self._client.recurring_runs.recurring_run_service_list_recurring_runs,
             "recurring_runs",
             name,
-            namespace=self._namespace,
+            namespace=self.namespace,
         )
 
     def _remove(self, schedules: Iterable[Any]) -> None:
@@ -285,12 +309,12 @@ class Cluster:
                 experiments.experiment_service_list_experiments,
                 "experiments",
                 name,
-                namespace=self._namespace,
+                namespace=self.namespace,
             ),
             lambda: call(
                 experiments.experiment_service_create_experiment,
                 repeatable=False,
-                experiment=api.V2beta1Experiment(display_name=name, namespace=self._namespace),
+                experiment=api.V2beta1Experiment(display_name=name, namespace=self.namespace),
             ),
         )
         return str(found.experiment_id)
@@ -303,15 +327,19 @@ class Cluster:
                 pipelines.pipeline_service_list_pipelines,
                 "pipelines",
                 package.name,
-                namespace=self._namespace,
+                namespace=self.namespace,
             ),
             lambda: call(
                 pipelines.pipeline_service_create_pipeline,
                 repeatable=False,
-                pipeline=api.V2beta1Pipeline(display_name=package.name, namespace=self._namespace),
+                pipeline=api.V2beta1Pipeline(
+                    display_name=package.name,
+                    description=package.description,
+                    namespace=self.namespace,
+                ),
             ),
         ).pipeline_id
-        name = f"sha256-{package.sha256[:32]}"  # short enough for a Kubernetes label
+        name = package.version
         version = _ensured(
             lambda: self._named(
                 pipelines.pipeline_service_list_pipeline_versions,
@@ -334,6 +362,7 @@ class Cluster:
                 str(path),
                 repeatable=False,
                 name=name,
+                description=f"Compiled by reptile-fewshot {__version__}; SHA-256 {package.sha256}",
                 pipelineid=pipeline,
             )
 

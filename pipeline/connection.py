@@ -8,6 +8,7 @@ import io
 import ipaddress
 import json
 import os
+import re
 import time
 import warnings
 from contextlib import redirect_stdout
@@ -26,7 +27,9 @@ from reptile.errors import InputError
 TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
 BACK_OFF = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt of a call, the third, ...
 CALL_SECONDS = 30
-LOG_HEAD, LOG_END = 2**16, 2**18  # bytes of a log that are kept; its head names the task
+# Mistakes of a request, which the API answers by 500 here and there.
+_MISTAKE = re.compile(r"ResourceNotFoundError|BadRequestError|Invalid input error")
+LOG_BYTES = 2**18  # of the end of a log that are kept
 
 
 class ClusterError(errors.ClusterError):
@@ -55,9 +58,15 @@ class _Client(kfp.Client):  # type: ignore[misc]  # kfp has no types
 
 def _restrain(client: kfp.Client) -> None:
     """Take redirects (to login pages) and retries from the HTTP layer; `call` deals with both."""
-    connection = client.healthzs.healthz_service_get_healthz.__self__.api_client
+    connection = _transport(client)
+    if "://" not in connection.configuration.host:  # the address that kfp has in a cluster
+        connection.configuration.host = f"http://{connection.configuration.host}"
     connection.configuration.retries = urllib3.Retry(total=0, redirect=False)
     connection.rest_client = api.rest.RESTClientObject(connection.configuration)
+
+
+def _transport(client: kfp.Client) -> api.ApiClient:
+    return client.healthzs.healthz_service_get_healthz.__self__.api_client
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def _checked_host(host: str, *, secret: bool) -> str:
             f"host {parts.hostname}: give the plain address, without user, '?' or '#'; "
             f"a token goes into --token-file or {TOKEN_VARIABLE}"
         )
-    if secret and parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if secret and parts.scheme == "http" and not is_loopback(parts.hostname):
         raise InputError(
             f"host {host}: a token is not sent over plain http; use https, or a tunnel "
             "(kubectl port-forward) to localhost; inside the cluster, leave --host and token out"
@@ -151,7 +160,8 @@ def _checked_host(host: str, *, secret: bool) -> str:
     return host
 
 
-def _is_loopback(hostname: str) -> bool:
+def is_loopback(hostname: str) -> bool:
+    """Return whether a host is this machine itself."""
     try:
         return ipaddress.ip_address(hostname).is_loopback
     except ValueError:
@@ -193,14 +203,45 @@ def call(
     raise problem
 
 
+def server_version(client: kfp.Client) -> str:
+    """Return the version that the server says it has, "unknown" where it says none.
+
+    kfp's type of the answer has no such field, so it is read from the text.
+    """
+    call(client.healthzs.healthz_service_get_healthz)
+    answer = json.loads(_transport(client).last_response.data)
+    return str(answer.get("tag_name") or "unknown")
+
+
+def check_version(version: str, needed: tuple[int, int]) -> str:
+    """Return what there is to remark on a server's version, "" if nothing.
+
+    Args:
+        version: as the server says it.
+        needed: the first release whose servers take the pipeline.
+
+    Raises:
+        ClusterError: the server is too old.
+    """
+    needs = f"the pipeline needs Kubeflow Pipelines {needed[0]}.{needed[1]} or later"
+    match = re.match(r"v?(\d+)\.(\d+)", version)
+    if not match:
+        return f"the server does not say its version ({version}); {needs}"
+    if (int(match[1]), int(match[2])) < needed:
+        raise ClusterError(
+            f"the server has version {version}; {needs}; upgrade it, or give --pipeline one that "
+            "`python -m pipeline compile --backend` has made for an earlier release"
+        )
+    return ""
+
+
 def read_log(client: kfp.Client, run: str, node: str) -> str:
-    """Return head and end of the log of a run's node (Argo's id of a pod), or "" if there is none.
+    """Return the end of the log of a run's node (Argo's id of a pod), or "" if there is none.
 
     The only route for logs is of another version of the API, for which kfp has no function.
     """
-    connection = client.healthzs.healthz_service_get_healthz.__self__.api_client
     try:
-        answer = connection.call_api(
+        answer = _transport(client).call_api(
             "/apis/v1alpha1/runs/{run}/nodes/{node}/log",
             "GET",
             path_params={"run": run, "node": node},
@@ -212,8 +253,8 @@ def read_log(client: kfp.Client, run: str, node: str) -> str:
         text = b""
         for chunk in answer.stream(2**16):
             text += chunk
-            if len(text) > 2 * LOG_END:
-                text = text[:LOG_HEAD] + b"\n" + text[-LOG_END:]
+            if len(text) > 2 * LOG_BYTES:
+                text = text[-LOG_BYTES:]
     except (api.ApiException, urllib3.exceptions.HTTPError):
         return ""  # a log helps, but is not what was asked for
     # What cannot be read is answered with status 200.
@@ -264,7 +305,8 @@ def _refusal(status: int, body: str | None, host: str) -> ClusterError:
         409: "has something of that name already (409); take another name",
         429: "has too many requests (429); try again later",
     }.get(status)
-    if meaning is None and status < 500:
+    failed = status >= 500 and not _MISTAKE.search(said)
+    if meaning is None and not failed:
         meaning = f"refuses the request ({status})"
     elif meaning is None:
         meaning = (
@@ -273,15 +315,22 @@ def _refusal(status: int, body: str | None, host: str) -> ClusterError:
     return ClusterError(
         f"{host} {meaning}" + (f"; it says: {said}" if said else ""),
         status,
-        passing=status == 429 or status >= 500,
+        passing=status == 429 or failed,
     )
 
 
 def _message(body: str | None) -> str:
-    """Return the first line of what the API said, or nothing if it is not its way of saying it."""
+    """Return the reason that the API gives, or nothing if it is not its way of saying it.
+
+    Its messages are chains of which the end says most; some have that end as a detail.
+    """
     try:
         answer = json.loads(body or "")
         text = answer.get("message") or answer.get("error_message") or answer.get("error") or ""
-        return str(text).strip().partition("\n")[0][:300]
-    except (ValueError, AttributeError):
+        detail = (answer.get("details") or [{}])[0].get("message")
+    except (ValueError, AttributeError, LookupError):
         return ""
+    if detail and detail != "Internal Server Error":
+        text = detail
+    line = str(text).strip().partition("\n")[0]
+    return line if len(line) <= 300 else f"…{line[-300:]}"

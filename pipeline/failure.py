@@ -5,16 +5,14 @@ the cluster; whoever calls hands in the run and a function that reads logs.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from pipeline.workflow import tasks
 
 REFUSED = "refused by the gate: "  # as the gate's component ends
 LINES = 20  # of a log that are shown
-_GROUP = re.compile(
-    r"root|exit-handler-\d+|condition(-branches)?-\d+|for-loop-\d+|iteration-.*|.*\.onExit"
-)
 _LAUNCHER = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ?(.*)")
-_COMPONENT = re.compile(r"\[KFP Executor .*Loading KFP component \"([\w-]+)\"")
 _CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -43,47 +41,9 @@ def failures(run: Any, read_log: Callable[[str], str]) -> list[Failure]:
         run: as the API gives it.
         read_log: gives the log of a node of the run by its id, an empty text if there is none.
     """
-    found: dict[str, Failure] = {}
-    for name, node in _failed_pods(run):
-        text = read_log(node)
-        component = _COMPONENT.search(text)
-        task = component[1] if component else name
-        if task and task not in found:
-            found[task] = Failure(task, _end(text))
-    for name in _failed_tasks(run):  # also those of which no log is left
-        found.setdefault(name, Failure(name, ()))
-    return list(found.values())
-
-
-def _failed(run: Any) -> Iterator[tuple[str, str]]:
-    """Yield name and last child of what failed, without the attempts, which are called `x(n)`."""
-    for task in (run.run_details and run.run_details.task_details) or ():
-        name = task.display_name or ""
-        if task.state == "FAILED" and name and not name.endswith(")"):
-            children = [child.pod_name for child in task.child_tasks or () if child.pod_name]
-            yield name, children[-1] if children else ""
-
-
-def _failed_pods(run: Any) -> list[tuple[str, str]]:
-    """Return task (empty if only the log says which) and node of each failed pod.
-
-    A node has the retries of one pod as its children, the last one last. Where Argo retries nothing
-    (KFP up to 2.16), the pod is the task's own child.
-    """
-    failed = list(_failed(run))
-    pods = [("", node) for name, node in failed if name == "executor" and node]
-    pods = pods or [(name, node) for name, node in failed if node and name in _failed_tasks(run)]
-    drivers = [(name, node) for name, node in failed if name.endswith("-driver")]
-    return [*pods, *((f"the driver of {n.removesuffix('-driver')}", node) for n, node in drivers)]
-
-
-def _failed_tasks(run: Any) -> list[str]:
-    """Return the failed tasks; groups, pods and the workflow itself are none of the pipeline's."""
+    failed = [task for task in tasks(run) if task.state == "FAILED"]
     return [
-        name
-        for name, node in _failed(run)
-        if not (name == "executor" or name.endswith("-driver") or _GROUP.fullmatch(name))
-        and not node.startswith(f"{name}-")  # the workflow's name begins those of its nodes
+        Failure(task.name, _end(read_log(task.pods[-1]) if task.pods else "")) for task in failed
     ]
 
 

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from kfp import local
 from kfp.components import load_component_from_text
+from kfp.dsl.graph_component import GraphComponent
 
 from components.fetch import content_md5
 from pipeline.document import for_this_machine
+from pipeline.graph import reptile
 from pipeline.revisions import data_md5
 from reptile.data.dataset import load_prepared
 from reptile.errors import InputError
@@ -33,6 +35,9 @@ class Outcome(IntEnum):
     DELIVERED = 0  # a bundle was exported and verified
     FAILED = 1
     REFUSED = 3  # by the gate; 2 is a mistake in the command
+
+
+PASSED = "passed"
 
 
 class Result(NamedTuple):
@@ -51,13 +56,19 @@ class Run(NamedTuple):
     message: str  # why nothing was delivered
 
 
-def run_local(arguments: dict[str, Any], output: Path, image: str | None = None) -> Run:
+def run_local(
+    arguments: dict[str, Any],
+    output: Path,
+    image: str | None = None,
+    graph: GraphComponent = reptile,
+) -> Run:
     """Run the pipeline, each task in a process of its own, and look at what it has made.
 
     Args:
         arguments: the pipeline's.
         output: folder of runs; this one gets a folder of its own in it.
         image: run the tasks in containers of this image; None runs them in this environment.
+        graph: the pipeline.
     """
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -72,7 +83,7 @@ def run_local(arguments: dict[str, Any], output: Path, image: str | None = None)
     # kfp warns that resources have no effect here, and of an image without `python` in its name.
     with warnings.catch_warnings(action="ignore"):
         try:
-            load_component_from_text(for_this_machine(image or "python"))(**arguments)
+            load_component_from_text(for_this_machine(image or "python", graph))(**arguments)
         except Exception as error:  # whatever it is, the run has failed and its folder tells more
             failure = str(error) or type(error).__name__
     made = set(output.iterdir()) - before
@@ -93,7 +104,12 @@ def examine(folder: Path, failure: str = "", *, publishes: bool = False) -> Run:
     """
     found: dict[str, str] = {}
     problems = [failure] if failure else []
-    for stage, look in (_LOOKS | ({"publish": _published} if publishes else {})).items():
+    looks = dict(_LOOKS)
+    if (folder / "choose").exists():  # a sweep: many were trained
+        looks["train"] = _swept
+    if publishes:
+        looks["publish"] = _published
+    for stage, look in looks.items():
         try:
             found[stage] = look(folder)
         except (InputError, OSError, ValueError, KeyError) as error:
@@ -101,7 +117,7 @@ def examine(folder: Path, failure: str = "", *, publishes: bool = False) -> Run:
             problems.append(f"{stage}: {error}")
     if not problems:
         outcome, message = Outcome.DELIVERED, ""
-    elif found["gate"] not in ("", "passed") and not (folder / "export").exists():
+    elif found["gate"] not in ("", PASSED) and not (folder / "export").exists():
         outcome, message = Outcome.REFUSED, found["gate"]
     else:
         outcome, message = Outcome.FAILED, "\n".join(problems)
@@ -133,27 +149,40 @@ def _prepared(folder: Path) -> str:
 
 
 def _trained(folder: Path) -> str:
-    info = load_checkpoint(folder / "train/checkpoint").info
+    return _checkpoint(folder / "train/checkpoint")
+
+
+def _swept(folder: Path) -> str:
+    table = (folder / "choose/candidates").read_text(encoding="utf-8")
+    return f"{_lines(table)}\nthe best: {_checkpoint(folder / 'choose/best')}"
+
+
+def _checkpoint(folder: Path) -> str:
+    info = load_checkpoint(folder).info
     score = f"validation {info.objective.title} {info.curve[-1].score:.3f}"
     return f"{info.iteration} meta-iterations, {score}"
 
 
 def _evaluated(folder: Path) -> str:
-    for name in ("confusion", "report"):
+    for name in ("confusion_matrix", "report"):
         _output(folder, "evaluate", "artifacts", name)
-    metrics = read_metrics(folder / "evaluate/evaluation")
-    shots = metrics.fewest_shots
-    score = metrics.score(metrics.held_out, shots, "trained", "transductive")
-    return f"{metrics.held_out}, {shots}-shot transductive {metrics.metric} {score.mean:.3f}"
+    read_metrics(folder / "evaluate/evaluation")
+    scores = dict(_output(folder, "evaluate", "artifacts", "scores", "artifacts")[0]["metadata"])
+    title = scores.pop("display_name")
+    others = _lines((folder / "evaluate/other_tasks").read_text(encoding="utf-8"))
+    return "\n".join([f"{title}:", *(f"{k}: {v}" for k, v in scores.items()), others]).strip()
 
 
-def _measured(folder: Path) -> str:
-    lines = (folder / "tabulate/table").read_text(encoding="utf-8").splitlines()[2:]
+def _lines(table: str) -> str:
+    """Return the rows of a Markdown table as lines, without its head."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
     return "\n".join(line.strip("| ").replace(" | ", ": ", 1) for line in lines)
 
 
 def _judged(folder: Path) -> str:
-    return (folder / "gate/verdict").read_text(encoding="utf-8")
+    verdict = (folder / "gate/verdict").read_text(encoding="utf-8")  # all that a failed task leaves
+    heading, _, reason, *_ = verdict.splitlines()
+    return reason if "Refused" in heading else PASSED
 
 
 def _exported(folder: Path) -> str:
@@ -183,7 +212,6 @@ _LOOKS: dict[str, Callable[[Path], str]] = {
     "prepare": _prepared,
     "train": _trained,
     "evaluate": _evaluated,
-    "measure": _measured,
     "gate": _judged,
     "export": _exported,
     "verify": _verified,

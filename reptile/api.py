@@ -59,15 +59,17 @@ class Initialisation:
         settings: EvaluateSettings | None = None,
         *,
         cross_domain: Mapping[str, PreparedData] | None = None,
+        beside: "Mapping[str, Initialisation] | None" = None,
         report: str | Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Metrics:
-        """Measure few-shot scores on held-out classes, with those of a random start and a baseline.
+        """Measure few-shot scores on held-out classes, and those of simpler methods on them.
 
         Args:
             data: what it was trained on; its test split makes tasks.
             settings: the protocol.
             cross_domain: further datasets of the same input shape, by name.
+            beside: others trained on the same data, by name, to measure on the same tasks.
             report: folder for report.html, metrics.json and the plots' tables; replaced as a whole.
             on_progress: called with the number of adaptations done, and of all.
 
@@ -76,7 +78,12 @@ class Initialisation:
         """
         self.info.check_data(data)
         evaluation = evaluate_checkpoint(
-            settings or EvaluateSettings(), self.checkpoint, data, cross_domain or {}, on_progress
+            settings or EvaluateSettings(),
+            self.checkpoint,
+            data,
+            cross_domain or {},
+            on_progress,
+            beside={name: other.checkpoint for name, other in (beside or {}).items()},
         )
         if report is not None:
             with atomic_directory(Path(report)) as folder:

@@ -41,6 +41,13 @@ class PlatformError(ReptileError):
     exit_code = 6
 
 
+class StoppedError(ReptileError):
+    """Training that was asked to stop by a signal; what was done so far is in its checkpoint."""
+
+    exit_code = 143
+    """128 + SIGTERM. After SIGINT an instance has 130."""
+
+
 class ClusterError(ReptileError):
     """A cluster that cannot be reached, or refuses a request."""
 

@@ -5,6 +5,7 @@ value and the limit. No data or models are read here.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,16 +27,16 @@ log = logging.getLogger(__name__)
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+NonZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
+NETWORKS = ("conv4", "mlp", "resnet12")
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
-REMOVED = {"evaluate": {"ways"}}
-"""Settings by stage that were removed; they are accepted and have no effect."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -54,10 +55,6 @@ class Section(BaseModel):
                     raise ValueError(f"{old} is the old name of {new}: give one of them")
                 values = {new if key == old else key: value for key, value in values.items()}
                 log.warning("%s.%s is called %s.%s now", stage, old, stage, new)
-        for name in REMOVED.get(stage, ()):
-            if isinstance(values, dict) and name in values:
-                values = {key: value for key, value in values.items() if key != name}
-                log.warning("%s.%s is gone and has no effect; remove it", stage, name)
         return values
 
 
@@ -118,15 +115,65 @@ class PrepareSettings(Section):
 class ModelSettings(Section):
     """The network whose initialisation is learnt."""
 
-    name: Literal["conv4", "mlp"] = "conv4"
+    name: str = "conv4"
+    """`conv4`, `mlp`, `resnet12`, `torchvision:NAME` (a classifier of torchvision), or
+    `module:package.function` (a function that returns a torch module; it gets `outputs` and
+    `image_shape` by keyword if it takes them)."""
+    weights: str = ""
+    """Where training starts: torchvision's weights by name (`DEFAULT`), a .safetensors file, or a
+    .pth file of tensors. Empty: drawn from `train.seed`."""
+    input_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Images are resized to this height and width; 0: to what torchvision's weights were trained
+    on, or not at all."""
+    mean: tuple[float, ...] = ()
+    """Subtracted from pixels in 0..1, a number a channel or one for all; with `deviation` any range
+    of values. Empty: that of torchvision's weights, or 0."""
+    deviation: tuple[NonZero, ...] = ()
+    """What pixels are then divided by (0.5, after a mean of 0.5, gives -1..1; 1/255 gives 0..255).
+    Empty: that of torchvision's weights, or 1."""
     filters: Annotated[int, Field(ge=1, le=1024)] = 64
-    """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet)."""
+    """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet).
+    resnet12: channels of the first block; the next have 2.5, 5 and 10 times as many."""
     downsampling: Literal["stride", "pool"] = "stride"
     """conv4: stride-2 convolutions (Omniglot), or max-pooling (mini-ImageNet)."""
     hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=4)] = (64,)
     """mlp: width of each hidden layer; one to four."""
     activation: Literal["relu", "tanh"] = "relu"
     """mlp: what follows each hidden layer."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in NETWORKS and not re.fullmatch(
+            r"torchvision:\w+|module:[^\W\d]\w*(\.[^\W\d]\w*)+", value
+        ):
+            raise ValueError(
+                f"{value!r} must be {', '.join(NETWORKS)}, torchvision:NAME or "
+                "module:package.function"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _for_modules_alone(self) -> "ModelSettings":
+        if not self.is_module:
+            for name in ("weights", "input_size", "mean", "deviation"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} = {getattr(self, name)!r}: {self.name} has none")
+        return self
+
+    @property
+    def is_module(self) -> bool:
+        """Whether the network is a torch module, not one of this library's functions."""
+        return self.name not in {"conv4", "mlp"}
+
+
+class LastBlocks(Section):
+    """The head and the last blocks below it, in the order of the forward pass."""
+
+    last: Positive
+
+
+Adapt = Literal["all", "head", "norms"] | LastBlocks | tuple[str, ...]
 
 
 class OptimizerSettings(Section):
@@ -160,6 +207,10 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
     model: ModelSettings = ModelSettings()
+    adapt: Adapt = "all"
+    """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
+    `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
+    parameter names (`["layer4.*", "fc.*"]`)."""
     algorithm: Literal["reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "reptile"
     """Adapt by gradient steps (reptile, fomaml, maml), or in closed form on the network's features,
     which the network is then trained through: by the nearest prototype (protonet), by ridge
@@ -182,6 +233,23 @@ class TrainSettings(Section):
     """Meta-iterations between checkpoints; each is validated and is a point of the curve."""
     validation_tasks: Positive = 50
 
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _one_of_the_forms(cls, value: Any) -> Any:
+        names = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+        last = value.get("last") if isinstance(value, dict) and len(value) == 1 else None
+        if (
+            value in ("all", "head", "norms")
+            or (names and value)
+            or (type(last) is int and last >= 1)
+            or isinstance(value, LastBlocks)
+        ):
+            return value
+        raise ValueError(
+            f"{value!r} must be all, head, norms, {{last: n}} with n of at least 1, or a list of "
+            "patterns of parameter names"
+        )
+
     @property
     def closed_form(self) -> bool:
         """Whether a task is learnt in closed form, without gradient steps."""
@@ -203,6 +271,10 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
+        if self.adapt != "all" and not self.model.is_module:
+            raise ValueError(
+                f"adapt: {self.model.name} is adapted as a whole; use all, or another train.model"
+            )
         size = self.ways * self.train_shots
         if self.replacement and self.inner_batch > size:
             raise ValueError(
@@ -246,6 +318,17 @@ class EvaluateSettings(Section):
     """Query images per class; the reference uses one. Of a sinusoid: other points."""
     steps: Annotated[int, Field(ge=0, le=1000)] = 50
     batch: Positive = 5
+    ways: Ways | None = None
+    """Classes of a task. None: as many as in training, or 5 for a closed-form learner; at most the
+    classes there are. Learners that take gradient steps have at most as many as in training."""
+    learner: Literal["trained", "prototypes", "ridge", "auto"] = "trained"
+    """What a bundle is to learn tasks with: the learner as it was trained, or its features without
+    adaptation and a closed-form head. Every row is compared with it. `auto`: the best of these on
+    validation tasks."""
+
+    def task_ways(self, training: TrainSettings, classes: int) -> int:
+        """Return the classes of a task, for a learner trained so and a split of so many classes."""
+        return self.ways or (min(5, classes) if training.closed_form else training.ways)
 
 
 class GateSettings(Section):
@@ -259,6 +342,9 @@ class GateSettings(Section):
     """For a regressor: maximum mean squared error on the held-out split; none by default."""
     above_random: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Minimum gain over the random initialisation adapted in the same way."""
+    insist: bool = False
+    """Export also what a simpler method beats on the same tasks: no adaptation, a linear probe, the
+    network before training, or the raw input."""
 
 
 class ExportSettings(Section):

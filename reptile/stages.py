@@ -5,7 +5,7 @@ The work is in the package of the stage's name; this module only connects them. 
 imports what it runs, so that reptile.provenance can determine what each result depends on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,9 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     from reptile.objectives import objective_of
     from reptile.tasks import check_classes
 
-    data, ways = load_prepared(prepared), settings.train.ways
+    data = load_prepared(prepared)
     test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
+    ways = evaluation.task_ways(settings.train, len(test.starts))
     images = max(evaluation.shots) + evaluation.queries
     what = f"test split of {data.name}"
     check_classes(test, ways, images, f"{what}, for `reptile evaluate`")
@@ -79,12 +80,14 @@ def train(
     work: Path,
     resume: bool = False,
     on_progress: "Callable[[Progress], None]" = lambda progress: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> "Checkpoint":
     """Meta-train on the prepared data; write the checkpoint and, as it goes, the curves.
 
     `work` holds unfinished runs, so that `resume` can continue them. Started by torchrun, the
     processes share the work, and only the first writes. A second training that would write to the
-    same folder is refused while this one runs.
+    same folder is refused while this one runs. `stop` is that of
+    `reptile.learn.run.run_training`.
     """
     from reptile.data.dataset import load_prepared
     from reptile.learn.checkpoint import save_checkpoint
@@ -98,7 +101,7 @@ def train(
     with join(choose_device(settings.device)) as processes:
         data = load_prepared(prepared)
         if not processes.first:
-            return run_training(settings, data, work, resume=resume, processes=processes)
+            return run_training(settings, data, work, resume=resume, processes=processes, stop=stop)
         with lock_folder(checkpoint.parent):
             with CurveWriter(curves, objective_of(data.values)) as writer:
 
@@ -107,7 +110,13 @@ def train(
                     on_progress(progress)
 
                 result = run_training(
-                    settings, data, work, resume=resume, processes=processes, on_progress=observe
+                    settings,
+                    data,
+                    work,
+                    resume=resume,
+                    processes=processes,
+                    on_progress=observe,
+                    stop=stop,
                 )
                 writer.write(result.info.curve)
             save_checkpoint(checkpoint, result)
@@ -121,8 +130,12 @@ def evaluate(
     checkpoint: Path,
     evaluation: Path,
     on_progress: Counted | None = None,
+    beside: Mapping[str, Path] | None = None,
 ) -> "Evaluation":
-    """Measure few-shot scores on held-out classes and on the cross-domain data."""
+    """Measure few-shot scores on held-out classes and on the cross-domain data.
+
+    Checkpoints `beside`, by name, are measured on the same tasks.
+    """
     from reptile.data.dataset import load_cross_domain, load_prepared
     from reptile.evaluate import evaluate as evaluate_checkpoint
     from reptile.evaluate import write_evaluation
@@ -131,7 +144,9 @@ def evaluate(
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
-    result = evaluate_checkpoint(settings, trained, data, load_cross_domain(prepared), on_progress)
+    others = {name: load_checkpoint(folder) for name, folder in (beside or {}).items()}
+    cross_domain = load_cross_domain(prepared)
+    result = evaluate_checkpoint(settings, trained, data, cross_domain, on_progress, beside=others)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
     return result

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     EXPORT = 4
     JOINT = 5
     STATISTICS = 6
+    CHOOSE = 7
 
 
 def random_stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:

@@ -235,7 +235,7 @@ def test_the_server_has_no_torch_and_no_compiler() -> None:
     assert confined("sh", "-c", looked_for, image=SERVER) == ""
 
 
-def test_the_server_teaches_predicts_is_healthy_and_keeps_its_tasks(
+def test_the_server_adapts_predicts_is_healthy_and_keeps_its_tasks(
     artifacts: Path, tmp_path: Path
 ) -> None:
     tasks = tmp_path / "tasks"
@@ -252,8 +252,8 @@ def test_the_server_teaches_predicts_is_healthy_and_keeps_its_tasks(
     images = np.random.default_rng(0).integers(0, 256, (4, 28, 28)).tolist()
     try:
         engine(*start)
-        taught = ask(name, "/tasks", {"images": images, "labels": ["a", "a", "b", "b"]})
-        predict = f"/tasks/{taught['id']}/predict"
+        created = ask(name, "/tasks", {"images": images, "labels": ["a", "a", "b", "b"]})
+        predict = f"/tasks/{created['id']}/predict"
         answer = ask(name, predict, {"images": images})
         assert {p["label"] for p in answer["predictions"]} <= {"a", "b"}
         until = time.monotonic() + 60

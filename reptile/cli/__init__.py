@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -35,7 +36,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from reptile.cli.under_dvc import check_code, check_data
-from reptile.errors import InputError, PlatformError, ReptileError
+from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings
 
@@ -136,10 +137,14 @@ def train(
 ) -> None:
     """Meta-train an initialisation on the prepared data.
 
+    The first Ctrl-C (or SIGTERM) ends it after the current meta-iteration, with a checkpoint, and
+    exit code 130 (143); --resume continues. A second Ctrl-C interrupts at once.
+
     Example: reptile train --resume -S train.meta_iterations=5000 -S train.seed=3
     """
     settings = read_settings(params, preset, changes)
     from reptile import stages
+    from reptile.learn.signals import stop_by_signal
 
     training = settings.beside.training if beside else settings.train
     outputs = artifacts / "beside" if beside else artifacts
@@ -149,7 +154,7 @@ def train(
         return
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
-    with _training(training) as observe:
+    with _training(training) as observe, stop_by_signal() as stop:
         result = stages.train(
             training,
             artifacts / "prepared",
@@ -158,10 +163,42 @@ def train(
             work=artifacts / "training",
             resume=resume,
             on_progress=observe,
+            stop=stop,
         )
     last = result.info.curve[-1]
     score = f"validation {result.info.objective.title} {last.score:.3f}"
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
+
+
+@app.command("check-model")
+def check_model_command(
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+) -> None:
+    """Show what the network of the settings is and costs; refuse one that cannot train.
+
+    Inputs are those of the prepared data, or without any of the settings of `prepare`.
+
+    Example: reptile check-model -S train.model.name=torchvision:resnet18 -S train.adapt=head
+    """
+    settings = read_settings(params, preset, changes)
+    from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.learn.check_model import check_model
+
+    size, values = settings.prepare.image_size, 0
+    channels = 1 if settings.prepare.channels == "grey" else 3
+    image_shape: tuple[int, ...] = (channels, size, size)
+    if (artifacts / "prepared" / INDEX_FILE).is_file():
+        data = load_prepared(artifacts / "prepared")
+        image_shape, values = data.image_shape, data.values
+    with console.status("checking"):
+        result = check_model(settings.train, image_shape, values)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in result.rows():
+        table.add_row(name, escape(value))
+    console.print(table)
 
 
 @app.command()
@@ -211,6 +248,15 @@ def evaluate(
     preset: PresetOption = None,
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="NAME=FOLDER",
+            help="Another checkpoint of the same data, measured on the same tasks; may be "
+            "repeated. By default the second learner, if the settings `beside` train one.",
+        ),
+    ] = None,
 ) -> None:
     """Measure few-shot accuracy on held-out classes and other domains, with a report.
 
@@ -221,18 +267,30 @@ def evaluate(
     from reptile.evaluate import summary_table
     from reptile.evaluate.metrics import read_metrics
 
+    others = dict(map(_named_folder, beside or ()))
+    if not beside and settings.beside.training:
+        others = {"beside": artifacts / "beside/checkpoint"}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
         result = stages.evaluate(
-            settings.evaluate, artifacts / "prepared", artifacts / "checkpoint", folder, count
+            settings.evaluate,
+            artifacts / "prepared",
+            artifacts / "checkpoint",
+            folder,
+            count,
+            others,
         )
     seconds = perf_counter() - start
-    console.print(summary_table(read_metrics(folder)))
-    console.print(
-        f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in {seconds:.0f} s, "
-        f"{result.adaptations / seconds:.0f} tasks/s"
-    )
+    metrics = read_metrics(folder)
+    console.print(summary_table(metrics))
+    if metrics.chosen:
+        console.print(f"best on validation tasks: {metrics.chosen.best}")
+    if result.adaptations:
+        console.print(
+            f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in "
+            f"{seconds:.0f} s, {result.adaptations / seconds:.0f} tasks/s"
+        )
     console.print(f"report: {folder / 'report.html'}")
 
 
@@ -567,6 +625,10 @@ def run() -> None:
     try:
         check_code()
         app()
+    except StoppedError as stopped:
+        if not console.quiet:
+            typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
     except ReptileError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
@@ -613,6 +675,13 @@ def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--beside {text}: write it as NAME=FOLDER")
+    return name, Path(folder)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from reptile.minibatches import IntArray
 
 
 class Confusions(NamedTuple):
-    """The predictions of the meta-trained initialisation for queries of K classes."""
+    """The predictions of the trained learner for queries of K classes."""
 
     classes: tuple[PreparedClass, ...]  # those of the test split
     counts: IntArray  # [K, K] queries of class i taken for class j
@@ -31,12 +31,12 @@ class HardClass(NamedTuple):
 
 
 def confusions(data: PreparedData, measurements: Sequence[Measurement]) -> Confusions:
-    """Count confusions of the frozen mode, in which queries are independent."""
+    """Count confusions of the trained learner, each query independent of the others."""
     classes = tuple(entry for entry in data.classes if entry.split == "test")
     starts = np.array([entry.start for entry in classes])
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     for measurement in measurements:
-        predictions = measurement.logits["trained", "frozen"].argmax(-1)
+        predictions = measurement.outputs("frozen").argmax(-1)
         for task, predicted in zip(measurement.tasks, predictions, strict=True):
             actual = np.searchsorted(starts, task.query, side="right") - 1
             class_of = np.empty(task.query_targets.max() + 1, dtype=np.int64)

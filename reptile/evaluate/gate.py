@@ -1,6 +1,10 @@
 """The gate: whether an evaluation is good enough for export.
 
-Not for measuring: see `measure`.
+Four questions, all about held-out classes at `export.gate.shots` and `.mode`: is the score above
+the limit, is it enough above the untrained start, is it no worse than the champion's, and does no
+simpler method beat it on the same tasks. The last one is asked of every method measured on this
+checkpoint or on the raw input; another network trained beside is a recommendation in the report,
+no reason to refuse.
 """
 
 import json
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reptile.errors import GateError, InputError
+from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics, Score, read_metrics, upgrade
 from reptile.learn.checkpoint import load_checkpoint
 from reptile.objectives import CLASSIFICATION, objective_named
@@ -96,34 +101,67 @@ def refusal(
     """Return why metrics do not pass the gate; None if they do. NaN never passes.
 
     Both limits are on the mean. Against a champion the 95 % intervals decide: only a checkpoint
-    whose whole interval lies below the champion's is worse than it.
+    whose whole interval lies below the champion's is worse than it. Against simpler methods the
+    interval of the paired differences does; `insist` skips them.
 
     Raises:
         InputError: the score that the gate needs was not measured.
     """
     objective = objective_named(metrics.objective)
-    trained = _gated(settings, metrics, "trained", "evaluated")
+    learner = _gated(settings, metrics, metrics.learner, "evaluated")
     random = _gated(settings, metrics, "random", "evaluated")
-    gain, sign = objective.gain(trained.mean, random.mean), objective.better
+    gain, sign = objective.gain(learner.mean, random.mean), objective.better
     what = f"{settings.shots}-shot {settings.mode} {objective.title} on {metrics.held_out}"
     worse, better = ("below", "above") if sign > 0 else ("above", "below")
     limit = settings.accuracy if objective is CLASSIFICATION else settings.mean_squared_error
     # Written as `not >=` because every comparison with NaN is false.
-    if limit is not None and not sign * trained.mean >= sign * limit:
-        return f"{what} is {trained.mean:.4f}, {worse} the gate of {limit}"
+    if limit is not None and not sign * learner.mean >= sign * limit:
+        return f"{what} is {learner.mean:.4f}, {worse} the gate of {limit}"
     if not gain >= settings.above_random:
         return (
-            f"{what} is {trained.mean:.4f}, only {gain:.4f} {better} the random "
+            f"{what} is {learner.mean:.4f}, only {gain:.4f} {better} the random "
             f"initialisation's; the gate requires {settings.above_random}"
         )
     if champion is not None:
-        best = _gated(settings, champion, "trained", "measured for the champion")
-        if not sign * trained.mean + trained.interval >= sign * best.mean - best.interval:
+        best = _gated(settings, champion, champion.learner, "measured for the champion")
+        if not sign * learner.mean + learner.interval >= sign * best.mean - best.interval:
             return (
-                f"{what} is {trained.mean:.4f} ± {trained.interval:.4f}, wholly {worse} the "
+                f"{what} is {learner.mean:.4f} ± {learner.interval:.4f}, wholly {worse} the "
                 f"champion's {best.mean:.4f} ± {best.interval:.4f}"
             )
+    beaten = None if settings.insist else strongest(settings, metrics)
+    if beaten:
+        method, difference = beaten
+        instead = (
+            f" (evaluate.learner: {method} takes it)" if method in ("prototypes", "ridge") else ""
+        )
+        return (
+            f"{what} is {learner.mean:.4f}, but a simpler method is better on the same tasks: "
+            f"{title(method)} ({method}), by {abs(difference.mean):.4f} ± "
+            f"{difference.interval:.4f}{instead}. To export nevertheless, set "
+            "export.gate.insist to true"
+        )
     return None
+
+
+def strongest(settings: GateSettings, metrics: Metrics) -> tuple[str, Score] | None:
+    """Return the method that beats the learner beyond its interval by most, and the difference.
+
+    Checkpoints measured beside do not count.
+    """
+    sign = objective_named(metrics.objective).better
+    found = metrics.differences.get(metrics.held_out, {}).get(settings.shots, {})
+    beating = {
+        method: difference
+        for method, by_mode in found.items()
+        if method not in metrics.beside
+        and (difference := by_mode.get(settings.mode, by_mode.get("none")))
+        and sign * difference.mean > difference.interval
+    }
+    if not beating:
+        return None
+    method = max(beating, key=lambda name: sign * beating[name].mean)
+    return method, beating[method]
 
 
 def _gated(settings: GateSettings, metrics: Metrics, method: str, how: str) -> Score:

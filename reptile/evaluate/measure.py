@@ -1,91 +1,81 @@
-"""Running test tasks: the predictions of each method for every query, and their scores.
+"""Running test tasks: the predictions and scores of every method, all on the same tasks.
 
-Keeps predictions rather than scores, so that every number and picture comes from the same tasks.
-Writes no files.
+Keeps each task's score, so that any two methods can be compared task by task. Writes no files.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
-from reptile.data.dataset import Inputs, PreparedData
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
-from reptile.evaluate.baselines import train_jointly
-from reptile.evaluate.fits import Fit, fit_curves
-from reptile.evaluate.metrics import Score
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
-from reptile.learn.engines import Engine, choose_device, make_engine
-from reptile.learn.optimizer import fresh_state
-from reptile.learn.reptile import MetaState
-from reptile.learn.validate import TASKS_AT_ONCE
-from reptile.minibatches import IntArray
-from reptile.models import initialise, mask_absent_outputs
-from reptile.objectives import CLASSIFICATION, REGRESSION, Objective
-from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
-from reptile.tasks import (
-    FewShotProtocol,
-    Purpose,
-    Task,
-    check_classes,
-    held_out_task,
-    random_stream,
+from reptile.evaluate.adapting import (
+    FloatArray,
+    GradientLearner,
+    adapt_along,
+    check_ways,
+    engine_on,
+    path_to,
 )
+from reptile.evaluate.comparison import Comparison, Drawn
+from reptile.evaluate.fits import Fit, fit_curves
+from reptile.evaluate.methods import METHODS, in_order
+from reptile.evaluate.metrics import Choice, Mode, Score
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.objectives import Objective
+from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
+from reptile.tasks import Task, check_classes
 
 log = logging.getLogger(__name__)
 
-Starts = dict["Start", MetaState]
-
-FloatArray = npt.NDArray[np.float64]
-Start = Literal["trained", "random", "joint"]
-STARTS: Mapping[Objective, tuple[Start, ...]] = {
-    CLASSIFICATION: ("trained", "random"),
-    REGRESSION: ("trained", "random", "joint"),
-}
-
-PATH_TASKS = 3 * TASKS_AT_ONCE  # also scored at these steps
-PATH_STEPS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 800)
 FITS = 6  # tasks whose functions are drawn
-PATH_MODES: tuple[BatchNormMode, ...] = ("transductive", "frozen")
+OF_THE_PATH = ("trained", "random", "joint")  # also scored on the way
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Every prediction on one dataset at one number of shots: T tasks of Q queries."""
+    """Every score on one dataset at one number of shots: T tasks of Q queries."""
 
     dataset: str
     objective: Objective
     shots: int
     tasks: tuple[Task, ...]
-    logits: Mapping[tuple[Start, BatchNormMode], FloatArray]  # [T, Q, outputs], after all steps
-    baseline: FloatArray  # [T] scores of a method without a network, see `BASELINES`
+    task_scores: Mapping[str, Mapping[Mode, FloatArray]]
+    """By method and what batch norm sees: each task's accuracy or mean squared error, [T]."""
+    logits: Mapping[Mode, FloatArray]
+    """The trained learner's outputs, [T, Q, outputs]."""
     steps: tuple[int, ...] = ()  # where `by_step` was measured; empty on cross-domain data
-    by_step: Mapping[tuple[Start, BatchNormMode], FloatArray] = field(default_factory=dict)
-    """Score of each of the first tasks after so many steps, [steps, first tasks]."""
+    by_step: Mapping[tuple[str, BatchNormMode], FloatArray] = field(default_factory=dict)
+    """Scores of learners of gradient steps after so many steps, [steps, first tasks]."""
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    """Of ridge regression, by method."""
 
-    def scores(self, start: Start, mode: BatchNormMode) -> FloatArray:
-        """Return each task's share of right answers, or its mean squared error, [T]."""
-        targets = np.stack([task.query_targets for task in self.tasks])
-        return self.objective.scores(self.logits[start, mode], targets)
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All methods, in the order in which they are shown."""
+        return in_order(self.task_scores)
 
-    def score(self, start: Start, mode: BatchNormMode) -> Score:
-        """Return the mean score of one initialisation in one mode of batch norm."""
-        return Score.of(self.scores(start, mode))
+    def modes(self, method: str) -> tuple[Mode, ...]:
+        """What batch norm saw for this method; `none` where it does not matter."""
+        return tuple(self.task_scores[method])
 
-    def gain(self, mode: BatchNormMode) -> Score:
-        """Return trained against random, task by task: the same tasks narrow the interval."""
-        trained, random = (self.scores(start, mode) for start in ("trained", "random"))
-        return Score.of(self.objective.gain(trained, random))
+    def outputs(self, mode: BatchNormMode) -> FloatArray:
+        """Return the trained learner's outputs [T, Q, outputs]."""
+        return self.logits["none"] if "none" in self.logits else self.logits[mode]
 
-    def baseline_score(self) -> Score:
-        """Return the mean score of the method without a network."""
-        return Score.of(self.baseline)
+    def scores(self, method: str, mode: Mode) -> FloatArray:
+        """Return each task's score [T]; a method without modes has one."""
+        by_mode = self.task_scores[method]
+        return by_mode["none"] if "none" in by_mode else by_mode[mode]
+
+    def score(self, method: str, mode: Mode) -> Score:
+        """Return the mean score of one method in one mode of batch norm."""
+        return Score.of(self.scores(method, mode))
+
+    def difference(self, method: str, other: str, mode: Mode) -> Score:
+        """Return the mean of method - other, task by task: the same tasks narrow the interval."""
+        return Score.of(self.scores(method, mode) - self.scores(other, mode))
 
 
 @dataclass(frozen=True)
@@ -93,17 +83,17 @@ class Evaluation:
     """All measurements, and what the report needs to show them."""
 
     settings: EvaluateSettings
+    ways: int
+    learner: str  # what a bundle is to have: `trained`, `prototypes` or `ridge`
+    choice: Choice | None
     checkpoint: CheckpointInfo
+    beside: Mapping[str, CheckpointInfo]
     data: Mapping[str, PreparedData]  # the held-out split's dataset first, then cross-domain
     measurements: tuple[Measurement, ...]  # by dataset, then by shots
     skipped: Mapping[str, str]  # cross-domain datasets that cannot make these tasks, and why
     has_batch_norm: bool
+    adaptations: int  # how many tasks learners of gradient steps were adapted to
     fits: tuple[Fit, ...] = ()  # of the first tasks, where inputs are single numbers
-
-    @property
-    def adaptations(self) -> int:
-        """How many tasks were adapted to, from each start."""
-        return len(self.starts) * sum(len(measured.tasks) for measured in self.measurements)
 
     @property
     def objective(self) -> Objective:
@@ -111,9 +101,9 @@ class Evaluation:
         return self.checkpoint.objective
 
     @property
-    def starts(self) -> tuple[Start, ...]:
-        """What adaptation started from."""
-        return STARTS[self.objective]
+    def starts(self) -> tuple[str, ...]:
+        """The learners of gradient steps that were scored on the way."""
+        return in_order(name for name, _ in self.held_out[0].by_step)
 
     @property
     def held_out(self) -> tuple[Measurement, ...]:
@@ -131,7 +121,7 @@ class Evaluation:
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:
-        """The modes to show: without batch norm all three are the same."""
+        """The modes to show: where no prediction depends on a batch, all three are the same."""
         return BATCH_NORM_MODES if self.has_batch_norm else ("frozen",)
 
 
@@ -142,39 +132,90 @@ def evaluate(
     cross_domain: Mapping[str, PreparedData],
     on_progress: Callable[[int, int], None] | None = None,
     *,
+    beside: Mapping[str, Checkpoint] | None = None,
     ways: int | None = None,
+    baselines: bool = True,
 ) -> Evaluation:
     """Measure few-shot scores on the held-out classes and on every cross-domain dataset.
 
-    Each task is adapted to from the checkpoint's weights and optimiser state, from the random
-    weights its training began with and a fresh state, and, of a regressor, from a network trained
-    on all training tasks at once; then the queries are predicted in all modes of batch norm.
-    No state passes from one task to the next.
+    All methods of `evaluate.methods` that the checkpoint allows get the same tasks: the trained
+    learner, its features without adaptation, the network before training, and the raw input. A
+    learner of gradient steps starts each task from its checkpoint's weights and optimiser state
+    and predicts the queries in all modes of batch norm. No state passes from one task to the next.
 
     Args:
         settings: the protocol.
-        checkpoint: the meta-trained initialisation.
-        data: what it was trained on; its test split makes tasks.
+        checkpoint: what was trained.
+        data: what it was trained on; its test split makes tasks, its validation split chooses.
         cross_domain: further datasets of the same image shape, by name; likewise.
         on_progress: called with the number of adaptations done, and the total.
-        ways: classes of a task, if fewer than the checkpoint was trained for; the head's other
-            outputs are then masked, as in the bundle.
+        beside: further checkpoints trained on the same data, by name.
+        ways: classes of a task, instead of the settings'; outputs beyond them are masked, as in
+            the bundle.
+        baselines: False measures only the trained learner and its untrained start.
 
     Raises:
-        InputError: more ways than the checkpoint has, the held-out classes cannot make the tasks,
-            or a cross-domain dataset has another image shape or the name of the training data.
+        InputError: more ways than a checkpoint has, the held-out classes cannot make the tasks,
+            a dataset has another image shape or the name of the training data, or a name beside is
+            that of a method.
     """
-    head, objective = checkpoint.info.settings.ways, checkpoint.info.objective
-    ways, shots = ways or head, sorted(set(settings.shots))
-    least = 2 if objective is CLASSIFICATION else 1
-    if not least <= ways <= head:
-        raise InputError(
-            f"{ways}-way tasks: the checkpoint is for {least} to {head} ways; train another"
-        )
-    classes, needed = data.split("test"), shots[-1] + settings.queries
+    beside = beside or {}
+    classes, shots = data.split("test"), sorted(set(settings.shots))
+    ways = ways or settings.task_ways(checkpoint.info.settings, len(classes.starts))
+    for each in (checkpoint, *beside.values()):
+        check_ways(each, ways)
+    for name, each in beside.items():
+        _check_beside(name, each, checkpoint, data)
+    needed = shots[-1] + settings.queries
     check_classes(classes, ways, needed, f"test split of {data.name}")
-    sources = {data.name: data}
-    skipped: dict[str, str] = {}
+    sources, skipped = _sources(data, cross_domain, ways, needed)
+
+    comparison = Comparison(settings, ways, checkpoint, data, beside, baselines=baselines)
+    if settings.learner not in (*comparison.learners, "auto"):
+        raise InputError(
+            f"evaluate.learner = {settings.learner}: there is no such row for a checkpoint of "
+            f"{checkpoint.info.settings.algorithm}; use trained"
+        )
+    of_choice = comparison.choice_adaptations if baselines else 0
+    of_tests = len(sources) * len(shots) * len(comparison.adapted) * settings.tasks
+    done = 0
+
+    def count(tasks: int) -> None:
+        nonlocal done
+        done += tasks
+        if on_progress:
+            on_progress(done, of_choice + of_tests)
+
+    choice = comparison.choose(count) if baselines else None
+    measurements = []
+    for name, source in sources.items():
+        drawn = {number: comparison.draw(source.split("test"), number) for number in shots}
+        path = path_to(settings.steps) if name == data.name else ()
+        measurements += _measure(comparison, name, source, drawn, path, count)
+    trained = comparison.adapted.get("trained")
+    return Evaluation(
+        settings=settings,
+        ways=ways,
+        learner=_learner(settings, comparison, choice),
+        choice=choice,
+        checkpoint=checkpoint.info,
+        beside={name: each.info for name, each in beside.items()},
+        data=sources,
+        measurements=tuple(measurements),
+        skipped=skipped,
+        has_batch_norm=any(
+            learner.checkpoint.model.has_batch_norm for learner in comparison.adapted.values()
+        ),
+        adaptations=of_choice + of_tests,
+        fits=_fits(trained, settings, data, measurements[0].tasks) if trained else (),
+    )
+
+
+def _sources(
+    data: PreparedData, cross_domain: Mapping[str, PreparedData], ways: int, needed: int
+) -> tuple[dict[str, PreparedData], dict[str, str]]:
+    """Return the datasets that can make the tasks, and why others cannot."""
+    sources, skipped = {data.name: data}, {}
     for name, source in cross_domain.items():
         if name == data.name or source.image_shape != data.image_shape:
             raise InputError(
@@ -189,200 +230,96 @@ def evaluate(
             log.warning("%s; not measured", error)
         else:
             sources[name] = source
-
-    total = len(sources) * len(shots) * len(STARTS[objective]) * settings.tasks
-    done = 0
-
-    def count(tasks: int) -> None:
-        nonlocal done
-        done += tasks
-        if on_progress:
-            on_progress(done, total)
-
-    measurements = []
-    starts = _starts(checkpoint, data)
-    for name, source in sources.items():
-        runner = _Runner(settings, checkpoint, source, ways, count, starts)
-        path = _path(settings.steps) if name == data.name else ()
-        measurements += [runner.measure(name, number, path) for number in shots]
-    held_out = _Runner(settings, checkpoint, data, ways, count, starts)
-    return Evaluation(
-        settings,
-        checkpoint.info,
-        sources,
-        tuple(measurements),
-        skipped,
-        checkpoint.model.has_batch_norm,
-        held_out.fits(measurements[0].tasks),
-    )
+    return sources, skipped
 
 
-def _starts(checkpoint: Checkpoint, data: PreparedData) -> Starts:
-    """Return where adaptation starts, on the device that the checkpoint was trained for."""
-    model, (weights, inner), info = checkpoint.model, checkpoint.meta, checkpoint.info
-    device = choose_device(info.settings.device)
-    random = initialise(model, info.settings.seed).to(device)
-    starts: Starts = {
-        "trained": MetaState(
-            weights.to(device), inner._replace(second_moment=inner.second_moment.to(device))
-        ),
-        "random": MetaState(random, fresh_state(random)),
-    }
-    if "joint" in STARTS[info.objective]:
-        starts["joint"] = train_jointly(info.settings, _engine(checkpoint, data), random, data)
-    return starts
-
-
-def _engine(checkpoint: Checkpoint, data: PreparedData) -> Engine:
-    training = checkpoint.info.settings
-    device = choose_device(training.device)
-    return make_engine(training.engine, checkpoint.model, training.optimizer, data.images, device)
-
-
-class _Runner:
-    """Measures one dataset from all starts."""
-
-    def __init__(
-        self,
-        settings: EvaluateSettings,
-        checkpoint: Checkpoint,
-        data: PreparedData,
-        ways: int,
-        count: Callable[[int], None],
-        starts: Starts,
-    ) -> None:
-        self._objective = checkpoint.info.objective
-        self._engine = _engine(checkpoint, data)
-        self._settings, self._data, self._ways, self._count = settings, data, ways, count
-        self._starts = starts
-
-    def measure(self, name: str, shots: int, path: tuple[int, ...]) -> Measurement:
-        """Run all tasks at one number of shots; score the first ones along `path`."""
-        settings, ways, objective = self._settings, self._ways, self._objective
-        tasks = self._tasks(shots, ways)
-        targets = np.stack([task.query_targets for task in tasks[:PATH_TASKS]])
-        logits: dict[tuple[Start, BatchNormMode], FloatArray] = {}
-        by_step: dict[tuple[Start, BatchNormMode], FloatArray] = {}
-        for start, whole in self._starts.items():
-            state = self._masked(whole, ways)
-            first = list(self._adapt(state, tasks[:PATH_TASKS], path or (settings.steps,), ways))
-            rest = list(self._adapt(state, tasks[PATH_TASKS:], (settings.steps,), ways))
-            for mode in BATCH_NORM_MODES:
-                logits[start, mode] = np.concatenate([chunk[-1][mode] for chunk in first + rest])
-            for mode in PATH_MODES if path else ():
-                along = [
-                    np.concatenate([chunk[i][mode] for chunk in first]) for i in range(len(path))
-                ]
-                by_step[start, mode] = np.stack(
-                    [objective.scores(outputs, targets) for outputs in along]
-                )
-        baseline = BASELINES[objective].score
-        without = np.array([baseline(self._data.images, task, ways) for task in tasks])
-        return Measurement(name, objective, shots, tuple(tasks), logits, without, path, by_step)
-
-    def fits(self, tasks: Sequence[Task]) -> tuple[Fit, ...]:
-        """Return the functions that the meta-trained network learns on the first tasks."""
-        if self._objective is CLASSIFICATION or math.prod(self._data.image_shape) > 1:
-            return ()
-        path = sorted({0, min(1, self._settings.steps), self._settings.steps})
-        along = adapt_along(self._engine, self._starts["trained"], tasks[:FITS], path)
-        return fit_curves(self._engine.model, self._data, tasks[:FITS], dict(along))
-
-    def _tasks(self, shots: int, ways: int) -> list[Task]:
-        settings, classes = self._settings, self._data.split("test")
-        protocol = FewShotProtocol.of(settings, ways, shots)
-        streams = (
-            random_stream(settings.seed, Purpose.EVALUATE, shots, i) for i in range(settings.tasks)
+def _check_beside(name: str, other: Checkpoint, checkpoint: Checkpoint, data: PreparedData) -> None:
+    """Refuse a checkpoint that cannot be measured beside: of other data, or under a taken name."""
+    if name in METHODS or not name.replace("-", "_").isidentifier():
+        raise InputError(
+            f"--beside {name}: a row may not be called so; use another name of letters, digits, "
+            "- and _"
         )
-        return [held_out_task(stream, classes, protocol) for stream in streams]
-
-    def _masked(self, state: MetaState, ways: int) -> MetaState:
-        """Mask the outputs beyond the tasks' classes."""
-        model = self._engine.model
-        if self._objective is not CLASSIFICATION or ways == model.outputs:
-            return state
-        present = torch.arange(model.outputs, device=state.weights.device) < ways
-        return state._replace(weights=mask_absent_outputs(model, state.weights, present))
-
-    def _adapt(
-        self, state: MetaState, tasks: Sequence[Task], path: tuple[int, ...], ways: int
-    ) -> Iterator[list[dict[BatchNormMode, FloatArray]]]:
-        """Yield for each chunk of tasks, for each number of steps in `path`, the logits by mode."""
-        for first in range(0, len(tasks), TASKS_AT_ONCE):
-            chunk = tasks[first : first + TASKS_AT_ONCE]
-            yield [
-                {
-                    mode: self._predict(weights, chunk, mode, ways)
-                    for mode in (BATCH_NORM_MODES if step == path[-1] else PATH_MODES)
-                }
-                for step, weights in adapt_along(self._engine, state, chunk, path)
-            ]
-            self._count(len(chunk))
-
-    def _predict(
-        self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode, ways: int
-    ) -> FloatArray:
-        """Return the logits [T, Q, ways] or values of all queries, given weights [T, P]."""
-        logits = self._engine.predict(weights, tasks, mode)
-        if self._objective is CLASSIFICATION:
-            logits = logits[..., :ways]
-        return logits.double().cpu().numpy()
+    theirs, ours = other.info, checkpoint.info
+    if (theirs.data_sha256, theirs.splits_sha256) != (ours.data_sha256, ours.splits_sha256):
+        raise InputError(
+            f"--beside {name}: it was trained on {theirs.dataset} (data {theirs.data_sha256[:12]}, "
+            f"splits {theirs.splits_sha256[:12]}), the checkpoint on {ours.dataset} (data "
+            f"{ours.data_sha256[:12]}, splits {ours.splits_sha256[:12]}); train both on {data.name}"
+        )
 
 
-def adapt_along(
-    engine: Engine, state: MetaState, tasks: Sequence[Task], path: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Adapt to tasks in one go, stopping on the way: yield (steps taken, weights [T, P]).
-
-    Args:
-        engine: runs the inner loops.
-        state: where every task starts.
-        tasks: T tasks.
-        path: numbers of steps, ascending.
-    """
-    weights, inner = state
-    weights, done = weights.expand(len(tasks), -1), 0
-    inner = inner._replace(second_moment=inner.second_moment.expand(len(tasks), -1))
-    for step in path:
-        if step > done:
-            parts = [task._replace(batches=task.batches[done:step]) for task in tasks]
-            weights, inner, _ = engine.adapt(weights, inner, parts)
-            done = step
-        yield step, weights
+def _learner(settings: EvaluateSettings, comparison: Comparison, choice: Choice | None) -> str:
+    """Return the method of this checkpoint that its bundle is to have."""
+    if settings.learner != "auto":
+        return settings.learner
+    if choice is None:
+        log.warning(
+            "evaluate.learner = auto: the validation split cannot make the tasks; took trained"
+        )
+        return "trained"
+    own = [name for name in choice.scores if name in METHODS]
+    better = comparison.objective.better
+    return max(own, key=lambda name: better * choice.scores[name].mean)
 
 
-class Baseline(NamedTuple):
-    """A method without a network: its name in metrics.json, for people, and its score of a task."""
+def _measure(
+    comparison: Comparison,
+    name: str,
+    data: PreparedData,
+    drawn: Mapping[int, Drawn],
+    path: tuple[int, ...],
+    count: Callable[[int], None],
+) -> list[Measurement]:
+    """Run all methods on one dataset."""
+    every = [task for each in drawn.values() for task in each.tasks]
+    embeddings = comparison.embeddings(data, every, tuple(comparison.rows))
+    measurements = []
+    for shots, tasks in drawn.items():
+        scores: dict[str, Mapping[Mode, FloatArray]] = {}
+        logits: Mapping[Mode, FloatArray] = {}
+        by_step: dict[tuple[str, BatchNormMode], FloatArray] = {}
+        for method in comparison.adapted:
+            along = path if method in OF_THE_PATH else ()
+            found = comparison.adapt(method, data, tasks, along, count=count)
+            scores[method] = {
+                mode: comparison.scores(outputs, tasks) for mode, outputs in found.outputs.items()
+            }
+            by_step |= {(method, mode): each for mode, each in found.by_step.items()}
+            if method == "trained":
+                logits = dict(found.outputs.items())
+        for method in comparison.rows:
+            outputs = comparison.outputs(method, embeddings, tasks)
+            scores[method] = {"none": comparison.scores(outputs, tasks)}
+            if method == "trained":
+                logits = {"none": outputs}
+        strengths = {method: comparison.strength(method, shots) for method in comparison.rows}
+        measurements.append(
+            Measurement(
+                name,
+                comparison.objective,
+                shots,
+                tuple(tasks.tasks),
+                scores,
+                logits,
+                path if by_step else (),
+                by_step,
+                {method: value for method, value in strengths.items() if value is not None},
+            )
+        )
+    return measurements
 
-    name: str
-    title: str
-    score: Callable[[Inputs, Task, int], float]
 
-
-def nearest_mean_accuracy(images: Inputs, task: Task, ways: int) -> float:
-    """Return the share of queries that `nearest_mean` labels correctly."""
-    return float((nearest_mean(images, task, ways) == task.query_targets).mean())
-
-
-def zero_error(images: Inputs, task: Task, ways: int) -> float:
-    """Return the mean squared error of always answering 0."""
-    return float(np.square(task.query_targets, dtype=np.float64).mean())
-
-
-def nearest_mean(images: Inputs, task: Task, ways: int) -> IntArray:
-    """Label each query by the class whose mean support image is nearest in pixels, [Q]."""
-    support = images[task.support].reshape(len(task.support), -1) / 255
-    query = images[task.query].reshape(len(task.query), -1) / 255
-    means = np.stack([support[task.support_targets == label].mean(0) for label in range(ways)])
-    return np.asarray(np.square(query[:, None] - means).sum(-1).argmin(-1))
-
-
-BASELINES: Mapping[Objective, Baseline] = {
-    CLASSIFICATION: Baseline("nearest_mean", "nearest mean", nearest_mean_accuracy),
-    REGRESSION: Baseline("zero", "always zero", zero_error),
-}
-
-
-def _path(steps: int) -> tuple[int, ...]:
-    """Return where accuracy is measured on the way to `steps`, which comes last."""
-    return (*(step for step in PATH_STEPS if step < steps), steps)
+def _fits(
+    trained: GradientLearner,
+    settings: EvaluateSettings,
+    data: PreparedData,
+    tasks: tuple[Task, ...],
+) -> tuple[Fit, ...]:
+    """Return the functions that the meta-trained network learns on the first tasks."""
+    if data.values == 0 or math.prod(data.image_shape) > 1:
+        return ()
+    path = sorted({0, min(1, settings.steps), settings.steps})
+    engine = engine_on(trained.checkpoint, data)
+    along = adapt_along(engine, trained.start, tasks[:FITS], path)
+    return fit_curves(engine.model, data, tasks[:FITS], dict(along))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reptile.errors import InputError
+from reptile.evaluate.methods import in_order
 from reptile.objectives import objective_named
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, describe
 
@@ -46,24 +47,54 @@ class Score:
         return Score(round(self.mean, DIGITS), round(self.interval, DIGITS))
 
 
+ByMethod = dict[str, dict[Mode, Score]]
+Scores = dict[str, dict[Shots, ByMethod]]
+"""By dataset, shots, method and what batch norm sees."""
+
+
+class Choice(BaseModel):
+    """The learners compared on validation tasks, all numbers of shots alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    best: str
+    """The one with the best mean; it may be of a checkpoint beside."""
+    tasks: Annotated[int, Field(ge=2)]
+    ways: Annotated[int, Field(ge=1)]
+    scores: dict[str, Score]
+    differences: dict[str, Score]
+    """Of each other learner to the best, task by task."""
+
+
 class Metrics(BaseModel):
     """All scores of an evaluation.
 
-    A method adapts an initialisation (`trained`, `random`, `joint`) or has no
-    network (`nearest_mean`, `zero`); readers take any.
+    Methods are those of `reptile.evaluate.methods` and the checkpoints measured beside.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format: Literal[2] = 2
+    format: Literal[2, 3] = 3
+    """Format 2 had scores alone."""
     objective: Literal["classification", "regression"]
     metric: Literal["accuracy", "mean_squared_error"]
     ways: Annotated[int, Field(ge=1)]
     """Classes of a task; 1 for a regressor."""
     held_out: str
     """The training dataset; its scores are for held-out classes."""
-    scores: dict[str, dict[Shots, dict[str, dict[Mode, Score]]]]
+    learner: str = "trained"
+    """The method that a bundle is to learn tasks with."""
+    beside: tuple[str, ...] = ()
+    """Methods that are other checkpoints, trained on the same data."""
+    chosen: Choice | None = None
+    """Which learner is best on validation tasks; none where there are no such tasks."""
+    scores: Scores
     """By dataset, shots, method and what batch norm sees."""
+    differences: Scores = {}
+    """Of each method to `learner`, task by task: its score minus the learner's; by the mode of
+    either."""
+    strengths: dict[str, dict[Shots, float]] = {}
+    """Of ridge regression, by method and shots: λ for the kernel of the features."""
 
     def find(self, dataset: str, shots: int, method: str, mode: Mode) -> Score | None:
         """Return a score, or None if it was not measured; a method without network has one."""
@@ -88,11 +119,10 @@ class Metrics(BaseModel):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """All methods: `trained`, the other initialisations, those without a network."""
-        each = [methods for by_shots in self.scores.values() for methods in by_shots.values()]
-        every = {(name, "none" in modes) for methods in each for name, modes in methods.items()}
-        order = sorted(every, key=lambda method: (method[0] != "trained", method[1], method[0]))
-        return tuple(name for name, _ in order)
+        """All methods, in the order in which they are shown."""
+        return in_order(
+            name for shots in self.scores.values() for methods in shots.values() for name in methods
+        )
 
     @property
     def modes(self) -> tuple[BatchNormMode, ...]:
@@ -104,15 +134,38 @@ class Metrics(BaseModel):
         return any(len(set(modes.values())) > 1 for modes in each)
 
     def __str__(self) -> str:
-        """Return a line for each dataset, shots and mode, with the score of each method."""
-        show, lines = objective_named(self.objective).show, []
-        for dataset, by_shots in self.scores.items():
-            for shots in by_shots:
-                for mode in self.modes:
-                    scores = {name: self.find(dataset, shots, name, mode) for name in self.methods}
-                    cells = [f"{name} {show(*score)}" for name, score in scores.items() if score]
-                    lines.append(f"{dataset}, {shots}-shot, {mode}: {', '.join(cells)}")
+        """Return a line for each method and mode, with its score on each dataset and shots."""
+        lines = []
+        for method, mode, cells in self.table():
+            where = "" if mode == "none" else f", {mode}"
+            scores = [
+                f"{dataset} {shots}-shot {cell}"
+                for (dataset, shots), cell in zip(self.columns, cells, strict=True)
+                if cell
+            ]
+            lines.append(f"{method}{where}: {', '.join(scores)}")
         return "\n".join(lines)
+
+    @property
+    def columns(self) -> tuple[tuple[str, int], ...]:
+        """Each dataset and number of shots."""
+        return tuple((dataset, n) for dataset, by_shots in self.scores.items() for n in by_shots)
+
+    def table(self) -> Iterator[tuple[str, Mode, list[str]]]:
+        """Yield a row for each method and mode: its scores for people, by `columns`.
+
+        Modes that are all the same are one row, of mode `none`.
+        """
+        show = objective_named(self.objective).show
+        for method in self.methods:
+            found = [self.scores[dataset][shots].get(method, {}) for dataset, shots in self.columns]
+            modes: list[Mode] = [
+                mode for mode in self.modes if any(mode in scores for scores in found)
+            ]
+            for mode in modes or (["none"] if any(found) else []):
+                cells = [scores.get(mode) for scores in found]
+                shown = [show(*score) if score else "" for score in cells]
+                yield method, mode if len(modes) > 1 else "none", shown
 
     def flat(self) -> dict[str, float]:
         """Return all numbers under names such as `glyphs/1-shot/trained/frozen/accuracy`."""

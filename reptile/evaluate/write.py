@@ -7,9 +7,10 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from reptile.evaluate.adapting import PATH_MODES
 from reptile.evaluate.confusions import confusions
-from reptile.evaluate.measure import BASELINES, PATH_MODES, Evaluation
-from reptile.evaluate.metrics import DIGITS, METRICS_FILE, Metrics, Mode, Score
+from reptile.evaluate.measure import Evaluation, Measurement
+from reptile.evaluate.metrics import DIGITS, METRICS_FILE, ByMethod, Metrics, Scores
 from reptile.evaluate.report import render_report
 from reptile.files import write_json
 from reptile.objectives import CLASSIFICATION
@@ -19,12 +20,14 @@ from reptile.settings import BATCH_NORM_MODES
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write metrics.json, settings.json, report.html and the plots' tables.
 
-    These are accuracy_by_step.csv, or mean_squared_error_by_step.csv of a regressor; and
-    confusion.csv of a classifier.
+    These are accuracy_by_step.csv, or mean_squared_error_by_step.csv of a regressor, where a
+    learner takes gradient steps; and confusion.csv of a classifier.
     """
     write_json(folder / "settings.json", evaluation.settings.model_dump(mode="json"))
     write_json(folder / METRICS_FILE, metrics(evaluation).model_dump(mode="json"))
-    _write_csv(folder / f"{evaluation.objective.metric}_by_step.csv", *_score_by_step(evaluation))
+    if evaluation.starts:
+        path = folder / f"{evaluation.objective.metric}_by_step.csv"
+        _write_csv(path, *_score_by_step(evaluation))
     if evaluation.objective is CLASSIFICATION:
         _write_csv(folder / "confusion.csv", ("actual", "predicted"), _confusion(evaluation))
     (folder / "report.html").write_text(render_report(evaluation), encoding="utf-8")
@@ -32,21 +35,47 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def metrics(evaluation: Evaluation) -> Metrics:
     """Return all scores, rounded."""
-    scores: dict[str, dict[int, dict[str, dict[Mode, Score]]]] = {}
+    scores: Scores = {}
+    differences: Scores = {}
+    strengths: dict[str, dict[int, float]] = {}
     for measured in evaluation.measurements:
-        methods: dict[str, dict[Mode, Score]] = {
-            start: {mode: measured.score(start, mode).rounded() for mode in BATCH_NORM_MODES}
-            for start in evaluation.starts
+        by_method: ByMethod = {
+            method: {
+                mode: measured.score(method, mode).rounded() for mode in measured.modes(method)
+            }
+            for method in measured.methods
         }
-        methods[BASELINES[measured.objective].name] = {"none": measured.baseline_score().rounded()}
-        scores.setdefault(measured.dataset, {})[measured.shots] = methods
+        scores.setdefault(measured.dataset, {})[measured.shots] = by_method
+        against = _differences(measured, evaluation.learner)
+        differences.setdefault(measured.dataset, {})[measured.shots] = against
+        for method, value in measured.strengths.items():
+            strengths.setdefault(method, {})[measured.shots] = float(f"{value:.6g}")
     return Metrics(
         objective=evaluation.objective.name,
         metric=evaluation.objective.metric,
-        ways=evaluation.checkpoint.settings.ways,
+        ways=evaluation.ways,
         held_out=evaluation.held_out[0].dataset,
+        learner=evaluation.learner,
+        beside=tuple(evaluation.beside),
+        chosen=evaluation.choice,
         scores=scores,
+        differences=differences,
+        strengths=strengths,
     )
+
+
+def _differences(measured: Measurement, learner: str) -> ByMethod:
+    """Return each other method's difference to the learner, in every mode of either."""
+    found: ByMethod = {}
+    for method in measured.methods:
+        if method != learner:
+            modes = {*measured.modes(method), *measured.modes(learner)}
+            found[method] = {
+                mode: measured.difference(method, learner, mode).rounded()
+                for mode in ("none", *BATCH_NORM_MODES)
+                if mode in modes and (mode != "none" or modes == {"none"})
+            }
+    return found
 
 
 def _score_by_step(evaluation: Evaluation) -> tuple[Sequence[str], Iterable[Sequence[object]]]:

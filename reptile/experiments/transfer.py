@@ -10,8 +10,7 @@ from typing import Any
 
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.errors import InputError
-from reptile.evaluate.measure import Measurement, Start, evaluate
-from reptile.evaluate.metrics import Score
+from reptile.evaluate.measure import Measurement, evaluate
 from reptile.files import atomic_directory, write_json
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
@@ -56,7 +55,10 @@ def transfer(
                     f"{row} was trained on images of {checkpoint.info.image_shape}, {column} has "
                     f"{data.image_shape}; prepare it with the same image_size and channels"
                 )
-    ways = min(checkpoint.info.settings.ways for checkpoint in checkpoints.values())
+    classes = min(len(data.split("test").starts) for data in datasets.values())
+    ways = min(
+        settings.task_ways(checkpoint.info.settings, classes) for checkpoint in checkpoints.values()
+    )
     pairs = [
         (row, column)
         for row, checkpoint in checkpoints.items()
@@ -70,7 +72,9 @@ def transfer(
             if on_progress:
                 on_progress(before * total + done, len(pairs) * total)
 
-        evaluation = evaluate(settings, checkpoints[row], datasets[column], {}, count, ways=ways)
+        evaluation = evaluate(
+            settings, checkpoints[row], datasets[column], {}, count, ways=ways, baselines=False
+        )
         cells[row, column] = evaluation.measurements
     return Transfer(settings, ways, tuple(checkpoints), tuple(datasets), cells)
 
@@ -85,11 +89,11 @@ def transfer_markdown(result: Transfer, mode: BatchNormMode) -> str:
             f"| trained on | {' | '.join(f'tested on {name}' for name in result.columns)} |",
             "| --- " * (1 + len(result.columns)) + "|",
         ]
-        rows: list[tuple[str, str, Start]] = [(row, row, "trained") for row in result.rows]
+        rows: list[tuple[str, str, str]] = [(row, row, "trained") for row in result.rows]
         rows.append((f"nothing (random start of {result.rows[0]})", result.rows[0], "random"))
         for title, row, start in rows:
             scores = [
-                _shown(measurements[number].score(start, mode)) if measurements else "–"
+                _shown(measurements[number], start, mode) if measurements else "–"
                 for measurements in (result.cells.get((row, column)) for column in result.columns)
             ]
             lines.append(f"| {title} | {' | '.join(scores)} |")
@@ -126,6 +130,7 @@ def transfer_json(result: Transfer) -> dict[str, Any]:
             for measurement in measured
             for mode in BATCH_NORM_MODES
             for start in ("trained", "random")
+            if start in measurement.methods
         ],
     }
 
@@ -137,8 +142,11 @@ def _leaks(checkpoint: Checkpoint, data: PreparedData) -> bool:
     return info.dataset == data.name and not same
 
 
-def _shown(score: Score) -> str:
-    return f"{100 * score.mean:.1f} ± {100 * score.interval:.1f}"
+def _shown(measurement: Measurement, start: str, mode: BatchNormMode) -> str:
+    if start not in measurement.methods:  # an untrained closed-form learner, on data of others
+        return "–"
+    mean, interval = measurement.score(start, mode)
+    return f"{100 * mean:.1f} ± {100 * interval:.1f}"
 
 
 def transfer_runs(

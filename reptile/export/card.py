@@ -6,9 +6,10 @@ Everything in it comes from the manifest and the checkpoint.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import CheckpointInfo
-from reptile.objectives import CLASSIFICATION, REGRESSION, objective_named
+from reptile.objectives import CLASSIFICATION, REGRESSION
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
@@ -226,7 +227,7 @@ def _architecture(info: CheckpointInfo) -> str:
     if info.module:
         return f"`{info.module}`"
     model = info.settings.model
-    text = ARCHITECTURES[model.name].format(
+    text = ARCHITECTURES.get(model.name, f"`{model.name}`").format(
         filters=model.filters,
         downsampling=DOWNSAMPLING[model.downsampling],
         hidden=", ".join(map(str, model.hidden)),
@@ -252,18 +253,12 @@ Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-
 
 
 def _table(metrics: Metrics | None) -> str:
-    """Return a row for each dataset, shots and mode, and a column for each method."""
+    """Return a row for each method and mode, and a column for each dataset and shots."""
     if metrics is None:
         return "No evaluation was given."
-    objective, methods = objective_named(metrics.objective), metrics.methods
-    titles = [method.replace("_", " ") for method in methods]
-    head = ["data", "shots", "batch norm", *titles]
+    head = ["method", "batch norm", *(f"{name} {shots}-shot" for name, shots in metrics.columns)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for dataset, by_shots in metrics.scores.items():
-        for shots in by_shots:
-            for mode in metrics.modes:
-                scores = [metrics.find(dataset, shots, method, mode) for method in methods]
-                cells = [objective.show(*score) if score else "-" for score in scores]
-                label = mode.replace("_", " ")
-                lines.append(f"| {dataset} | {shots} | {label} | {' | '.join(cells)} |")
+    for method, mode, cells in metrics.table():
+        words = [title(method), "" if mode == "none" else mode.replace("_", " "), *cells]
+        lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)

@@ -22,7 +22,8 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
     """Write inputs and outputs of every graph for small tasks of the test split.
 
     `some` has up to 5 classes of one image, `gaps` up to 3, without label 0 and with gaps between
-    the others, `one` a single image. `many` has features alone, of up to 20 classes with 5 images.
+    the others, `one` a single image. `many` has features alone, of up to 20 classes with 5 images;
+    `refused` has the same with a NaN, for which `fit` must say `finite` = false.
     """
     classes = data.split("test")
     check_classes(classes, 2, 1 + QUERIES, f"test split of {data.name}")
@@ -50,6 +51,9 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
     images, labels, _ = draw(MANY, shots, 0)
     adapted = [reference.adapt(learner, images, labels) for learner in learners]
     _add_fit(golden, "many", adapted, labels)
+    spoilt = adapted[1]["features"].copy()
+    spoilt[0, 0] = np.nan
+    golden.refuse("fit", "refused", {"features": spoilt, "support_labels": labels})
     golden.close()
 
 

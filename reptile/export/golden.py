@@ -51,6 +51,11 @@ class Golden:
         case = GoldenCase(graph, inputs, self._store(name, double), tolerance, RTOL)
         self._cases.append(case)
 
+    def refuse(self, graph: str, name: str, feeds: Tensors) -> None:
+        """Add a case whose only output is that the numbers are not finite."""
+        outputs = self._store(name, {"finite": np.array(False)})
+        self._cases.append(GoldenCase(graph, self._store(name, feeds), outputs, ATOL, RTOL))
+
     def close(self) -> None:
         """Write the index of the cases."""
         write_json(self._folder / GOLDEN_FILE, golden_json(self._cases))

@@ -33,7 +33,6 @@ from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
-from reptile.models import Network
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -136,9 +135,7 @@ def _manifest(
         outputs=settings.max_support if closed_form else model.outputs,
         image_shape=model.image_shape,
         model=(
-            model.settings.model_dump(mode="json")
-            if isinstance(model, Network)
-            else {"name": model.name}
+            {"name": info.module} if info.module else info.settings.model.model_dump(mode="json")
         ),
         max_support=settings.max_support,
         graphs={
@@ -167,13 +164,15 @@ def _write_golden(
     settings: ExportSettings,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write inputs and outputs of every graph for two small tasks of the test split.
+    """Write inputs and outputs of every graph for two small tasks of the test split, and a refusal.
 
     `adapt` has as many classes as the head, and is run for 0, 5 and 50 steps. `crossing` has no
     images of label 0, and mini-batches that go on from one shuffle of the support set in the next.
 
     A trajectory so unstable that a comparison says nothing (a cold Adam takes the sign of gradients
     that are only noise) is left out.
+
+    `refused` is a step with an infinite learning rate, for which `adapt` must say `finite` = false.
     """
     info, classes = checkpoint.info, data.split("test")
     steps = [steps for steps in GOLDEN_STEPS if steps <= settings.max_steps]
@@ -202,6 +201,8 @@ def _write_golden(
         for number in numbers:
             first = support.first(number)
             _add_adaptation(golden, f"{name}-{number}", checkpoint, first, images)
+    refused = support.first(1).feeds(checkpoint) | {"learning_rate": np.array(np.inf, np.float32)}
+    golden.refuse("adapt", "refused", refused)
     golden.close()
 
 

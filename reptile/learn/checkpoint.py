@@ -64,12 +64,17 @@ class CheckpointInfo(BaseModel):
     """Values that a regressor predicts; 0 for a classifier."""
     module: str = ""
     """Class of the user's network; empty for the one that `settings.model` names."""
+    weights_sha256: str = ""
+    """Hash of the weights that `settings.model` starts from, and of the user's code that makes it;
+    empty if all is drawn from the seed."""
     dataset: str
     data_sha256: str
     splits_sha256: str
     code_sha256: str
     versions: dict[str, str]
     curve: tuple[CurvePoint, ...] = ()
+    losses: tuple[float, ...] = ()
+    """Of the meta-iterations since the curve's last point; none in a finished checkpoint."""
 
     def check_data(self, data: PreparedData) -> None:
         """Refuse other data: classes that it holds out may be among those trained on.
@@ -129,20 +134,45 @@ class Checkpoint(NamedTuple):
         return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
 
 
-def build_network(info: CheckpointInfo, module: nn.Module | None = None) -> Model:
+def build_network(
+    info: CheckpointInfo, module: nn.Module | None = None, *, load: bool = True
+) -> Model:
     """Build the network that the settings name, or wrap the user's module.
 
+    Args:
+        info: names it.
+        module: the user's.
+        load: whether to read the weights that the settings name; a checkpoint has them already.
+
     Raises:
-        InputError: the module does not fit the data.
+        InputError: the module does not fit the data, or the weights not the network.
+        PlatformError: the weights cannot be downloaded.
     """
-    outputs = 0 if info.settings.closed_form else info.values or info.settings.ways
+    settings = info.settings
+    outputs = 0 if settings.closed_form else info.values or settings.ways
     if module is not None:
-        return ModuleNetwork(module, info.image_shape, outputs, info.objective)
-    return build_model(info.settings.model, outputs, info.image_shape, info.objective)
+        return ModuleNetwork(
+            module, info.image_shape, outputs, info.objective, adapt=settings.adapt
+        )
+    return build_model(
+        settings.model,
+        outputs,
+        info.image_shape,
+        info.objective,
+        adapt=settings.adapt,
+        seed=settings.seed,
+        load=load,
+    )
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves what was at `folder` before."""
+    with atomic_directory(folder) as temporary:
+        write_checkpoint(temporary, checkpoint)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into a folder."""
     model, state, info = checkpoint
     vectors = {"weights": state.weights}
     if isinstance(state, MetaState):
@@ -154,17 +184,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for vector, flat in vectors.items()
         for name, part in named_parts(_shapes(model, info), flat).items()
     }
-    if info.module:  # a network of the settings draws its start again from the seed
+    if isinstance(model, ModuleNetwork):  # others draw their start again from the seed
         initial = unflatten(model, initialise(model, info.settings.seed))
-        tensors |= {f"initial/{name}": part.contiguous().cpu() for name, part in initial.items()}
+        tensors |= {f"initial/{name}": part.contiguous() for name, part in initial.items()}
+        tensors |= {f"fixed/{name}": part.contiguous() for name, part in model.fixed.items()}
     if isinstance(state, EpisodicState):
         for layer, statistics in enumerate(state.statistics):
             for name, value in statistics._asdict().items():
                 tensors[f"statistics/{layer}/{name}"] = value.contiguous().cpu()
     tensors["step"] = torch.tensor(state.step)
-    with atomic_directory(folder) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
-        write_json(temporary / INFO_FILE, info.model_dump(mode="json"))
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
+    write_json(folder / INFO_FILE, info.model_dump(mode="json"))
 
 
 def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:
@@ -199,13 +229,15 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
         )
     if module is not None and not info.module:
         raise InputError(f"{folder}: holds the weights of {info.settings.model.name}, not a module")
-    model = build_network(info, module)
+    model = build_network(info, module, load=False)
     episodic = not info.settings.interpolates
     shapes = _shapes(model, info)
     vectors = ("weights", *(("first_moment",) if episodic else ()), "second_moment")
     expected = {f"{vector}/{name}": shape for vector in vectors for name, shape in shapes.items()}
-    if info.module:
+    if isinstance(model, ModuleNetwork):
         expected |= {f"initial/{name}": shape for name, shape in model.shapes.items()}
+        if not info.module or any(name.startswith("fixed/") for name in tensors):
+            expected |= {f"fixed/{name}": value.shape for name, value in model.fixed.items()}
     layers = len({name.split("/")[1] for name in tensors if name.startswith("statistics/")})
     statistics = [f"statistics/{layer}/{name}" for layer in range(layers) for name in _STATISTICS]
     if set(tensors) != {*expected, *statistics, "step"} or any(
@@ -215,7 +247,9 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
             f"{folder / WEIGHTS_FILE}: not the weights of {model.name}, which {INFO_FILE} describes"
         )
     if isinstance(model, ModuleNetwork):
-        model.start_from(_flat(model.shapes, tensors, "initial"))
+        # A user's module of an earlier version has what is fixed in itself alone.
+        fixed = {name: tensors.get(f"fixed/{name}", value) for name, value in model.fixed.items()}
+        model.start_from(_flat(model.shapes, tensors, "initial"), fixed)
     flat = [_flat(shapes, tensors, vector) for vector in vectors]
     step = int(tensors["step"])
     if not episodic:
@@ -239,4 +273,5 @@ def _head(model: Model, info: CheckpointInfo) -> Head:
 
 
 def _flat(shapes: Mapping[str, torch.Size], tensors: dict[str, Tensor], vector: str) -> Tensor:
-    return torch.cat([tensors[f"{vector}/{name}"].reshape(-1) for name in shapes])
+    parts = [tensors[f"{vector}/{name}"].reshape(-1) for name in shapes]
+    return torch.cat([torch.empty(0), *parts])

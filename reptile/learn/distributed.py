@@ -5,7 +5,7 @@ divided, and their results gathered in order. So the result is that of one proce
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from reptile.errors import PlatformError
 from reptile.learn.engines.base import Adapted, Engine, adapt_each
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
+from reptile.models import Statistics
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
 
@@ -46,15 +47,20 @@ class Processes(NamedTuple):
             PlatformError: another process was lost.
         """
         if self.size > 1:
-            try:
-                dist.broadcast(tensor, source)
-            except RuntimeError as error:
-                reason = str(error).partition("\n")[0][:200]
-                raise PlatformError(
-                    f"another process of this run has gone ({reason}); the latest checkpoint is "
-                    "whole: start again with --resume"
-                ) from None
+            self._collective(lambda: dist.broadcast(tensor, source))
         return tensor
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether any process says so.
+
+        Raises:
+            PlatformError: another process was lost.
+        """
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=device)
+        self._collective(lambda: dist.all_reduce(flags, dist.ReduceOp.MAX))
+        return bool(flags)
 
     def tell(self, text: str, device: torch.device) -> str:
         """Return the first process's text."""
@@ -64,6 +70,17 @@ class Processes(NamedTuple):
         if self.first:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         return self.broadcast(buffer).cpu().numpy().tobytes().decode()
+
+    @staticmethod
+    def _collective(operation: Callable[[], object]) -> None:
+        try:
+            operation()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise PlatformError(
+                f"another process of this run has gone ({reason}); the latest checkpoint is "
+                "whole: start again with --resume"
+            ) from None
 
 
 @contextmanager
@@ -130,9 +147,11 @@ class SharedEngine:
             results[share] = self._engine.predict(weights[share], tasks[share], mode)
         return self._gather(results)
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """See `Engine.features`: of one batch, so each process computes its own."""
-        return self._engine.features(weights, rows)
+        return self._engine.features(weights, rows, statistics)
 
     def _part(self, tasks: int, rank: int) -> slice:
         """Return the tasks of one process: neighbours, as evenly as they can be shared."""

@@ -23,7 +23,16 @@ from reptile.learn.heads import (
     one_hot,
 )
 from reptile.minibatches import IntArray
-from reptile.models import LayerStatistics, Model, Params, Statistics, named_parts, size, unflatten
+from reptile.models import (
+    LayerStatistics,
+    Model,
+    Params,
+    Statistics,
+    flatten,
+    named_parts,
+    size,
+    unflatten,
+)
 from reptile.objectives import CLASSIFICATION
 from reptile.tasks import Purpose, Targets, Task, random_stream
 
@@ -195,12 +204,14 @@ class ClosedForm(NamedTuple):
         return mean
 
 
+@torch.no_grad()
 def mean_query_score(learner: ClosedForm, engine: Engine, tasks: Sequence[Task]) -> float:
     """Return the mean accuracy, or squared error, over all queries of the tasks."""
+    weights, statistics = flatten(engine.model, learner.params), learner.statistics or None
     scores = []
     for task in tasks:
-        inputs = engine.images(np.concatenate([task.support, task.query]))
-        features = learner.features(inputs)
+        rows = np.concatenate([task.support, task.query])
+        features = engine.features(weights, rows, statistics)
         support, queries = torch.split(features, [len(task.support), len(task.query)])
         targets = torch.from_numpy(task.support_targets).to(features.device)
         outputs = learner.outputs(support, targets, queries).double().cpu().numpy()

@@ -1,6 +1,7 @@
 """A training run: its folder, its processes and resuming, around the loop in `train`."""
 
 import logging
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,13 +11,13 @@ from torch import nn
 
 from reptile.cpus import available_cpus
 from reptile.data.dataset import PreparedData
-from reptile.errors import DivergedError, InputError
+from reptile.errors import DivergedError, InputError, StoppedError
 from reptile.files import lock_folder
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from reptile.learn.distributed import Processes
 from reptile.learn.engines import choose_device, make_engine
 from reptile.learn.reptile import MetaState
-from reptile.learn.run_folder import describe_start, keep, kept, remove, run_folder
+from reptile.learn.run_folder import describe_start, drop_damaged, keep, kept, remove, run_folder
 from reptile.learn.train import Progress, meta_train, untrained
 from reptile.settings import TrainSettings
 
@@ -34,6 +35,7 @@ def run_training(
     resume: bool = False,
     processes: Processes = ALONE,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> Checkpoint:
     """Meta-train an initialisation.
 
@@ -49,16 +51,21 @@ def run_training(
         processes: those that share the tasks of each meta-batch; all return the same, and only the
             first one uses `work`.
         on_progress: called after each meta-iteration.
+        stop: returns the signal that has asked this process to stop, if any; as long as one
+            process was asked, all of them end after the same meta-iteration.
 
     Raises:
         InputError: the data cannot make the tasks, or another process runs another training.
         DivergedError: the loss is no longer finite.
         PlatformError: another process was lost, or the device is missing.
+        StoppedError: `stop` said so; the run's folder has a checkpoint of that meta-iteration.
     """
     start = untrained(settings, data, module)
     folder = run_folder(work, start.info) if work and processes.first else None
     if folder and not resume:
         remove(folder)
+    if folder:
+        drop_damaged(folder)
     if work and folder and resume and (message := describe_start(work, start.info)):
         log.info(message)
     if folder and (checkpoints := kept(folder)):
@@ -83,11 +90,17 @@ def run_training(
                 data,
                 on_progress=on_progress,
                 on_checkpoint=lambda checkpoint: keep(folder, checkpoint) if folder else None,
+                stop=lambda: processes.any(bool(stop()), device),
             )
     except DivergedError as error:
         saved = kept(folder)[-1:] if folder else []
         where = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was due yet"
         raise DivergedError(f"{error}; {where}") from None
+    except StoppedError as stopped:
+        where = "; resume from its checkpoint with --resume" if work else ""
+        ended = StoppedError(f"{stopped}{where}")
+        ended.exit_code = 128 + (stop() or signal.SIGTERM)
+        raise ended from None
 
 
 def _agree(checkpoint: Checkpoint, processes: Processes, device: torch.device) -> Checkpoint:

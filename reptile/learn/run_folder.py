@@ -1,5 +1,8 @@
 """The folders of unfinished runs: their checkpoints, of which the latest is always complete."""
 
+import json
+import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -7,10 +10,21 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from reptile.learn.checkpoint import INFO_FILE, Checkpoint, CheckpointInfo, save_checkpoint
+from reptile.files import atomic_directory, sha256_file, write_json
+from reptile.learn.checkpoint import (
+    INFO_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    CheckpointInfo,
+    write_checkpoint,
+)
 from reptile.provenance import settings_sha256
 
-PROGRESS = {"iteration", "curve"}
+log = logging.getLogger(__name__)
+
+DIGESTS_FILE = "sha256.json"
+"""Beside a kept checkpoint's files: the SHA-256 of each, by its name."""
+PROGRESS = {"iteration", "curve", "losses"}
 """Fields of a run that change as it goes; the others say which run it is."""
 
 
@@ -31,9 +45,13 @@ def run_folder(work: Path, info: CheckpointInfo) -> Path:
 
 
 def keep(run: Path, checkpoint: Checkpoint) -> None:
-    """Save a checkpoint named after its iteration, then drop the older ones."""
+    """Save a checkpoint named after its iteration, with digests, then drop the older ones."""
     name = f"iteration-{checkpoint.info.iteration:08d}"
-    save_checkpoint(run / name, checkpoint)
+    with atomic_directory(run / name) as temporary:
+        write_checkpoint(temporary, checkpoint)
+        for path in temporary.iterdir():
+            _to_disk(path)  # or a crash of the machine could keep the name and lose the content
+        write_json(temporary / DIGESTS_FILE, {p.name: sha256_file(p) for p in temporary.iterdir()})
     for folder in kept(run):
         if folder.name != name:
             shutil.rmtree(folder)
@@ -44,6 +62,25 @@ def kept(run: Path) -> list[Path]:
     if not run.is_dir():
         return []
     return sorted(path for path in run.iterdir() if re.fullmatch(r"iteration-\d{8}", path.name))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a kept checkpoint's files have the digests that were saved with them."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS_FILE).read_text(encoding="utf-8"))
+        return digests.keys() == {WEIGHTS_FILE, INFO_FILE} and all(
+            sha256_file(checkpoint / name) == digest for name, digest in digests.items()
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def drop_damaged(run: Path) -> None:
+    """Remove the checkpoints of a run that are not whole, so that it resumes from one that is."""
+    for checkpoint in kept(run):
+        if not is_whole(checkpoint):
+            log.warning("%s: damaged, its digests differ; removed", checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove(run: Path) -> None:
@@ -100,6 +137,11 @@ def describe_start(work: Path, now: CheckpointInfo) -> str:
         ]
         lines.append("`reptile runs` lists unfinished runs and removes them")
     return "\n".join(lines)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _read(folder: Path, checkpoint: Path) -> UnfinishedRun:

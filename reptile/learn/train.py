@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from reptile.data.dataset import PreparedData, Split
-from reptile.errors import DivergedError
+from reptile.errors import DivergedError, StoppedError
 from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
-from reptile.models import initialise
+from reptile.models import ModuleNetwork, initialise
 from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, versions
 from reptile.settings import TrainSettings
@@ -46,6 +46,7 @@ def meta_train(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
     """Meta-train from a checkpoint to the last meta-iteration of its settings.
 
@@ -54,17 +55,20 @@ def meta_train(
         start: an untrained initialisation, or where an earlier training stopped.
         data: its training split makes tasks, its validation split the learning curve.
         on_progress: called after each meta-iteration.
-        on_checkpoint: called every `checkpoint_every` meta-iterations, and after the last.
+        on_checkpoint: called every `checkpoint_every` meta-iterations, after the last, and when
+            the training is stopped.
+        stop: asked after each meta-iteration but the last whether to stop there.
 
     Raises:
         InputError: the data cannot make the tasks.
         DivergedError: the loss is no longer finite.
+        StoppedError: `stop` said so.
     """
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
     algorithm = algorithm_of(settings, model, info.values)
-    losses: list[float] = []
+    losses = list(info.losses)
     for iteration in range(info.iteration, settings.meta_iterations):
         state, task_losses = algorithm.iterate(engine, state, classes, iteration)
         if not (task_losses.sum() + state.weights.sum()).isfinite():  # one bad number spoils a sum
@@ -80,11 +84,18 @@ def meta_train(
             score = algorithm.score(engine, state, validation)
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
-            info = info.model_copy(update={"iteration": done, "curve": (*info.curve, point)})
+            info = info.model_copy(
+                update={"iteration": done, "curve": (*info.curve, point), "losses": ()}
+            )
             on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
         on_progress(
             Progress(done, settings.meta_iterations, engine.name, info.objective, info.curve)
         )
+        if done < settings.meta_iterations and stop():
+            if done != info.iteration:
+                info = info.model_copy(update={"iteration": done, "losses": tuple(losses)})
+                on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
+            raise StoppedError(f"stopped after meta-iteration {done} of {settings.meta_iterations}")
     state = algorithm.finish(engine, state, data)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
@@ -108,6 +119,9 @@ def untrained(
     images = settings.images_per_class
     check_classes(data.split("train"), settings.ways, images, "training split")
     validation_tasks(settings, data)
+    packages = ["torch", "numpy"]
+    if settings.model.name.startswith("torchvision:"):
+        packages.append("torchvision")
     info = CheckpointInfo(
         iteration=0,
         settings=settings,
@@ -117,10 +131,12 @@ def untrained(
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,
         code_sha256=code_sha256("train"),
-        versions=versions("torch", "numpy"),
+        versions=versions(*packages),
     )
     model = build_network(info, module)
-    info = info.model_copy(update={"module": model.name if module else ""})
+    loaded = model.weights_sha256 if isinstance(model, ModuleNetwork) else ""
+    name = model.name if module else ""
+    info = info.model_copy(update={"module": name, "weights_sha256": loaded})
     weights = initialise(model, settings.seed)
     start = algorithm_of(settings, model, info.values).start(weights)
     return Checkpoint(model, start, info)

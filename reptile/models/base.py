@@ -63,6 +63,10 @@ class Model(Protocol):
     def has_batch_norm(self) -> bool:
         """Whether a prediction depends on the statistics of a batch."""
 
+    @property
+    def head_bias(self) -> str:
+        """The adapted parameter [outputs] that is added to the outputs; empty for none."""
+
     def initialise(self, seed: int) -> Tensor:
         """Return the weights before any training, float32 [P]."""
 
@@ -105,6 +109,11 @@ class Network(ABC):
     def has_batch_norm(self) -> bool:
         """See `Model.has_batch_norm`."""
         return any(name.startswith("norm") for name in self.shapes)
+
+    @property
+    def head_bias(self) -> str:
+        """See `Model.head_bias`."""
+        return "head.bias" if self.outputs else ""
 
     @property
     @abstractmethod
@@ -188,7 +197,8 @@ def named_parts(shapes: Mapping[str, torch.Size], vector: Tensor) -> dict[str, T
 
 def flatten(model: Model, params: Params) -> Tensor:
     """Join named weights into one flat vector [P], the inverse of `unflatten`."""
-    return torch.cat([params[name].reshape(-1) for name in model.shapes])
+    parts = [params[name].reshape(-1) for name in model.shapes]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def initialise(model: Model, seed: int) -> Tensor:
@@ -208,12 +218,18 @@ def mask_absent_outputs(model: Model, weights: Tensor, present: Tensor) -> Tenso
         present: bool [outputs], the labels in the support set.
 
     Raises:
-        InputError: a network whose weights do not end with the bias of its head.
+        InputError: no adapted bias is added to the network's outputs.
     """
-    if not isinstance(model, Network):
+    if not model.head_bias:
         raise InputError(
-            f"{model.name}: tasks of fewer classes than its {model.outputs} outputs need a network "
-            "of this library; train one with as many outputs as the tasks have classes"
+            f"{model.name}: tasks of fewer classes than its {model.outputs} outputs need a linear "
+            "layer with a bias as its last, and that among what is adapted; or train one with as "
+            "many outputs as the tasks have classes"
         )
+    before = 0
+    for name, shape in model.shapes.items():
+        if name == model.head_bias:
+            break
+        before += shape.numel()
     absent = MASK_BIAS * (~present).to(weights.dtype)
-    return weights + F.pad(absent, (size(model) - model.outputs, 0))  # the head's bias comes last
+    return weights + F.pad(absent, (before, size(model) - before - model.outputs))

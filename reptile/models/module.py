@@ -1,12 +1,13 @@
 """Any `torch.nn.Module` as a network: a pure function of its parameters.
 
-The module is copied, so that training never changes it. Its copy runs in evaluation mode (dropout
-is off) but for batch norm, which uses each batch's statistics, as in the paper, and keeps no
-running ones. Parameters that need no gradient, and buffers, stay as they are.
+The module is copied, so that training never changes it. Its copy runs in evaluation mode: dropout
+is off. Parameters that are not adapted, and buffers, stay as they are. Batch norm with adapted
+parameters uses each batch's statistics, as in the paper; fixed batch norm keeps its running ones.
 """
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reptile.errors import InputError
+from reptile.models.adapted import adapted_parameters
 from reptile.models.base import LayerStatistics, Params, Statistics
+from reptile.models.forward_order import ForwardPass, run_once
 from reptile.objectives import Objective
+from reptile.settings import Adapt
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -29,36 +33,71 @@ class ModuleNetwork:
         outputs: number that the data needs: classes per task, or values; 0 for a module without a
             head, whose outputs, flattened, are the features.
         objective: what the outputs are for.
+        adapt: which of the parameters that need a gradient are adapted and meta-trained; all others
+            are fixed.
+        preprocess: runs before the module, without parameters.
+        name: in messages; the module's class by default.
+        weights_sha256: hash of the weights that were loaded; empty for none.
 
     Raises:
         InputError: it has no trainable parameters, or does not map such inputs to such outputs.
     """
 
     def __init__(
-        self, module: nn.Module, image_shape: tuple[int, ...], outputs: int, objective: Objective
+        self,
+        module: nn.Module,
+        image_shape: tuple[int, ...],
+        outputs: int,
+        objective: Objective,
+        *,
+        adapt: Adapt = "all",
+        preprocess: nn.Module | None = None,
+        name: str = "",
+        weights_sha256: str = "",
     ) -> None:
-        self.name = f"{type(module).__module__}.{type(module).__qualname__}"
+        self.name = name or f"{type(module).__module__}.{type(module).__qualname__}"
         self.image_shape, self.outputs, self.objective = image_shape, outputs, objective
+        self.preprocess, self.weights_sha256 = preprocess, weights_sha256
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
             raise InputError(
                 f"{self.name}: has lazy layers without a shape; pass a batch through it first"
             )
         self.module = copy.deepcopy(module).cpu().float().eval()
-        self.feature_size, self._head = self._probe()
-        self._norms = _replace_batch_norms(self.module)
+        forward = self._probe()
+        adapted = adapted_parameters(
+            self.module, adapt, forward, has_head=outputs > 0, name=self.name
+        )
+        head = forward.head if outputs else None
+        self._head = head.name if head else ""
+        features = head.input if head else forward.outputs
+        self.feature_size = math.prod(features.shape[1:])
+        bias = f"{self._head}.bias"
+        self.head_bias = bias if bias in adapted and forward.ends_in_head else ""
         parameters = dict(self.module.named_parameters())
+        for each, value in parameters.items():
+            value.requires_grad_(each in adapted)
+        _replace_batch_norms(self.module)
+        _disable_in_place(self.module)
+        self._norms = [
+            each for each in self.module.modules() if isinstance(each, BatchStatisticsNorm)
+        ]
         self._learnt = {name: value for name, value in parameters.items() if value.requires_grad}
-        if not self._learnt:
+        if not self._learnt and outputs:
             raise InputError(f"{self.name}: no parameter needs a gradient: nothing can be learnt")
-        self._fixed = {
+        self.fixed: dict[str, Tensor] = {
             **{name: value for name, value in parameters.items() if name not in self._learnt},
             **dict(self.module.named_buffers()),
         }
-        self._initial = nn.utils.parameters_to_vector(self._learnt.values()).detach().clone()
+        """Parameters and buffers that never change, by name."""
+        self.names = set(parameters)
+        """Of all parameters that run."""
+        self._initial = torch.cat(
+            [torch.empty(0), *(value.detach().flatten() for value in self._learnt.values())]
+        )
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters that need a gradient, in the module's order."""
+        """Names and shapes of the adapted parameters, in the module's order."""
         return {name: value.shape for name, value in self._learnt.items()}
 
     @property
@@ -70,9 +109,12 @@ class ModuleNetwork:
         """Return the module's original weights, whatever the seed."""
         return self._initial.clone()
 
-    def start_from(self, weights: Tensor) -> None:
-        """Replace the module's original weights by [P]."""
+    @torch.no_grad()
+    def start_from(self, weights: Tensor, fixed: Mapping[str, Tensor]) -> None:
+        """Replace the module's original weights by [P], and what never changes."""
         self._initial = weights.clone()
+        for name, value in self.fixed.items():
+            value.copy_(fixed[name])
 
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
@@ -122,51 +164,37 @@ class ModuleNetwork:
         for name, value in module.named_parameters():
             if name in params:
                 value.copy_(params[name])
-        return module
+        return nn.Sequential(self.preprocess, module) if self.preprocess else module
 
     def _call(self, params: Params, images: Tensor) -> Tensor:
         fixed = {
             name: value.to(images.device, images.dtype if value.is_floating_point() else None)
-            for name, value in self._fixed.items()
+            for name, value in self.fixed.items()
         }
-        outputs: Tensor = functional_call(self.module, {**fixed, **params}, (images,))
+        inputs = self.preprocess(images) if self.preprocess else images
+        learnt = {name: params[name] for name in self.shapes if name in self.names}
+        outputs: Tensor = functional_call(self.module, {**fixed, **learnt}, (inputs,))
         return outputs if self.outputs else outputs.flatten(1)
 
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, str]:
-        """Run the module once; return the number of its features, and its head's name or `""`."""
-        inputs = torch.zeros(2, *self.image_shape)
-        ran: list[tuple[str, Tensor]] = []
-        hooks = [
-            each.register_forward_pre_hook(lambda _, seen, name=name: ran.append((name, seen[0])))
-            for name, each in self.module.named_modules()
-            if isinstance(each, nn.Linear)
-        ]
-        try:
-            outputs = self.module(inputs)
-        except Exception as error:  # whatever the module's code raises
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(
-                f"{self.name}: inputs of shape {list(inputs.shape)} do not pass ({reason})"
-            ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        expected = [2, self.outputs] if self.outputs else [2, "..."]
-        if shape != expected and (self.outputs or not isinstance(shape, list) or shape[:1] != [2]):
-            wanted = "one output for each class, or for each value" if self.outputs else "features"
-            raise InputError(
-                f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need "
-                f"{expected}: {wanted}"
+    def _probe(self) -> ForwardPass:
+        """Run the module once and check what it returns."""
+        inputs = torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0))
+        seen = self.preprocess(inputs) if self.preprocess else inputs
+        forward = run_once(self.module, seen, self.name)
+        shape = list(forward.outputs.shape)
+        if shape[:1] != [2] or (self.outputs and shape[1:] != [self.outputs]):
+            needed = (
+                f"{[2, self.outputs]}: one output for each class, or for each value"
+                if self.outputs
+                else "features for each input"
             )
-        head, features = ran[-1] if ran and self.outputs else ("", outputs)
-        if len(features) != 2:  # a linear layer that runs over the parts of an input
-            head, features = "", outputs
-        return math.prod(features.shape[1:]), head
+            raise InputError(
+                f"{self.name}: maps inputs {list(inputs.shape)} to {shape}; the tasks need {needed}"
+            )
+        return forward
 
 
-class _BatchStatisticsNorm(nn.Module):
+class BatchStatisticsNorm(nn.Module):
     """Batch norm on each batch's statistics or given ones; no running statistics."""
 
     def __init__(self, norm: BatchNorm) -> None:
@@ -177,6 +205,7 @@ class _BatchStatisticsNorm(nn.Module):
         self.seen: LayerStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, F, ...] over all but its second axis."""
         if self.keeps:
             axes = [0, *range(2, x.dim())]
             variance_here, mean_here = torch.var_mean(x, dim=axes, correction=0)
@@ -189,17 +218,32 @@ class _BatchStatisticsNorm(nn.Module):
         )
 
     def measured(self) -> LayerStatistics:
+        """Return the statistics of the last batch."""
         if self.seen is None:
             raise InputError("a batch norm of the module takes no part in its forward pass")
         return self.seen
 
 
-def _replace_batch_norms(module: nn.Module) -> list[_BatchStatisticsNorm]:
-    """Replace every batch norm in place; return the replacements, one for each."""
-    norms: dict[nn.Module, _BatchStatisticsNorm] = {}
+def _replace_batch_norms(module: nn.Module) -> None:
+    """Replace, in place, the batch norms that use the statistics of a batch.
+
+    Those with fixed parameters and running statistics keep these. Without parameters it depends on
+    whether anything in the module is fixed: a part that was trained before keeps what it has seen.
+    """
+    whole = all(parameter.requires_grad for parameter in module.parameters())
+    norms: dict[nn.Module, BatchStatisticsNorm] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, BatchNorm):
-                norms.setdefault(child, _BatchStatisticsNorm(child))
+            if not isinstance(child, BatchNorm):
+                continue
+            learnt = any(parameter.requires_grad for parameter in child.parameters())
+            if learnt or whole or child.running_mean is None:
+                norms.setdefault(child, BatchStatisticsNorm(child))
                 setattr(parent, name, norms[child])
-    return list(norms.values())
+
+
+def _disable_in_place(module: nn.Module) -> None:
+    """Let no activation overwrite its input, which may be cached, or shared by tasks under vmap."""
+    for part in module.modules():
+        if hasattr(part, "inplace"):
+            setattr(part, "inplace", False)  # noqa: B010  # torch types it as a module

@@ -67,7 +67,7 @@ class JsonLines(logging.Formatter):
     """A line of JSON for each of a record's `events`, or one for the record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
+        """Return a record's lines."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat()
         common = {
             "timestamp": time,

@@ -24,20 +24,20 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None  # one for all heads
 
     def connection_made(self, transport: Any) -> None:
-        """See asyncio.Protocol."""
+        """Expect a first head, unless there are too many connections."""
         super().connection_made(transport)
         if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
             transport.close()  # uvicorn refuses requests, but keeps connections that ask nothing
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
+        """Stop the timer."""
         if self._timer:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
+        """Parse what was received; decline upgrades, and close after a head that is too long."""
         if self._ended:
             return
         if self._since is not None:
@@ -59,12 +59,12 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_message_begin(self) -> None:
-        """See httptools."""
+        """Expect the head that begins."""
         super().on_message_begin()
         self._expect_head()
 
     def on_headers_complete(self) -> None:
-        """See httptools."""
+        """Stop waiting for the head."""
         self._since, self._head = None, 0
         super().on_headers_complete()
 

@@ -69,7 +69,7 @@ class _Request:
         self._lingers = False  # the connection is closed after the answer, before the body's end
 
     async def send(self, message: Message) -> None:
-        """See ASGI."""
+        """Pass a message of the answer on, with the request's id."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             closes = (b"connection", b"close") in message["headers"]
@@ -90,7 +90,11 @@ class _Request:
                     pass
 
     async def receive(self) -> Message:
-        """See ASGI."""
+        """Receive a part of the body.
+
+        Raises:
+            HTTPException: the body is too large, or all bodies together are.
+        """
         message = await self._receive()
         if self.complete:  # what comes now is the end of the connection, however late
             return message
@@ -144,7 +148,7 @@ class RequestMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Handle a request, an ASGI application's way."""
         if scope["type"] != "http":
             ending = asyncio.create_task(self._end_late())
             try:

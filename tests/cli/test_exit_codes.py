@@ -100,7 +100,7 @@ def test_a_failure_ends_with_the_code_of_its_class(
 def test_the_document_has_the_code_of_each_class(root: Path) -> None:
     text = (root / "docs/cli.md").read_text()
     documented = {
-        name: int(code) for code, name in re.findall(r"^\| (\d) \| `(\w+)` \|", text, re.M)
+        name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.M)
     }
     classes: list[type[errors.ReptileError]] = [errors.ReptileError]
     classes += errors.ReptileError.__subclasses__()

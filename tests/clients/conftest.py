@@ -1,4 +1,4 @@
-"""A bundle whose golden task was taught by `reptile.runtime`, for the other consumers to match."""
+"""A bundle whose golden task was adapted by `reptile.runtime`, for the other consumers to match."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SEED, STEPS = 5, 60
 
 
 @pytest.fixture
-def taught(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
+def adapted_bundle(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
     """A copy of the bundle with one golden task, and as its logits those of the runtime."""
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     model = FewShotModel.load(bundle)
@@ -62,13 +62,13 @@ def taught(exported: Path, data: PreparedData, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def spoilt(taught: Path) -> Path:
+def spoilt(adapted_bundle: Path) -> Path:
     """The same bundle, one of whose expected logits is off by 1e-3."""
-    path = taught / "golden/own/logits.npy"
+    path = adapted_bundle / "golden/own/logits.npy"
     logits = np.load(path)
     logits[-1, -1] += 1e-3 * (1 + abs(logits[-1, -1]))
     np.save(path, logits)
-    return taught
+    return adapted_bundle
 
 
 @pytest.fixture
@@ -76,7 +76,11 @@ def deviations() -> Callable[[str], list[float]]:
     """Read the deviations from an example's table."""
 
     def read(table: str) -> list[float]:
-        head, *rows = (line.split() for line in table.splitlines() if "adapted again" not in line)
+        head, *rows = (
+            line.split()
+            for line in table.splitlines()
+            if not line.startswith(("adapted again", "refused"))
+        )
         assert head[-1] == "deviation"
         return [float(next(word for word in row if "e-" in word or "e+" in word)) for row in rows]
 

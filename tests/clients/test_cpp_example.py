@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -56,10 +57,13 @@ def test_it_gives_pytorchs_golden_logits(
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) >= 2
     assert max(found) < 1e-4
+    assert re.search(r"^refused +ok$", done.stdout, re.MULTILINE)
 
 
-def test_it_gives_the_runtimes_logits(golden: Run, taught: Path, deviations: Deviations) -> None:
-    done = golden(taught)
+def test_it_gives_the_runtimes_logits(
+    golden: Run, adapted_bundle: Path, deviations: Deviations
+) -> None:
+    done = golden(adapted_bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) == 1
     assert max(found) < 1e-4
@@ -74,9 +78,21 @@ def test_a_deviation_fails_it(golden: Run, spoilt: Path) -> None:
     assert "BEYOND THE TOLERANCE" in done.stdout
 
 
+def test_a_refused_input_that_is_adapted_to_fails_it(
+    golden: Run, exported: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    np.save(bundle / "golden/refused/learning_rate", np.float32(0.001))
+    done = golden(bundle)
+    assert done.returncode == 1
+    assert re.search(r"^refused +ADAPTED", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize("damage", ["cut", "type", "missing", "no graph"])
-def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, taught: Path) -> None:
-    queries, labels = (taught / f"golden/own/{n}.npy" for n in ("query_images", "support_labels"))
+def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, adapted_bundle: Path) -> None:
+    queries, labels = (
+        adapted_bundle / f"golden/own/{n}.npy" for n in ("query_images", "support_labels")
+    )
     if damage == "cut":
         queries.write_bytes(queries.read_bytes()[:-1])
     elif damage == "type":
@@ -84,8 +100,8 @@ def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, taught: Path)
     elif damage == "missing":
         queries.unlink()
     else:
-        (taught / "adapt/1/model.onnx").unlink()
-    done = golden(taught)
+        (adapted_bundle / "adapt/1/model.onnx").unlink()
+    done = golden(adapted_bundle)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """The Python consumers run as they stand, and find what the runtime and eager PyTorch find."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,12 +31,13 @@ def test_onnxruntime_alone_gives_pytorchs_golden_logits(
     found = deviations(done.stdout)
     assert len(found) >= 4, "both ways for tasks of several step counts"
     assert max(found) < 1e-4
+    assert re.search(r"^refused +ok$", done.stdout, re.MULTILINE)
 
 
 def test_onnxruntime_alone_gives_the_runtimes_logits(
-    root: Path, taught: Path, deviations: Deviations
+    root: Path, adapted_bundle: Path, deviations: Deviations
 ) -> None:
-    done = run(root, PLAIN, taught)
+    done = run(root, PLAIN, adapted_bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(found := deviations(done.stdout)) == 2
     assert max(found) < 1e-4
@@ -61,6 +63,16 @@ def test_a_deviation_fails_the_plain_example(root: Path, spoilt: Path) -> None:
     done = run(root, PLAIN, spoilt)
     assert done.returncode == 1
     assert "BEYOND THE TOLERANCE" in done.stdout
+
+
+def test_a_refused_input_that_is_adapted_to_fails_the_plain_example(
+    root: Path, exported: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    np.save(bundle / "golden/refused/learning_rate", np.float32(0.001))
+    done = run(root, PLAIN, bundle)
+    assert done.returncode == 1
+    assert re.search(r"^refused +ADAPTED", done.stdout, re.MULTILINE)
 
 
 def test_the_plain_example_needs_nothing_of_this_project(root: Path, exported: Path) -> None:

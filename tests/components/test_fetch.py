@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -100,7 +101,8 @@ def test_a_mistake_is_an_error_that_names_it(
     repository: Path, tmp_path: Path, mistake: str
 ) -> None:
     change, words = MISTAKES[mistake]
-    asked = {"repository": str(repository), "revision": "second", "path": "data"} | change
+    asked: dict[str, Any] = {"repository": str(repository), "revision": "second", "path": "data"}
+    asked |= change
     with pytest.raises(InputError) as error:
         fetch(**asked, md5=pinned(repository, "second"), folder=tmp_path)
     assert words in str(error.value)

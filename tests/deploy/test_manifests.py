@@ -1,5 +1,6 @@
 """deploy/ holds together: files, names, references, and what the code and the API say of them."""
 
+import ipaddress
 import json
 import re
 import shutil
@@ -13,13 +14,16 @@ import typer
 import yaml
 from kubernetes import client
 
+from components.artifacts import COMMIT_VARIABLE
 from components.image import IMAGE
+from components.secrets import OPTIONS
 from pipeline.__main__ import app
 from pipeline.cron import parse_cron
-from pipeline.graph import SECRET_KEYS, WORK
+from pipeline.graph import WORK
 from pipeline.package import load_package, run_parameters
 from reptile.bundle_format import GRAPHS
 from reptile.cli import app as reptile_app
+from reptile.serve.settings import changed
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -40,7 +44,7 @@ def manifests() -> list[dict[str, Any]]:
     return [
         document
         for folder in FOLDERS
-        for name in kustomization(folder)["resources"]
+        for name in kustomization(folder).get("resources", [])
         if (folder / name).is_file()
         for document in documents(folder / name)
     ]
@@ -71,7 +75,8 @@ def cron_container() -> dict[str, Any]:
 def test_a_kustomization_names_every_file_beside_it_and_no_other(folder: Path) -> None:
     parts = kustomization(folder)
     generated = [file for each in parts.get("configMapGenerator", []) for file in each["files"]]
-    named = [*parts["resources"], *parts.get("components", []), *generated]
+    patches = [each["path"] for each in parts.get("patches", []) if "path" in each]
+    named = [*parts.get("resources", []), *parts.get("components", []), *generated, *patches]
     assert all((folder / name).exists() for name in named)
     files = {path.name for path in folder.iterdir()} - {"kustomization.yaml"}
     assert files == {name for name in named if (folder / name).is_file()}
@@ -163,9 +168,44 @@ def test_volume_and_secret_are_those_that_the_pipeline_asks_for() -> None:
     manifest("PersistentVolumeClaim", defaults["work_volume"])
     secret = manifest("ExternalSecret", defaults["data_secret"])
     assert secret["spec"]["target"]["name"] == defaults["data_secret"]
-    assert {each["secretKey"] for each in secret["spec"]["data"]} == set(SECRET_KEYS)
+    assert {each["secretKey"] for each in secret["spec"]["data"]} <= set(OPTIONS["s3"])
     (mount,) = dict(pods())["reptile-work-access"]["containers"][0]["volumeMounts"]
     assert mount["mountPath"] == WORK
+
+
+def test_pods_pull_with_the_secret_that_the_pipeline_s_pods_do() -> None:
+    pipeline = load_package(ROOT / "pipeline/reptile.yaml").parameters
+    name = pipeline["pull_secret"]["defaultValue"]
+    for pod in ("reptile-work-access", "reptile-schedule"):
+        assert dict(pods())[pod]["imagePullSecrets"] == [{"name": name}]
+
+
+def test_argo_s_defaults_retry_lost_pods_and_failed_processes() -> None:
+    (patch,) = documents(DEPLOY / "argo/workflow-defaults.yaml")
+    assert unknown_fields(patch, "V1ConfigMap") == []
+    assert patch["metadata"]["name"] == "workflow-controller-configmap"
+    assert list(patch["data"]) == ["workflowDefaults"], "every other key stays as it is"
+    retries = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]
+    assert retries == {"retryStrategy": {"limit": "2", "retryPolicy": "Always"}}
+
+
+def test_the_policies_of_the_pipeline_s_pods_select_the_same_pods() -> None:
+    policies = [m["spec"] for m in manifests() if m["kind"] == "NetworkPolicy"]
+    selected = [p["podSelector"]["matchLabels"] for p in policies]
+    label = {"pipelines.kubeflow.org/v2_component": "true"}
+    assert selected.count(label) == 2
+    inside = manifest("NetworkPolicy", "reptile-pipeline-pods-stay-inside")["spec"]
+    (_, reached) = inside["egress"]
+    networks = [ipaddress.ip_network(to["ipBlock"]["cidr"]) for to in reached["to"][1:]]
+    assert all(network.is_private for network in networks)
+    assert {network.version for network in networks} == {4, 6}
+
+
+def test_the_image_knows_its_commit_by_the_name_that_the_pipeline_reads() -> None:
+    text = (ROOT / "Containerfile").read_text(encoding="utf-8")
+    train = text[text.index(" AS train\n") : text.index(" AS serve\n")]
+    assert train.index("ARG REVISION") < train.index(f"ENV {COMMIT_VARIABLE}=${{REVISION}}")
+    assert "REVISION=$revision" in (DEPLOY / "build-image").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", ["schedule", "example"])
@@ -238,6 +278,22 @@ def test_the_server_s_command_and_probes_are_ones_that_it_has() -> None:
         ".deploymentStrategy",
         ".timeout",  # KServe's own
     ]
+
+
+def test_a_rollout_lets_the_old_server_finish_before_the_new_one_uses_its_tasks() -> None:
+    predictor = manifest("InferenceService", "reptile-server")["spec"]["predictor"]
+    command, *options = predictor["containers"][0]["args"][1:]
+    taken = typer.main.get_group(reptile_app).commands[command]
+    values = taken.make_context(command, options).params
+    settings = changed(values["tasks"], values["changes"] or [])
+    assert predictor["deploymentStrategy"] == {"type": "Recreate"}
+    assert predictor["minReplicas"] == predictor["maxReplicas"] == 1
+    # The server itself waits for `request_seconds` at most; then it needs a few seconds to end.
+    assert predictor["terminationGracePeriodSeconds"] >= settings.request_seconds + 10
+    assert predictor["timeout"] > settings.request_seconds  # the server's own 503, not a cut
+    for probe in ("readinessProbe", "livenessProbe"):
+        # A kubelet asks the pod itself, without a proxy, for any name but the pod's own address.
+        assert "host" not in predictor["containers"][0][probe]["httpGet"]
 
 
 @pytest.mark.slow

@@ -82,6 +82,82 @@ def test_an_interval_that_is_not_a_number_loses_to_any_champion() -> None:
     assert refusal(FLOOR, scores(0.9, math.nan), scores(0.1)) is not None
 
 
+def compared(
+    differences: dict[str, tuple[float, float]],
+    *,
+    objective: str = "classification",
+    beside: tuple[str, ...] = (),
+    learner: str = "trained",
+) -> Metrics:
+    """Metrics of a learner with these differences of other methods to it."""
+    accuracy = objective == "classification"
+    values = {
+        "objective": objective,
+        "metric": "accuracy" if accuracy else "mean_squared_error",
+        "ways": 5,
+        "held_out": "letters",
+        "learner": learner,
+        "beside": beside,
+        "scores": {
+            "letters": {
+                1: {
+                    learner: {"frozen": {"mean": 0.7, "interval": 0.02}},
+                    "random": {"frozen": {"mean": 0.3 if accuracy else 2.0, "interval": 0.02}},
+                }
+            }
+        },
+        "differences": {
+            "letters": {
+                1: {
+                    name: {"frozen": {"mean": mean, "interval": interval}}
+                    for name, (mean, interval) in differences.items()
+                }
+            }
+        },
+    }
+    return Metrics.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("difference", "passes"),
+    [((0.03, 0.02), False), ((0.02, 0.02), True), ((0.01, 0.02), True), ((-0.3, 0.01), True)],
+)
+def test_only_a_method_better_beyond_its_paired_interval_refuses(
+    difference: tuple[float, float], passes: bool
+) -> None:
+    reason = refusal(FLOOR, compared({"linear_probe": difference}))
+    assert (reason is None) == passes
+
+
+def test_the_refusal_names_the_method_that_beats_by_most_and_the_ways_out() -> None:
+    beaten = compared({"ridge": (0.05, 0.01), "nearest_mean": (0.02, 0.01)})
+    with pytest.raises(
+        GateError, match=r"ridge regression \(ridge\), by 0\.0500 ± 0\.0100"
+    ) as caught:
+        check_gate(FLOOR, beaten)
+    assert "evaluate.learner: ridge" in str(caught.value)
+    assert "export.gate.insist" in str(caught.value)
+    check_gate(FLOOR.model_copy(update={"insist": True}), beaten)
+
+
+def test_of_a_regressor_a_smaller_error_beats() -> None:
+    limits = GateSettings(shots=1, mode="frozen", above_random=0.2)
+    assert refusal(limits, compared({"zero": (0.5, 0.1)}, objective="regression")) is None
+    assert "zero" in str(refusal(limits, compared({"zero": (-0.5, 0.1)}, objective="regression")))
+
+
+def test_another_network_beside_is_no_reason_to_refuse() -> None:
+    assert refusal(FLOOR, compared({"second": (0.2, 0.01)}, beside=("second",))) is None
+    assert refusal(FLOOR, compared({"second": (0.2, 0.01)})) is not None
+
+
+def test_what_is_gated_is_the_learner_that_the_bundle_is_to_have() -> None:
+    assert refusal(FLOOR, compared({"trained": (-0.1, 0.01)}, learner="ridge")) is None
+    assert "trained learner" in str(
+        refusal(FLOOR, compared({"trained": (0.1, 0.01)}, learner="ridge"))
+    )
+
+
 def without(metrics: Metrics, missing: str) -> Metrics:
     """The metrics with this dataset, number of shots, method or mode under another name."""
     other = {"letters": "digits", "1": "2", "trained": "joint", "random": "zero"}

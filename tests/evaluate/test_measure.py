@@ -2,55 +2,38 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import SETTINGS, make_checkpoint, renamed
 from sklearn.neighbors import NearestCentroid
 
 from reptile.data.dataset import ClassRange, PreparedData
 from reptile.errors import InputError
-from reptile.evaluate import Evaluation, Score, evaluate, measure
+from reptile.evaluate import Evaluation, Score, adapting, evaluate
+from reptile.evaluate.adapting import adapt_along
 from reptile.evaluate.confusions import confusions, hardest
-from reptile.evaluate.measure import adapt_along, nearest_mean
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.evaluate.features import apply, raw
+from reptile.evaluate.heads import prototypes
+from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import Adapted, EagerEngine
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.predict import query_logits
 from reptile.learn.reptile import MetaState
 from reptile.models import build_model, flatten, initialise, unflatten
-from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
+from reptile.objectives import CLASSIFICATION
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings
 from reptile.tasks import FewShotProtocol, Task, held_out_task
 
 CPU = torch.device("cpu")
-SETTINGS = EvaluateSettings(tasks=6, shots=(1, 2), queries=2, steps=4, batch=3)
 
 
-def make_checkpoint(
-    data: PreparedData, name: Literal["conv4", "mlp"] = "conv4", ways: int = 3
-) -> Checkpoint:
-    """Weights that no training made, with a warm optimiser state."""
-    model_settings = ModelSettings(name=name, filters=4, hidden=(16,))
-    settings = TrainSettings(model=model_settings, ways=ways, engine="eager", device="cpu")
-    model = build_model(model_settings, ways, data.image_shape)
-    weights = initialise(model, 99)
-    info = CheckpointInfo(
-        iteration=7,
-        settings=settings,
-        image_shape=data.image_shape,
-        dataset=data.name,
-        data_sha256=data.content_sha256,
-        splits_sha256=data.splits_sha256,
-        code_sha256="c" * 64,
-        versions={"torch": "0"},
-    )
-    state = MetaState(weights, OptimizerState(torch.full_like(weights, 1e-3), 500))
-    return Checkpoint(model, state, info)
-
-
-def renamed(data: PreparedData, name: str) -> PreparedData:
-    return PreparedData(data.images, data.index.model_copy(update={"name": name}))
+def nearest_mean(images: np.ndarray, task: Task) -> np.ndarray:
+    ways = int(task.support_targets.max()) + 1
+    (outputs,) = apply(prototypes, raw(images), [task], ways, CLASSIFICATION)
+    return np.asarray(outputs.argmax(-1))
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +89,16 @@ def test_interval_covers_the_true_mean_95_times_in_100() -> None:
     assert 0.935 < covered < 0.965
 
 
-def test_paired_gain_is_the_difference_of_the_means(evaluation: Evaluation) -> None:
+def test_a_paired_difference_is_the_mean_of_the_differences_task_by_task(
+    evaluation: Evaluation,
+) -> None:
     measured = evaluation.measurements[0]
     trained, random = (measured.score(start, "frozen").mean for start in ("trained", "random"))
-    assert measured.gain("frozen").mean == pytest.approx(trained - random)
+    difference = measured.difference("trained", "random", "frozen")
+    assert difference.mean == pytest.approx(trained - random)
+    each = measured.scores("trained", "frozen") - measured.scores("random", "frozen")
+    expected = 1.96 * statistics.stdev(each.tolist()) / len(each) ** 0.5
+    assert difference.interval == pytest.approx(expected)
 
 
 def test_nearest_mean_agrees_with_scikit_learn() -> None:
@@ -120,9 +109,7 @@ def test_nearest_mean_agrees_with_scikit_learn() -> None:
         protocol = FewShotProtocol(ways=3, shots=5, queries=4, steps=0, batch=1)
         task = held_out_task(np.random.default_rng(number), classes, protocol)
         oracle = NearestCentroid().fit(flat[task.support], task.support_targets)
-        np.testing.assert_array_equal(
-            nearest_mean(pixels, task, 3), oracle.predict(flat[task.query])
-        )
+        np.testing.assert_array_equal(nearest_mean(pixels, task), oracle.predict(flat[task.query]))
 
 
 def test_frozen_queries_are_independent_and_transductive_ones_are_not(
@@ -139,17 +126,15 @@ def test_frozen_queries_are_independent_and_transductive_ones_are_not(
                 query_logits(model, params, support, engine.images(task.query[i : i + 1]), mode)
                 for i in range(len(task.query))
             ]
-            same = np.allclose(
-                measured.logits["trained", mode][number], torch.cat(alone), atol=1e-4
-            )
+            same = np.allclose(measured.logits[mode][number], torch.cat(alone), atol=1e-4)
             assert same == (mode != "transductive")
 
 
 def test_without_batch_norm_the_modes_coincide(data: PreparedData) -> None:
     evaluation = evaluate(SETTINGS, make_checkpoint(data, "mlp"), data, {})
-    for (start, _), logits in evaluation.measurements[0].logits.items():
-        frozen = evaluation.measurements[0].logits[start, "frozen"]
-        np.testing.assert_allclose(logits, frozen, atol=1e-5)
+    measured = evaluation.measurements[0]
+    for logits in measured.logits.values():
+        np.testing.assert_allclose(logits, measured.logits["frozen"], atol=1e-5)
     assert evaluation.modes == ("frozen",)
 
 
@@ -165,8 +150,9 @@ def test_both_starts_meet_the_same_tasks(
             met.extend(tasks)
             return super().adapt(weights, state, tasks)
 
-    monkeypatch.setattr(measure, "make_engine", lambda kind, *rest: Recording(*rest))
-    evaluate(SETTINGS.model_copy(update={"shots": (2,)}), checkpoint, data, {})
+    monkeypatch.setattr(adapting, "make_engine", lambda kind, *rest: Recording(*rest))
+    two = SETTINGS.model_copy(update={"shots": (2,)})
+    evaluate(two, checkpoint, data, {}, baselines=False)
     half = len(met) // 2
     for trained, random in zip(met[:half], met[half:], strict=True):
         for one, other in zip(trained[:4], random[:4], strict=True):
@@ -185,10 +171,15 @@ def test_tasks_do_not_depend_on_what_else_is_measured(
         {"other": renamed(data, "other")},
         lambda done, total: told.append((done, total)),
     )
-    assert told == [(3, 12), (6, 12), (9, 12), (12, 12)]
+    assert told[-4:] == [(103, 112), (106, 112), (109, 112), (112, 112)]  # 100 on validation
+    assert few.adaptations == 112
     for one, other in zip(few.of(data.name), evaluation.of(data.name)[1:], strict=True):
         for name, logits in one.logits.items():
             np.testing.assert_array_equal(logits, other.logits[name][:3])
+        assert set(one.methods) == set(other.methods)
+        for method in one.methods:
+            few_scores = one.scores(method, "frozen")
+            np.testing.assert_array_equal(few_scores, other.scores(method, "frozen")[:3])
 
 
 def test_nothing_leaks_from_task_to_task(
@@ -198,8 +189,8 @@ def test_nothing_leaks_from_task_to_task(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     together = evaluation.measurements[0]
-    monkeypatch.setattr(measure, "TASKS_AT_ONCE", 2)
-    monkeypatch.setattr(measure, "PATH_TASKS", 4)
+    monkeypatch.setattr(adapting, "TASKS_AT_ONCE", 2)
+    monkeypatch.setattr(adapting, "PATH_TASKS", 4)
     one_shot = SETTINGS.model_copy(update={"shots": (1,)})
     in_chunks = evaluate(one_shot, checkpoint, data, {}).measurements[0]
     for name, logits in together.logits.items():
@@ -234,8 +225,9 @@ def test_pure_noise_is_named_by_chance(data: PreparedData, checkpoint: Checkpoin
     settings = EvaluateSettings(tasks=80, shots=(1,), queries=2, steps=2, batch=3)
     measured = evaluate(settings, checkpoint, PreparedData(noise, data.index), {}).measurements[0]
     scores = [measured.score("trained", mode) for mode in BATCH_NORM_MODES]
-    for mean, interval in [*scores, measured.baseline_score()]:
-        assert abs(mean - 1 / 3) < 1.5 * interval
+    simpler = set(measured.methods) - {"trained", "random"}
+    for mean, interval in [*scores, *(measured.score(name, "none") for name in simpler)]:
+        assert abs(mean - 1 / 3) < 2 * interval
 
 
 def test_confusions_count_classes_and_not_labels(
@@ -246,7 +238,7 @@ def test_confusions_count_classes_and_not_labels(
     names = [c.name for c in found.classes]
     counts = np.zeros_like(found.counts)
     for measured in evaluation.measurements:
-        for task, logits in zip(measured.tasks, measured.logits["trained", "frozen"], strict=True):
+        for task, logits in zip(measured.tasks, measured.logits["frozen"], strict=True):
             present = [name_of[task.support[task.support_targets == k][0]] for k in range(3)]
             for row, answer in zip(task.query, logits.argmax(-1), strict=True):
                 actual = names.index(name_of[row])
@@ -264,7 +256,7 @@ def test_confusions_count_classes_and_not_labels(
 def test_ties_go_to_the_first_class() -> None:
     grey = np.full((4, 1, 2, 2), 128, dtype=np.uint8)
     task = Task(np.array([0, 1]), np.array([0, 1]), np.array([2, 3]), np.array([0, 1]), ())
-    assert nearest_mean(grey, task, 2).tolist() == [0, 0]
+    assert nearest_mean(grey, task).tolist() == [0, 0]
 
 
 def test_a_cross_domain_set_too_small_for_the_task_is_left_out_and_said_so(
@@ -318,9 +310,7 @@ def test_with_fewer_ways_the_rest_of_the_head_might_as_well_not_be_there(
         assert set(one.tasks[0].query_targets) == {0, 1}
         for mode in BATCH_NORM_MODES:
             # An occasional ReLU flips on rounding: the sums of the head have another length.
-            np.testing.assert_allclose(
-                one.logits["trained", mode], other.logits["trained", mode], atol=1e-4
-            )
+            np.testing.assert_allclose(one.logits[mode], other.logits[mode], atol=1e-4)
 
 
 @pytest.mark.parametrize("ways", [1, 4])

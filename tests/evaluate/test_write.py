@@ -8,9 +8,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
+from unittest.mock import ANY
 from xml.etree import ElementTree
 
 import pytest
+from checkpoints import make_checkpoint
 from rich.console import Console
 
 from reptile.data.dataset import PreparedData
@@ -19,14 +21,33 @@ from reptile.evaluate import Evaluation, evaluate, summary_table, write_evaluati
 from reptile.evaluate.metrics import read_metrics
 from reptile.evaluate.report.charts import LABEL_HEIGHT, Line, _spread, axis, line_chart
 from reptile.evaluate.write import metrics
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint
+from reptile.learn.checkpoint import Checkpoint, CurvePoint
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
-from reptile.models import build_model, initialise
-from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
+from reptile.learn.run import run_training
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, TrainSettings
 
 SETTINGS = EvaluateSettings(tasks=5, shots=(1, 2), queries=2, steps=3, batch=3)
+GRADIENT = {"trained", "random"}
+UNADAPTED = (
+    "prototypes",
+    "ridge",
+    "linear_probe",
+    "prototype_steps",
+    "random_prototypes",
+    "random_ridge",
+    "nearest_mean",
+    "input_ridge",
+)
 VOID = {"meta", "img", "hr", "br", "link", "input"}
+
+
+def checkpoint_of(data: PreparedData, name: Literal["conv4", "mlp"] = "conv4") -> Checkpoint:
+    checkpoint = make_checkpoint(data, name)
+    curve = tuple(CurvePoint(iteration=i, loss=1 / i, score=0.5) for i in (200, 400))
+    info = checkpoint.info.model_copy(update={"curve": curve})
+    state = MetaState(checkpoint.meta.weights, fresh_state(checkpoint.meta.weights))
+    return Checkpoint(checkpoint.model, state, info)
 
 
 def run(
@@ -34,25 +55,8 @@ def run(
     name: Literal["conv4", "mlp"] = "conv4",
     settings: EvaluateSettings = SETTINGS,
 ) -> Evaluation:
-    model_settings = ModelSettings(name=name, filters=4, hidden=(8,))
-    training = TrainSettings(model=model_settings, ways=3, engine="eager", device="cpu")
-    model = build_model(model_settings, 3, data.image_shape)
-    weights = initialise(model, 5)
-    curve = [CurvePoint(iteration=i, loss=1 / i, score=0.5) for i in (200, 400)]
-    info = CheckpointInfo(
-        iteration=400,
-        settings=training,
-        image_shape=data.image_shape,
-        dataset=data.name,
-        data_sha256=data.content_sha256,
-        splits_sha256=data.splits_sha256,
-        code_sha256="c" * 64,
-        versions={"torch": "0"},
-        curve=tuple(curve),
-    )
-    checkpoint = Checkpoint(model, MetaState(weights, fresh_state(weights)), info)
     other = PreparedData(data.images, data.index.model_copy(update={"name": "other"}))
-    return evaluate(settings, checkpoint, data, {"other": other})
+    return evaluate(settings, checkpoint_of(data, name), data, {"other": other})
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +100,23 @@ def test_metrics_hold_every_method_in_plain_rounded_numbers(
     assert set(nested["scores"]) == {"patterns", "other"}
     for measured in evaluation.measurements:
         methods = nested["scores"][measured.dataset][str(measured.shots)]
-        assert set(methods) == {"trained", "random", "nearest_mean"}
+        assert set(methods) == GRADIENT | set(UNADAPTED)
         for start in ("trained", "random"):
             assert set(methods[start]) == set(BATCH_NORM_MODES)
             for mode in BATCH_NORM_MODES:
                 mean, interval = measured.score(start, mode)
                 expected = {"mean": round(mean, 5), "interval": round(interval, 5)}
                 assert methods[start][mode] == expected
-        assert methods["nearest_mean"]["none"]["mean"] == round(measured.baseline_score().mean, 5)
+        for method in UNADAPTED:
+            mean = measured.score(method, "none").mean
+            assert methods[method] == {"none": {"mean": round(mean, 5), "interval": ANY}}
 
 
 def test_metrics_read_what_they_write(evaluation: Evaluation, folder: Path) -> None:
     read = read_metrics(folder)
     assert read == metrics(evaluation)
     assert read.fewest_shots == 1
-    assert len(list(read.rows())) == 2 * 2 * (3 + 3 + 1)
+    assert len(list(read.rows())) == 2 * 2 * (3 + 3 + len(UNADAPTED))
     flat = read.flat()
     assert (
         flat["patterns/2-shot/trained/frozen/accuracy"]
@@ -124,7 +130,7 @@ def test_metrics_read_what_they_write(evaluation: Evaluation, folder: Path) -> N
     ("text", "words"),
     [
         ('{"patterns": {}}', "of an earlier version; run `reptile evaluate` again"),
-        ('{"format": 3}', "format"),
+        ('{"format": 4}', "format"),
         ('{"format": 2}', "objective"),
         ("[]", "not a JSON object"),
         ("{", "not JSON"),
@@ -171,6 +177,49 @@ def test_report_is_well_formed_and_asks_nothing_of_the_network(folder: Path) -> 
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"data:[^\"]*", "", text))
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
+
+
+def test_differences_are_those_of_each_method_to_the_learner_on_the_same_tasks(
+    evaluation: Evaluation, folder: Path
+) -> None:
+    read = read_metrics(folder)
+    assert read.learner == "trained"
+    for measured in evaluation.measurements:
+        found = read.differences[measured.dataset][measured.shots]
+        assert set(found) == {"random", *UNADAPTED}
+        for method, by_mode in found.items():
+            assert set(by_mode) == set(BATCH_NORM_MODES)
+            for mode in BATCH_NORM_MODES:
+                each = measured.scores(method, mode) - measured.scores("trained", mode)
+                half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+                assert by_mode[mode].mean == pytest.approx(each.mean(), abs=1e-5)
+                assert by_mode[mode].interval == pytest.approx(half, abs=1e-5)
+
+
+def test_metrics_of_format_2_are_read(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / "metrics.json").read_text())
+    old = {"format": 2} | {
+        name: values[name] for name in ("objective", "metric", "ways", "held_out", "scores")
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(old))
+    read, now = read_metrics(tmp_path), read_metrics(folder)
+    assert read.scores == now.scores
+    assert read.learner == "trained"
+    assert read.differences == {}
+
+
+def test_report_opens_with_every_method_and_its_difference(
+    evaluation: Evaluation, folder: Path
+) -> None:
+    text = (folder / "report.html").read_text()
+    tables = re.findall(r'<table class="numbers compared">.*?</table>', text, re.DOTALL)
+    assert len(tables) == len(evaluation.data)
+    first = evaluation.held_out[0]
+    for method in first.methods:
+        mean, interval = first.score(method, "frozen")
+        assert f"<td>{100 * mean:.1f} ± {100 * interval:.1f}</td>" in tables[0]
+    assert len(re.findall(r"<tr class=\"learner", tables[0])) == 1
+    assert "validation tasks, all numbers of shots together, the best learner is" in text
 
 
 def test_report_shows_the_scores(evaluation: Evaluation, folder: Path) -> None:
@@ -232,11 +281,11 @@ def test_colour_images_can_be_shown(tmp_path: Path, data: PreparedData) -> None:
 
 
 def test_summary_table_has_a_row_for_each_mode(evaluation: Evaluation) -> None:
-    console = Console(width=120, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO())
     with console.capture() as captured:
         console.print(summary_table(metrics(evaluation)))
     text = captured.get()
-    for word in ("patterns", "other", *BATCH_NORM_MODES, "trained", "±"):
+    for word in ("patterns", "other", "non-transductive", "frozen", "trained", "linear probe", "±"):
         assert word in text
 
 
@@ -256,3 +305,38 @@ def test_an_axis_has_a_few_round_ticks_within_its_range(high: float) -> None:
 def test_a_line_of_one_point_is_a_dot() -> None:
     chart = line_chart("dot", [Line("a", "trained", [1], [0.5])], axis("x", 2), axis("y", 1))
     assert "<circle" in chart
+
+
+def test_a_closed_form_learner_is_reported_without_steps(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    values = {
+        "algorithm": "protonet",
+        "model": {"filters": 4},
+        "ways": 3,
+        "engine": "eager",
+        "device": "cpu",
+        "meta_iterations": 4,
+        "checkpoint_every": 4,
+        "validation_tasks": 2,
+        "episode": {"shots": [1], "queries": 1},
+    }
+    closed = run_training(TrainSettings.model_validate(values), data)
+    write_evaluation(evaluate(SETTINGS, closed, data, {}), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "trained learner (protonet)" in text
+    assert "closed form" in text
+    assert not (tmp_path / "accuracy_by_step.csv").exists()
+    read = read_metrics(tmp_path)
+    assert (
+        read.find("patterns", 1, "trained", "frozen")
+        == read.scores["patterns"][1]["trained"]["none"]
+    )
+    assert set(read.differences["patterns"][1]["nearest_mean"]) == {"none"}
+    beside = evaluate(SETTINGS, checkpoint_of(data), data, {}, beside={"second": closed})
+    write_evaluation(beside, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "second (protonet)" in text
+    assert "Ship a closed-form learner where it is at least as good" in text

@@ -180,6 +180,15 @@ def test_damage_leaks_and_foreign_operators_fail(
     assert "runtime can be checked" in failed
 
 
+def test_golden_tensors_without_a_refused_input_fail(
+    bundle: Path, failures: Callable[[str], list[str]]
+) -> None:
+    path = bundle / "golden/golden.json"
+    cases = json.loads(path.read_text())["cases"]
+    path.write_text(json.dumps({"cases": [c for c in cases if "refused" not in str(c)]}))
+    assert failures("_golden") == ["golden tensors hold a refused input"]
+
+
 def test_a_golden_tensor_that_is_off_fails(
     bundle: Path, failures: Callable[..., list[str]]
 ) -> None:

@@ -126,6 +126,35 @@ def test_a_killed_process_ends_the_run_and_resuming_equals_never_having_stopped(
     assert found.info == whole.info
 
 
+def test_sigterm_ends_all_processes_after_the_same_iteration_with_a_checkpoint(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    write_prepared(tmp_path, data)
+    changes = {"meta_iterations": 200, "checkpoint_every": 50, "validation_tasks": 1}
+    settings = SETTINGS | CASES["parallel"] | changes
+    (tmp_path / "params.yaml").write_text(json.dumps({"train": settings}))
+
+    run = start(tmp_path)
+    work = tmp_path / "artifacts/training"
+    deadline = time.monotonic() + 120
+    while not list(work.glob("*/iteration-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)  # one alone, as when the node of one is drained
+    _, errors = run.communicate(timeout=120)
+    stopped = load_checkpoint(max(work.glob("*/iteration-*"))).info
+    assert 50 <= stopped.iteration < 200, errors
+    assert len(stopped.losses) == stopped.iteration % 50
+    assert "another process of this run has gone" not in errors
+
+    resumed = start(tmp_path, "--resume")
+    assert resumed.wait(timeout=120) == 0
+    whole = run_training(TrainSettings.model_validate(settings), data, tmp_path / "work")
+    found = load_checkpoint(tmp_path / "artifacts/checkpoint")
+    assert torch.equal(found.state.weights, whole.state.weights)
+    assert found.info == whole.info
+
+
 def test_processes_that_do_not_meet_are_one_clear_error(data: PreparedData, tmp_path: Path) -> None:
     write_prepared(tmp_path, data)
     (tmp_path / "params.yaml").write_text(json.dumps({"train": SETTINGS}))

@@ -1,5 +1,6 @@
 """Training as a whole: resuming, diverging, learning."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,12 @@ import torch
 from patterns import make_data
 
 from reptile.data.dataset import PreparedData
-from reptile.errors import DivergedError, InputError, PlatformError
+from reptile.errors import DivergedError, InputError, PlatformError, StoppedError
 from reptile.files import write_json
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
 from reptile.learn.engines import choose_device
 from reptile.learn.run import run_training
+from reptile.learn.run_folder import is_whole
 from reptile.learn.train import Progress
 from reptile.settings import TrainSettings
 
@@ -164,3 +166,69 @@ def test_without_validation_classes_the_curve_is_of_training_classes(tmp_path: P
 def test_cuda_that_is_not_there_is_refused() -> None:
     with pytest.raises(PlatformError, match="no CUDA device"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("at", "algorithm"),
+    [(3, "reptile"), (4, "reptile"), (7, "reptile"), (12, "reptile"), (7, "ridge")],
+)
+def test_stopping_after_any_iteration_and_resuming_gives_the_bytes_of_never_having_stopped(
+    at: int, algorithm: str, data: PreparedData, tmp_path: Path
+) -> None:
+    settings = settings_of(algorithm=algorithm)
+    whole = run_training(settings, data, tmp_path / "whole")
+    done = 0
+
+    def observe(progress: Progress) -> None:
+        nonlocal done
+        done = progress.iteration
+
+    work = tmp_path / "cut"
+    if at < 12:
+        with pytest.raises(StoppedError, match=f"after meta-iteration {at} of 12"):
+            run_training(settings, data, work, on_progress=observe, stop=lambda: done == at)
+        (kept,) = work.glob("*/iteration-*")
+        assert load_checkpoint(kept).info.iteration == at
+        resumed = run_training(settings, data, work, resume=True)
+    else:  # asked after the last iteration, when there is nothing left to stop
+        resumed = run_training(settings, data, work, on_progress=observe, stop=lambda: done == at)
+    for name, result in (("a", whole), ("b", resumed)):
+        save_checkpoint(tmp_path / name, result)
+    for file in ("weights.safetensors", "checkpoint.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["a byte of the weights", "a digit of the loss", "cut short"])
+def test_a_damaged_checkpoint_of_an_unfinished_run_is_dropped_with_a_warning(
+    damage: str, data: PreparedData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_training(settings_of(), data, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run_training(settings_of(), data, tmp_path / "cut", stop=lambda: True)
+    (kept,) = (tmp_path / "cut").glob("*/iteration-*")
+    weights, info = kept / "weights.safetensors", kept / "checkpoint.json"
+    if damage == "a byte of the weights":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 1
+        weights.write_bytes(content)
+    elif damage == "a digit of the loss":
+        values = json.loads(info.read_text())
+        values["losses"][0] += 0.5
+        info.write_text(json.dumps(values))
+    else:
+        weights.write_bytes(weights.read_bytes()[:100])
+    resumed = run_training(settings_of(), data, tmp_path / "cut", resume=True)
+    assert f"{kept}: damaged" in caplog.text
+    assert torch.equal(resumed.state.weights, whole.state.weights)
+    assert resumed.info == whole.info
+
+
+def test_digests_that_do_not_cover_the_files_are_damage(data: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        run_training(settings_of(), data, tmp_path, stop=lambda: True)
+    (kept,) = tmp_path.glob("*/iteration-*")
+    assert is_whole(kept)
+    both = json.dumps({"weights.safetensors": "0", "checkpoint.json": "0"})
+    for text in ("{}", "[]", "no JSON", '{"weights.safetensors": "0"}', both):
+        (kept / "sha256.json").write_text(text)
+        assert not is_whole(kept)

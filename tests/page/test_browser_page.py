@@ -124,7 +124,7 @@ def test_it_learns_what_is_drawn_and_recognises_new_drawings(
         assert page.locator("#verdict strong").inner_text() == name
 
 
-def test_both_modes_teach_the_same_task(open_page: OpenPage) -> None:
+def test_both_modes_adapt_to_the_same_task(open_page: OpenPage) -> None:
     page = open_page()
     rows = page.evaluate(
         """async () => {
@@ -203,11 +203,11 @@ def test_it_can_be_used_with_the_keyboard_alone(open_page: OpenPage) -> None:
         press(key)
     assert settled(page)["ArrowDown"] > 50
     press("Backspace")  # takes the stroke back
-    page.locator("#verdict", has_text="Draw a new one").wait_for()
+    page.locator("#verdict", has_text="Draw a new symbol").wait_for()
 
 
 @pytest.mark.parametrize("where", ["server", "browser"])
-def test_picture_files_teach_a_colour_bundle_their_colours(
+def test_a_colour_bundle_adapts_to_the_colours_of_image_files(
     open_page: OpenPage, colour_server: str, where: str
 ) -> None:
     page, rng = open_page(colour_server), random.Random(0)
@@ -258,7 +258,7 @@ def test_what_is_missing_is_said_in_a_sentence(open_page: OpenPage) -> None:
     assert not error.is_visible()
 
 
-def test_a_task_that_the_server_has_dropped_can_be_taught_again(
+def test_a_task_that_the_server_has_deleted_can_be_made_again(
     open_page: OpenPage, server: str
 ) -> None:
     page, rng = open_page(allowed="404"), random.Random(0)
@@ -297,7 +297,7 @@ def test_a_server_with_a_token_is_asked_with_it(
 ) -> None:
     page, rng = open_page(guarded_server, allowed="Failed to load resource"), random.Random(0)
     for token in ("wrong", "sesame"):
-        page.get_by_label("This server asks for its token").fill(token)
+        page.get_by_label("This server requires a token").fill(token)
         page.keyboard.press("Enter")
         if token == "wrong":
             page.locator("#error", has_text="does not accept this token").wait_for()

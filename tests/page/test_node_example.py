@@ -63,6 +63,7 @@ def test_the_example_checks_the_golden_tensors_and_adapts_to_a_task(
     done = subprocess.run(command, cwd=example, capture_output=True, text=True, check=True)
     cases = json.loads((bundle / "golden/golden.json").read_text())["cases"]
     assert done.stdout.count("golden") == len(cases)
+    assert [case for case in cases if [*case["outputs"]] == ["finite"]]  # refused, by the graph
     for name in ("corner", "zigzag", "dash"):
         assert f"a new {name} is classified as {name}" in done.stdout
 

@@ -1,13 +1,24 @@
-"""A clone of the project with little data in it, tracked by DVC, in which pipelines run quickly."""
+"""A clone with little data, in which pipelines run quickly; and stand-ins for a cluster's APIs."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import kfp
 import pytest
 import yaml
+from commands import Result
+from kfp import compiler, dsl
+from kubeflow_server import KubeflowServer
+from kubernetes.client import Configuration
+from kubernetes.config import incluster_config
+from kubernetes_server import KubernetesServer
 from patterns import draw_letters
+
+from pipeline import __main__ as command
+from pipeline import connection
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -109,3 +120,100 @@ def delivered(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[in
     points = ("--point", "2-way 1-shot frozen", "--point", "5-way 2-shot frozen")
     folder = tmp_path_factory.mktemp("delivered")
     return Pipeline(clone, folder)(*points, "--bundle-remote", str(folder / "remote"))
+
+
+@pytest.fixture
+def server() -> Iterator[KubeflowServer]:
+    with_state = KubeflowServer()
+    yield with_state
+    with_state.close()
+    assert with_state.broken == []
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline with every type of parameter, and tasks inside a condition."""
+
+    @dsl.component(base_image="image", install_kfp_package=False)
+    def train(seed: int) -> float:
+        return float(seed)
+
+    @dsl.pipeline(name="small")
+    def small(
+        data_revision: str,
+        train_settings: str = "{}",
+        seed: int = 1,
+        rate: float = 0.5,
+        deep: bool = False,
+        shots: list[int] = [1, 5],
+        selector: dict[str, str] = {},
+    ) -> None:
+        task = train(seed=seed)
+        with dsl.If(task.output > 0.5):
+            train(seed=seed).after(task)
+
+    path = tmp_path_factory.mktemp("compiled") / "small.yaml"
+    compiler.Compiler().compile(small, str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN", "KF_PIPELINES_UI_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(connection, "BACK_OFF", (0.01,))
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path) -> Iterator[KubernetesServer]:
+    """The cluster of the kubeconfig, which is empty."""
+    cluster = KubernetesServer()
+    cluster.write_kubeconfig(tmp_path / "kubeconfig")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def in_cluster(
+    server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[None]:
+    """As in a pod: Kubeflow where kfp looks for it, and a Kubernetes that this pod cannot reach."""
+    address = server.address.removeprefix("http://")
+    monkeypatch.setattr(kfp.Client, "_IN_CLUSTER_DNS_NAME", address)
+    for variable, value in (("HOST", "127.0.0.1"), ("PORT", "1")):
+        monkeypatch.setenv(f"KUBERNETES_SERVICE_{variable}", value)
+    for name in ("TOKEN", "CERT"):
+        (tmp_path / name).write_text("x")
+        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
+    default = Configuration.get_default_copy()  # kfp changes it for the whole process
+    yield
+    Configuration.set_default(default)
+
+
+@pytest.fixture(name="run")
+def command_line(
+    server: KubeflowServer,
+    compiled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Result]:
+    """The command line as a person runs it."""
+
+    def run(*arguments: str, host: str | None = server.address) -> Result:
+        more = ["--host", host] if host else []
+        if arguments[0] not in ("unschedule", "status") and "--pipeline" not in arguments:
+            more += ["--pipeline", str(compiled)]
+        if "--wait" in arguments:
+            more += ["--poll", "0.01"]
+        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments, *more])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        return Result(int(end.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -1,5 +1,6 @@
 """The real kfp.Client against a server that checks each request and holds what was asked of it."""
 
+import json
 import re
 import shutil
 import signal
@@ -8,105 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import kfp
 import pytest
 import yaml
-from kfp import compiler, dsl
-from kubeflow_server import KubeflowServer, recorded_log, recorded_run
+from commands import Result, only, submitted
+from kubeflow_server import RECORDED, KubeflowServer, recorded_refusal
 
-from pipeline import __main__ as command
-from pipeline import cluster, connection
-from pipeline.failure import REFUSED
+from pipeline import cluster
 
 NIGHTLY = ("schedule", "nightly", "0 0 2 * * *", "-P", "data_revision=4f2c")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    error: str
-
-
-@pytest.fixture
-def server() -> Iterator[KubeflowServer]:
-    with_state = KubeflowServer()
-    yield with_state
-    with_state.close()
-    assert with_state.broken == []
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small pipeline with every type of parameter, and tasks inside a condition."""
-
-    @dsl.component(base_image="image", install_kfp_package=False)
-    def train(seed: int) -> float:
-        return float(seed)
-
-    @dsl.pipeline(name="small")
-    def small(
-        data_revision: str,
-        train_settings: str = "{}",
-        seed: int = 1,
-        rate: float = 0.5,
-        deep: bool = False,
-        shots: list[int] = [1, 5],
-        selector: dict[str, str] = {},
-    ) -> None:
-        task = train(seed=seed)
-        with dsl.If(task.output > 0.5):
-            train(seed=seed).after(task)
-
-    path = tmp_path_factory.mktemp("compiled") / "small.yaml"
-    compiler.Compiler().compile(small, str(path))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN", "KF_PIPELINES_UI_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setattr(connection, "BACK_OFF", (0.01,))
-
-
-@pytest.fixture
-def run(
-    server: KubeflowServer,
-    compiled: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., Result]:
-    """The command line as a person runs it."""
-
-    def run(*arguments: str, host: str | None = server.address) -> Result:
-        more = ["--host", host] if host else []
-        if arguments[0] not in ("unschedule", "status"):
-            more += ["--pipeline", str(compiled)]
-        if "--wait" in arguments:
-            more += ["--poll", "0.01"]
-        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments, *more])
-        with pytest.raises(SystemExit) as end:
-            command.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return Result(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
-
-
-def only(things: dict[str, Any]) -> Any:
-    (thing,) = things.values()
-    return thing
-
-
-def submitted(*more: str) -> tuple[str, ...]:
-    return ("submit", "-P", "data_revision=4f2c", *more)
 
 
 # Runs
@@ -168,127 +82,6 @@ def test_the_exit_code_is_the_outcome(
     result = run(*submitted("--wait"))
     assert result.code == code
     assert re.findall(r"^[\d:]{8} (\w+)$", result.out, re.MULTILINE) == shown.split()
-
-
-def failed(server: KubeflowServer, name: str, log: str) -> None:
-    """Let the next run end as a recorded one, whose failed pod has this log."""
-    server.details = recorded_run(name)
-    server.states = [server.details["state"]]
-    (children,) = (
-        task["child_tasks"]
-        for task in server.details["run_details"]["task_details"]
-        if (task.get("display_name"), task.get("state")) == ("executor", "FAILED")
-    )
-    node = children[-1]["pod_name"]
-    server.logs = {node: log}
-
-
-def as_the_gate(server: KubeflowServer) -> None:
-    """Let the next run be refused: as recorded, but by a task called gate and in its words."""
-    log = recorded_log("refused").replace("`refuse`", "`gate`").replace('"refuse"', '"gate"')
-    failed(server, "refused", log.replace("not exported: ", REFUSED))
-
-
-REASON = "1-shot transductive accuracy on glyphs is 0.7560, below the gate of 0.99"
-
-
-def test_a_refusal_by_the_gate_is_told_from_a_failure(
-    run: Callable[..., Result], server: KubeflowServer
-) -> None:
-    as_the_gate(server)
-    result = run(*submitted("--wait"))
-    assert (result.code, result.error) == (3, f"refused by the gate: {REASON}\n")
-    assert server.broken == []
-
-
-def test_a_text_like_a_refusal_in_another_tasks_log_is_none(
-    run: Callable[..., Result], server: KubeflowServer
-) -> None:
-    as_the_gate(server)
-    server.logs = {node: log.replace('"gate"', '"train"') for node, log in server.logs.items()}
-    assert run(*submitted("--wait")).code == 1
-
-
-def test_the_gates_component_ends_with_the_words_that_are_looked_for(root: Path) -> None:
-    assert f'SystemExit(f"{REFUSED}' in (root / "components/control.py").read_text()
-
-
-def test_a_failed_run_says_which_task_failed_and_how_its_log_ends(
-    run: Callable[..., Result], server: KubeflowServer
-) -> None:
-    failed(server, "out-of-memory", recorded_log("out-of-memory"))
-    result = run(*submitted("--wait"))
-    assert result.code == 1
-    assert result.error.splitlines() == [
-        "train failed; its log ends:",
-        "  Killed",
-        "  failed to execute component: exit status 137",
-    ]
-
-
-def test_the_log_is_of_the_last_attempt(run: Callable[..., Result], server: KubeflowServer) -> None:
-    failed(server, "killed-not-retried", recorded_log("out-of-memory"))
-    assert "train failed; its log ends:\n  Killed" in run(*submitted("--wait")).error
-
-
-def test_a_long_log_is_shown_from_its_end_without_control_characters(
-    run: Callable[..., Result], server: KubeflowServer
-) -> None:
-    own = "".join(f"line {number}\x1b[31m\x07\n" for number in range(50_000))
-    head, tail = recorded_log("out-of-memory").split("Killed\n")
-    failed(server, "out-of-memory", head + own + "Killed\n" + tail)
-    error = run(*submitted("--wait")).error
-    assert [line.strip() for line in error.splitlines()[1:]] == [
-        *(f"line {number}" for number in range(50_000 - 19, 50_000)),
-        "Killed",
-        "failed to execute component: exit status 137",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "tasks"),
-    [
-        ("out-of-memory", ["train"]),
-        ("killed-not-retried", ["train"]),
-        ("upload-denied", ["summarise", "prepare"]),
-        ("driver-failed", ["the driver of root"]),
-    ],
-)
-def test_failed_tasks_are_named_where_no_log_is_left(
-    run: Callable[..., Result], server: KubeflowServer, name: str, tasks: list[str]
-) -> None:
-    server.details = recorded_run(name)
-    server.states = ["FAILED"]
-    result = run(*submitted("--wait"))
-    assert result.code == 1
-    assert result.error.splitlines() == [
-        f"{task} failed; no log of it can be read" for task in tasks
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "state"),
-    [("succeeded-cached", 0, "succeeded"), ("image-pull", 5, "running"), ("refused", 3, "failed")],
-)
-def test_status_says_how_a_run_is_doing(
-    run: Callable[..., Result], server: KubeflowServer, name: str, code: int, state: str
-) -> None:
-    run(*submitted())
-    server.details = recorded_run(name)
-    server.states = [server.details["state"]]
-    if name == "refused":
-        as_the_gate(server)
-    run_id = only(server.runs)["run_id"]
-    result = run("status", run_id)
-    assert result.code == code
-    assert result.out == f"{state}: {server.address}/#/runs/details/{run_id}\n"
-    assert (REASON in result.error) == (code == 3)
-
-
-def test_the_status_of_a_run_that_is_not_there_is_one_line(run: Callable[..., Result]) -> None:
-    result = run("status", "no-such-run")
-    assert result.code == 7
-    assert "Run no-such-run not found" in result.error
 
 
 def test_waiting_ends_at_the_deadline_and_the_run_goes_on(
@@ -692,6 +485,35 @@ def test_a_refusal_is_one_line_with_a_way_out(
     assert server.runs == {}
 
 
+@pytest.mark.parametrize(
+    ("status", "name", "reason"),
+    [
+        (400, "create-run-missing-parameter", "parameter data_revision is not optional"),
+        (400, "create-run-wrong-type", "input parameter points requires type list"),
+        # 500, and yet the mistake is the request's, so nothing can have been done
+        (500, "create-run-unknown-version", "PipelineVersion 00000000-0000-0000-0000-000000000000"),
+    ],
+)
+def test_a_recorded_refusal_shows_its_reason_and_no_chain_of_causes(
+    run: Callable[..., Result], server: KubeflowServer, status: int, name: str, reason: str
+) -> None:
+    server.refusals["run_service_create_run"] = recorded_refusal(status, name)
+    result = run(*submitted())
+    assert result.code == 7
+    assert reason in result.error
+    assert f"refuses the request ({status})" in result.error
+    assert len(result.error) < 420
+    assert server.log.count("run_service_create_run") == 1
+
+
+def test_the_reason_of_a_refused_schedule_is_shown(
+    run: Callable[..., Result], server: KubeflowServer
+) -> None:
+    name = "recurring_run_service_create_recurring_run"
+    server.refusals[name] = recorded_refusal(400, "create-recurring-bad-cron")
+    assert "End of range (61) above maximum (59): 61" in run(*NIGHTLY).error
+
+
 def test_what_only_reads_is_tried_again(run: Callable[..., Result], server: KubeflowServer) -> None:
     server.faults["experiment_service_list_experiments"] = [503, 503, 502]
     server.faults["recurring_run_service_list_recurring_runs"] = [503]
@@ -743,6 +565,67 @@ def test_without_a_host_or_a_cluster_the_way_out_is_given(run: Callable[..., Res
     result = run(*submitted(), host=None)
     assert result.code == 7
     assert "--host" in result.error
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("in_cluster")
+def test_in_a_cluster_the_address_that_kfp_finds_is_used_without_a_warning(
+    run: Callable[..., Result], server: KubeflowServer
+) -> None:
+    """Kfp has it without a scheme, of which urllib3 warns with each request."""
+    result = run(*submitted(), host=None)
+    assert (result.code, result.error) == (0, "")
+    assert len(server.runs) == 1
+
+
+# Version
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "v2.15.2", "2.17.0", "3.0.0-rc.1"])
+def test_a_server_that_is_new_enough_is_used_without_a_word(
+    run: Callable[..., Result], server: KubeflowServer, version: str
+) -> None:
+    server.version = version
+    assert run(*submitted())[::2] == (0, "")
+
+
+@pytest.mark.parametrize("version", ["2.14.4", "v2.5.0", "1.8.22"])
+@pytest.mark.parametrize("command", [submitted(), NIGHTLY])
+def test_a_server_that_is_too_old_is_refused_before_anything_is_sent(
+    run: Callable[..., Result], server: KubeflowServer, version: str, command: tuple[str, ...]
+) -> None:
+    server.version = version
+    result = run(*command)
+    assert result.code == 7
+    assert f"version {version}" in result.error
+    assert "2.15 or later" in result.error
+    assert set(server.log) == {"healthz_service_get_healthz"}
+
+
+def test_a_pipeline_with_a_security_context_needs_a_later_server(
+    run: Callable[..., Result], server: KubeflowServer, compiled: Path, tmp_path: Path
+) -> None:
+    pods = {"exec-train": {"securityContext": {"runAsNonRoot": True}}}
+    platform = {"platforms": {"kubernetes": {"deploymentSpec": {"executors": pods}}}}
+    path = tmp_path / "restricted.yaml"
+    path.write_text(f"{compiled.read_text()}---\n{yaml.safe_dump(platform)}")
+    server.version = "2.15.2"
+    result = run(*submitted("--pipeline", str(path)))
+    assert (result.code, server.runs) == (7, {})
+    assert "2.16 or later" in result.error
+
+
+@pytest.mark.parametrize("command", [submitted(), NIGHTLY])
+def test_a_server_that_does_not_say_its_version_is_used_with_a_word(
+    run: Callable[..., Result], server: KubeflowServer, command: tuple[str, ...]
+) -> None:
+    server.version = json.loads((RECORDED / "healthz.json").read_text())["tag_name"]
+    result = run(*command)
+    assert result.code == 0
+    assert result.error == (
+        "the server does not say its version (unknown); the pipeline needs Kubeflow Pipelines "
+        "2.15 or later\n"
+    )
 
 
 # Namespace and credentials

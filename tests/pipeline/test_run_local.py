@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
+from components.artifacts import prepare
 from components.fetch import content_md5
 from pipeline.local import Outcome, examine
 from pipeline.revisions import CODE
@@ -45,6 +46,14 @@ def left_by(folder: Path, task: str) -> dict[str, Any]:
     return artifacts | output.get("parameterValues", {})
 
 
+class Folder:
+    """An artifact as KFP has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.metadata: dict[str, Any] = {}
+
+
 def git(folder: Path, *arguments: str) -> str:
     return subprocess.check_output(["git", *arguments], cwd=folder, text=True).strip()
 
@@ -60,7 +69,6 @@ def test_all_stages_run_and_leave_a_bundle_that_works(delivered: Ended) -> None:
         left_by(folder, "verify")["Output"]
         == left_by(folder, "export")["bundle"]["manifest_sha256"]
     )
-    assert left_by(folder, "summarise")["summary"]["data_md5"]
 
 
 def test_every_artifact_says_what_it_was_made_of(delivered: Ended, clone: Path) -> None:
@@ -78,10 +86,26 @@ def test_every_artifact_says_what_it_was_made_of(delivered: Ended, clone: Path) 
             section = getattr(settings, before).model_dump(mode="json")
             lineage[f"{before}_settings_sha256"] = settings_sha256(section)
         artifacts = {k: v for k, v in left_by(folder, stage).items() if isinstance(v, dict)}
+        scores = artifacts.pop("scores", None)
+        assert (scores is None) == (stage != "evaluate")
         assert artifacts
         for name, metadata in artifacts.items():
             assert lineage.items() <= metadata.items(), f"{stage}: {name}"
-            assert stage == "prepare" or 0 <= metadata["accuracy"] <= 1
+    verdict = (folder / "gate/verdict").read_text()
+    assert lineage["data_revision"] in verdict
+    assert lineage["git_commit"] in verdict
+
+
+def test_the_commit_is_that_of_the_image_unless_it_is_given(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(clone / "params.yaml").prepare.model_dump_json()
+    md5 = yaml.safe_load((clone / "data.dvc").read_text())["outs"][0]["md5"]
+    monkeypatch.setenv("REPTILE_GIT_COMMIT", "of-the-image")
+    for given, expected in {"": "of-the-image", "given": "given"}.items():
+        prepared = Folder(tmp_path / expected)
+        prepare(settings, str(clone), "", "data", md5, given, prepared)
+        assert prepared.metadata["git_commit"] == expected
 
 
 def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended) -> None:
@@ -91,8 +115,13 @@ def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended)
     metrics = json.loads((evaluation / "metrics.json").read_text())
     score = metrics["scores"]["letters"]["2"]["trained"]["frozen"]["interval"]
     assert found["evaluation"]["letters/2-shot/trained/frozen/interval"] == score
+    trained = metrics["scores"]["letters"]["2"]["trained"]["frozen"]["mean"]
+    shown = f"{100 * trained:.1f} ± {100 * score:.1f}"
+    assert found["scores"]["letters, 5-way 2-shot, frozen"] == shown
+    assert "data_md5" not in found["scores"], "nothing but scores"
     lines = (evaluation / "confusion.csv").read_text().splitlines()[1:]
-    matrix = found["confusion"]["confusionMatrix"]
+    matrix = found["confusion_matrix"]["confusionMatrix"]
+    assert found["confusion_matrix"]["display_name"] == "letters, 5-way 1-shot, frozen"
     names = [spec["displayName"] for spec in matrix["annotationSpecs"]]
     rows = [row["row"] for row in matrix["rows"]]
     assert sum(map(sum, rows)) == len(lines)
@@ -104,7 +133,9 @@ def test_scores_and_confusions_are_shown_as_they_were_measured(delivered: Ended)
 
 def test_points_are_measured_and_collected(delivered: Ended) -> None:
     _, printed, folder = delivered
-    lines = (folder / "tabulate/table").read_text().splitlines()[2:]
+    title, _, how, _, _, _, *lines = (folder / "evaluate/other_tasks").read_text().splitlines()
+    assert title == "## Accuracy on other tasks of letters, %"
+    assert "95 % interval" in how
     easier, same = (line.split("|")[1:] for line in lines)
     assert easier[0].strip() == "2-way 1-shot frozen"
     assert same[0].strip() == "5-way 2-shot frozen"
@@ -132,11 +163,13 @@ def test_the_gate_refuses_and_then_nothing_is_exported(pipeline: Pipeline) -> No
     assert "below the gate of 0.999" in printed.splitlines()[-1]
     assert not (folder / "export").exists()
     assert not (folder / "verify").exists()
-    assert "below the gate" in (folder / "gate/verdict").read_text()
+    verdict = (folder / "gate/verdict").read_text()
+    assert verdict.startswith("## Refused by the gate\n\n")
+    assert "below the gate" in verdict
+    assert "the report's headline | 5-way 1-shot, frozen |" in verdict, "both scores, named"
     assert f"refused by the gate: {printed.splitlines()[-1]}" in printed, (
         "the end of the task's log"
     )
-    assert left_by(folder, "summarise")["summary"]["data_md5"], "also of a run that failed"
 
 
 def spoil_with(changes: dict[str, float]) -> Callable[[str], str]:
@@ -246,7 +279,7 @@ def test_a_run_is_judged_by_what_it_left_not_by_its_status(
         "verify/verification": '{"checks": []}',
         "export/bundle/MODEL_CARD.md": "better",
         "publish/pointer": "outs: [{md5: 0}]",
-        "tabulate/table": None,
+        "evaluate/other_tasks": None,
     }.items():
         before = (copy / path).read_bytes()
         (copy / path).unlink() if content is None else (copy / path).write_text(content)

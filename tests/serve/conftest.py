@@ -18,10 +18,10 @@ Serve = Callable[..., TestClient]
 @pytest.fixture
 def serve(exported: Path) -> Iterator[Serve]:
     """Start applications with changed bounds; all are stopped in the end."""
-    running = []
+    running: list[TestClient] = []
 
     def start(token: str | None = None, bundle: Path = exported, **bounds: object) -> TestClient:
-        app = make_app(FewShotModel.load(bundle), ServeSettings(**bounds), token)
+        app = make_app(FewShotModel.load(bundle), ServeSettings.model_validate(bounds), token)
         client = TestClient(app, "http://127.0.0.1")
         running.append(client.__enter__())
         return running[-1]

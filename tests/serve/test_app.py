@@ -6,8 +6,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from reptile.serve.workers import Predictor
 from reptile.settings import ModelSettings, OptimizerSettings
 
 Serve = Callable[..., TestClient]
+Support = tuple[np.ndarray, Sequence[str | int]]
 
 
 def png(image: np.ndarray) -> bytes:
@@ -39,7 +41,7 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def teach(client: TestClient, support: tuple[np.ndarray, list[str]], **options: object) -> dict:
+def adapt(client: TestClient, support: Support, **options: object) -> dict[str, Any]:
     images, labels = support
     body = {"images": images.tolist(), "labels": labels, **options}
     response = client.post("/tasks", json=body)
@@ -47,8 +49,8 @@ def teach(client: TestClient, support: tuple[np.ndarray, list[str]], **options: 
     return response.json()
 
 
-def test_files_and_arrays_teach_what_the_runtime_learns(
-    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
+def test_files_and_arrays_give_the_task_that_the_runtime_adapts_to(
+    client: TestClient, exported: Path, support: Support, queries: np.ndarray
 ) -> None:
     images, labels = support
     adapted = FewShotModel.load(exported).adapt(images, labels, steps=7, seed=3)
@@ -56,7 +58,7 @@ def test_files_and_arrays_teach_what_the_runtime_learns(
     files = [(name, ("a.png", png(image))) for name, image in zip(labels, images, strict=True)]
     asked = [("image", ("q.png", png(image))) for image in queries]
     by_file = client.post("/tasks", params={"steps": 7, "seed": 3}, files=files).json()
-    by_array = teach(client, support, steps=7, seed=3)
+    by_array = adapt(client, support, steps=7, seed=3)
     for task in (by_file, by_array):
         assert task["labels"] == adapted.labels
         np.testing.assert_allclose(task["losses"], adapted.losses, rtol=1e-5)
@@ -71,8 +73,8 @@ def test_files_and_arrays_teach_what_the_runtime_learns(
             np.testing.assert_allclose(rows, expected.probabilities, atol=1e-5)
 
 
-def test_a_task_is_listed_shown_and_forgotten(client: TestClient, support: tuple) -> None:
-    task = teach(client, support, steps=1)
+def test_a_task_is_listed_shown_and_forgotten(client: TestClient, support: Support) -> None:
+    task = adapt(client, support, steps=1)
     assert client.get("/tasks").json() == {"tasks": [task]}
     assert client.get(f"/tasks/{task['id']}").json() == task
     assert client.delete(f"/tasks/{task['id']}").status_code == 204
@@ -81,15 +83,15 @@ def test_a_task_is_listed_shown_and_forgotten(client: TestClient, support: tuple
     assert gone.status_code == 404 and "no task" in gone.json()["error"]
 
 
-def test_labels_keep_their_type(client: TestClient, support: tuple, queries: np.ndarray) -> None:
+def test_labels_keep_their_type(client: TestClient, support: Support, queries: np.ndarray) -> None:
     images, _ = support
-    task = teach(client, (images, [7] * 3 + [True] * 3 + ["x"] * 3), steps=2)
+    task = adapt(client, (images, [7] * 3 + [True] * 3 + ["x"] * 3), steps=2)
     assert task["labels"] == [7, True, "x"]
 
 
 @pytest.mark.parametrize("pair", [(1, "1"), (True, "True"), ("2.5", 2.5)])
 def test_labels_that_are_the_same_as_text_are_refused(
-    client: TestClient, support: tuple, pair: tuple
+    client: TestClient, support: Support, pair: tuple[object, object]
 ) -> None:
     images, _ = support
     body = {"images": images[:2].tolist(), "labels": list(pair)}
@@ -99,7 +101,7 @@ def test_labels_that_are_the_same_as_text_are_refused(
     assert client.get("/tasks").json() == {"tasks": []}
 
 
-def test_a_field_s_name_is_the_label_that_was_written(client: TestClient, support: tuple) -> None:
+def test_a_field_s_name_is_the_label_that_was_written(client: TestClient, support: Support) -> None:
     images, _ = support
     # httpx escapes as browsers do, by WHATWG's standard
     names = ['5" pipe', "a\r\nb", "100%"]
@@ -108,7 +110,7 @@ def test_a_field_s_name_is_the_label_that_was_written(client: TestClient, suppor
     assert task["labels"] == names
 
 
-def test_options_of_a_form_are_checked(client: TestClient, support: tuple) -> None:
+def test_options_of_a_form_are_checked(client: TestClient, support: Support) -> None:
     files = [("a", ("a.png", png(support[0][0])))]
     for query, named in (({"steps": "many"}, "steps"), ({"learning_rate": "x"}, "learning_rate")):
         answer = client.post("/tasks", params=query, files=files)
@@ -123,7 +125,7 @@ def test_every_route_is_in_the_document_and_the_document_in_the_routes(serve: Se
         (route.path_format, method.lower())
         for route in routes
         if isinstance(route, Route) and route.path_format not in undocumented
-        for method in route.methods - {"HEAD"}
+        for method in (route.methods or set()) - {"HEAD"}
     }
     paths = client.get("/openapi.json").json()["paths"]
     assert served == {(path, method) for path, item in paths.items() for method in item}
@@ -172,10 +174,10 @@ OTHER_SITES = [
 
 @pytest.mark.parametrize("headers", OTHER_SITES)
 def test_pages_of_other_sites_neither_read_nor_change_tasks(
-    serve: Serve, support: tuple, headers: dict
+    serve: Serve, support: Support, headers: dict[str, str]
 ) -> None:
     client = serve(max_tasks=1)
-    task = teach(client, support, steps=1)
+    task = adapt(client, support, steps=1)
     one = f"/tasks/{task['id']}"
     for method, path in (
         *(("POST", "/tasks"), ("GET", "/tasks"), ("GET", one), ("DELETE", one)),
@@ -265,9 +267,9 @@ def test_few_shot_is_the_graph(client: TestClient, exported: Path) -> None:
 
 
 def test_models_describe_themselves_and_a_task_is_one(
-    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
+    client: TestClient, exported: Path, support: Support, queries: np.ndarray
 ) -> None:
-    task = teach(client, support, steps=2)
+    task = adapt(client, support, steps=2)
     name = f"task-{task['id']}"
     described = client.get(f"/v2/models/{name}").json()
     assert described["inputs"] == [
@@ -289,12 +291,12 @@ def test_models_describe_themselves_and_a_task_is_one(
 
 
 def test_dark_images_are_taken_as_the_runtime_takes_them(
-    client: TestClient, exported: Path, support: tuple
+    client: TestClient, exported: Path, support: Support
 ) -> None:
     images, labels = support
     dark = (images > 128).astype(np.uint8)  # pixels 0 and 1, which as floats would be refused
     here = FewShotModel.load(exported).adapt(dark, labels, steps=2)
-    task = teach(client, (dark, labels), steps=2)
+    task = adapt(client, (dark, labels), steps=2)
     np.testing.assert_allclose(task["losses"], here.losses, rtol=1e-5)
     path = f"/tasks/{task['id']}/predict"
     named = client.post(path, json={"images": dark.tolist()}).json()["predictions"]
@@ -303,7 +305,7 @@ def test_dark_images_are_taken_as_the_runtime_takes_them(
     assert floats.status_code == 422 and "multiply by 255" in floats.json()["error"]
 
 
-def binary(inputs: dict[str, np.ndarray], **more: object) -> dict:
+def binary(inputs: dict[str, np.ndarray], **more: object) -> dict[str, Any]:
     """A request whose tensors come after its JSON, as httpx sends it."""
     kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8"}
     tensors = [
@@ -323,9 +325,9 @@ def binary(inputs: dict[str, np.ndarray], **more: object) -> dict:
 
 
 def test_binary_tensors_give_what_json_gives(
-    client: TestClient, exported: Path, support: tuple, queries: np.ndarray
+    client: TestClient, exported: Path, support: Support, queries: np.ndarray
 ) -> None:
-    task = teach(client, support, steps=2)
+    task = adapt(client, support, steps=2)
     place = f"/v2/models/task-{task['id']}/infer"
     named = client.post(f"/tasks/{task['id']}/predict", json={"images": queries.tolist()}).json()
     expected = [list(each["probabilities"].values()) for each in named["predictions"]]
@@ -360,7 +362,7 @@ def test_binary_tensors_give_what_json_gives(
     )
 
 
-def parts(answer: Response) -> tuple[dict, bytes]:
+def parts(answer: Response) -> tuple[dict[str, Any], bytes]:
     """An answer's JSON and what comes after it."""
     assert answer.status_code == 200, answer.text
     size = int(answer.headers["inference-header-content-length"])
@@ -382,14 +384,15 @@ def parts(answer: Response) -> tuple[dict, bytes]:
     ],
 )
 def test_binary_tensors_that_lie_are_refused(
-    client: TestClient, queries: np.ndarray, change: dict, status: int, message: str
+    client: TestClient, queries: np.ndarray, change: dict[str, Any], status: int, message: str
 ) -> None:
     pixels = queries.astype(np.float32)
     if "nan" in change:
         pixels[0, 0, 0, 0] = np.nan
     size = change.get("size", pixels.nbytes)
-    tensor = {"name": "images", "shape": pixels.shape, "datatype": "FP32"}
-    tensor["parameters"] = {"binary_data_size": size}
+    tensor = {"name": "images", "shape": pixels.shape, "datatype": "FP32"} | {
+        "parameters": {"binary_data_size": size}
+    }
     told = json.dumps({"inputs": [tensor | {k: change[k] for k in ("data",) if k in change}]})
     answer = client.post(
         "/v2/models/predict/infer",
@@ -401,14 +404,14 @@ def test_binary_tensors_that_lie_are_refused(
 
 
 def test_a_fault_is_answered_in_one_sentence_and_logged(
-    serve,
-    support: tuple,
+    serve: Serve,
+    support: Support,
     queries: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     client = serve()
-    task = teach(client, support, steps=1)
+    task = adapt(client, support, steps=1)
 
     async def fails(self: Predictor, *arguments: object) -> None:
         raise RuntimeError("a secret of the inside")
@@ -429,11 +432,11 @@ def test_a_fault_is_answered_in_one_sentence_and_logged(
 
 
 def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
-    serve, support: tuple, queries: np.ndarray, tmp_path: Path
+    serve: Serve, support: Support, queries: np.ndarray, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tasks"
     first = serve(tasks=folder)
-    task = teach(first, support, steps=3)
+    task = adapt(first, support, steps=3)
     path = f"/tasks/{task['id']}/predict"
     before = first.post(path, json={"images": queries.tolist()}).json()
     first.__exit__(None, None, None)
@@ -448,25 +451,27 @@ def test_tasks_survive_a_restart_and_what_cannot_be_read_does_no_harm(
     assert second.post(path, json={"images": queries.tolist()}).json() == before
 
 
-def test_the_store_forgets_the_one_used_longest_ago(serve, support: tuple, tmp_path: Path) -> None:
+def test_the_store_forgets_the_one_used_longest_ago(
+    serve: Serve, support: Support, tmp_path: Path
+) -> None:
     client = serve(tasks=tmp_path, max_tasks=2)
-    first, second = (teach(client, support, steps=0)["id"] for _ in range(2))
+    first, second = (adapt(client, support, steps=0)["id"] for _ in range(2))
     assert client.get(f"/tasks/{first}").status_code == 200  # now the second is the oldest
-    third = teach(client, support, steps=0)["id"]
+    third = adapt(client, support, steps=0)["id"]
     assert {t["id"] for t in client.get("/tasks").json()["tasks"]} == {first, third}
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {first, third}
     assert client.get(f"/tasks/{second}").status_code == 404
 
 
-def test_a_task_expires(serve, support: tuple, tmp_path: Path) -> None:
+def test_a_task_expires(serve: Serve, support: Support, tmp_path: Path) -> None:
     client = serve(tasks=tmp_path, task_days=0.5 / 86400)
-    task = teach(client, support, steps=0)
+    task = adapt(client, support, steps=0)
     time.sleep(0.6)
     assert client.get(f"/tasks/{task['id']}").status_code == 404
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_bounds_are_kept(serve, support: tuple, queries: np.ndarray) -> None:
+def test_bounds_are_kept(serve: Serve, support: Support, queries: np.ndarray) -> None:
     client = serve(max_images=4, max_body_bytes=20_000, max_image_pixels=100)
     images, labels = support
     too_many = client.post("/tasks", json={"images": images.tolist(), "labels": labels})
@@ -478,7 +483,7 @@ def test_bounds_are_kept(serve, support: tuple, queries: np.ndarray) -> None:
     assert "at most 100" in wide.json()["error"]
 
 
-def test_a_full_queue_and_a_deadline_are_answered_at_once(serve, support: tuple) -> None:
+def test_a_full_queue_and_a_deadline_are_answered_at_once(serve: Serve, support: Support) -> None:
     client = serve(waiting_adaptations=0, request_seconds=60)
     answers = []
 
@@ -504,7 +509,9 @@ def test_a_full_queue_and_a_deadline_are_answered_at_once(serve, support: tuple)
 
 
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic right", "Bearer "])
-def test_a_token_is_asked_of_everything_but_health_and_the_page(serve, given: str | None) -> None:
+def test_a_token_is_asked_of_everything_but_health_and_the_page(
+    serve: Serve, given: str | None
+) -> None:
     client = serve(token="right")
     headers = {"authorization": given} if given else {}
     for path in ("/tasks", "/v2", "/metrics", "/bundle/manifest.json", "/openapi.json"):
@@ -551,7 +558,7 @@ def test_bad_bodies_are_refused_in_one_sentence(
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(
-    client: TestClient, support: tuple, change: dict
+    client: TestClient, support: Support, change: dict[str, object]
 ) -> None:
     images, labels = support
     body = {"images": images.tolist(), "labels": labels} | change
@@ -562,7 +569,7 @@ def test_bad_values_are_refused_in_one_sentence(
 
 
 def test_a_diverging_adaptation_is_refused_counted_and_not_kept(
-    data: PreparedData, support: tuple, tmp_path: Path
+    data: PreparedData, support: Support, tmp_path: Path
 ) -> None:
     # Four layers by plain SGD: each makes the next one's gradient larger.
     deep = ModelSettings(name="mlp", hidden=(32, 32, 32, 32))
@@ -588,8 +595,8 @@ def test_only_the_bundle_s_own_files_are_given_out(client: TestClient, exported:
         assert client.get(f"/bundle/{path}").status_code == 404
 
 
-def test_metrics_requests_and_the_document(client: TestClient, support: tuple) -> None:
-    teach(client, support, steps=1)
+def test_metrics_requests_and_the_document(client: TestClient, support: Support) -> None:
+    adapt(client, support, steps=1)
     answer = client.get("/v2", headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
     assert client.get("/v2", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"

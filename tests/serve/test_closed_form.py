@@ -65,7 +65,10 @@ def tensor(name: str, datatype: str, values: np.ndarray) -> dict[str, object]:
 
 
 def test_its_models_are_few_shot_and_embed(
-    client: TestClient, closed_form_bundle: Path, support: tuple, queries: np.ndarray
+    client: TestClient,
+    closed_form_bundle: Path,
+    support: tuple[np.ndarray, list[str]],
+    queries: np.ndarray,
 ) -> None:
     images, labels = support
     names = sorted(set(labels), key=labels.index)
@@ -86,6 +89,7 @@ def test_its_models_are_few_shot_and_embed(
         "/v2/models/embed/infer", json={"inputs": [tensor("images", "UINT8", images)]}
     )
     (features,) = answer.json()["outputs"]
+    assert adapted.state.examples is not None
     np.testing.assert_allclose(
         features["data"], adapted.state.examples.features.ravel(), rtol=1e-4, atol=1e-5
     )
@@ -94,7 +98,7 @@ def test_its_models_are_few_shot_and_embed(
 
 @pytest.mark.parametrize("labels", [[0, 1, -1], [0, 1, 50], [0, 1]])
 def test_few_shot_refuses_labels_out_of_range(
-    client: TestClient, support: tuple, labels: list[int]
+    client: TestClient, support: tuple[np.ndarray, list[str]], labels: list[int]
 ) -> None:
     images, _ = support
     inputs = [

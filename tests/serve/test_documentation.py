@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from PIL import Image, ImageDraw
+
+from reptile.serve.settings import ServeSettings
 
 
 @pytest.fixture
@@ -25,10 +27,11 @@ def server(exported: Path, tmp_path: Path) -> Iterator[str]:
     with subprocess.Popen(
         [sys.executable, "-m", "reptile", *arguments], stderr=subprocess.DEVNULL
     ) as process:
+        opener = build_opener(ProxyHandler({}))
         url, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
         while True:
             try:
-                urlopen(f"{url}/v2/health/ready", timeout=5).close()
+                opener.open(f"{url}/v2/health/ready", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < until
@@ -56,6 +59,17 @@ def test_three_lines_go_from_a_bundle_to_a_right_prediction(
         check=True,
     )
     assert '"label":"ring"' in done.stdout, done.stdout
+
+
+def test_the_document_has_each_setting_with_its_default(root: Path) -> None:
+    text = (root / "docs/serving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", text, re.MULTILINE)
+    for name, default, meaning in rows:
+        field = ServeSettings.model_fields[name]
+        value = None if default == "none" else float(default.replace(",", ""))
+        assert (field.default or None) == value, name
+        assert meaning == " ".join((field.description or "").split()), name
+    assert [name for name, *_ in rows] == [*ServeSettings.model_fields]
 
 
 def draw(symbol: str, shift: int, path: Path) -> None:

@@ -36,10 +36,10 @@ def attacked(exported: Path, tmp_path: Path) -> Iterator[tuple[Server, Target]]:
     with Server(exported, *options) as server:
         manifest = json.loads((exported / "manifest.json").read_bytes())
         shape, ways = tuple(manifest["task"]["image_shape"]), manifest["task"]["ways"]
-        yield server, Target(teach(server, shape), shape, ways, SECRET)
+        yield server, Target(adapt(server, shape), shape, ways, SECRET)
 
 
-def teach(server: Server, shape: tuple[int, ...]) -> str:
+def adapt(server: Server, shape: tuple[int, ...]) -> str:
     images = np.random.default_rng(1).integers(0, 256, (4, *shape)).tolist()
     answer = server.request("POST", "/tasks", {"images": images, "labels": ["a", "a", "b", "b"]})
     assert answer.status == 201, answer

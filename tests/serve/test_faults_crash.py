@@ -19,70 +19,70 @@ from reptile.errors import InputError
 from reptile.runtime import FewShotModel
 
 LABELS = ["a", "b", "a", "b"]
-TEACHERS, TASKS = 3, 6  # clients that teach, and how many tasks each at most
+CLIENTS, TASKS = 3, 6  # clients that create tasks, and the most tasks of each
 
 
-class Lesson(NamedTuple):
-    """What a task is taught with: its seed says it all."""
+class Request(NamedTuple):
+    """What creates a task; determined by its seed."""
 
     seed: int
     images: Any
 
     @property
-    def request(self) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         return {"images": self.images.tolist(), "labels": LABELS, "steps": 3, "seed": self.seed}
 
 
-def lesson(model: FewShotModel, seed: int) -> Lesson:
+def request(model: FewShotModel, seed: int) -> Request:
     rng = np.random.default_rng(seed)
-    return Lesson(seed, rng.integers(0, 256, (len(LABELS), *model.image_shape)))
+    return Request(seed, rng.integers(0, 256, (len(LABELS), *model.image_shape)))
 
 
-def check_tasks(server: Server, model: FewShotModel, lessons: Mapping[str, Lesson]) -> None:
-    """Each task is there, and predicts what the same lesson gives in this process."""
+def check_tasks(server: Server, model: FewShotModel, requests: Mapping[str, Request]) -> None:
+    """Each task is there, and predicts what the same request gives in this process."""
     listed = {task["id"] for task in server.request("GET", "/tasks").json()["tasks"]}
-    assert lessons.keys() <= listed
+    assert requests.keys() <= listed
     queries = np.random.default_rng(0).integers(0, 256, (3, *model.image_shape))
-    for name, taught in lessons.items():
+    for name, sent in requests.items():
         answer = server.request("POST", f"/tasks/{name}/predict", {"images": queries.tolist()})
         assert answer.status == 200, answer
         found = [
             [one["probabilities"][label] for label in ("a", "b")]
             for one in answer.json()["predictions"]
         ]
-        here = model.adapt(taught.images, LABELS, steps=3, seed=taught.seed)
+        here = model.adapt(sent.images, LABELS, steps=3, seed=sent.seed)
         np.testing.assert_allclose(found, here.predict(queries).probabilities, atol=1e-5)
 
 
 def kill_again_and_again(bundle: Path, folder: Path, kills: int) -> None:
     model, rng = FewShotModel.load(bundle), random.Random(0)
-    acknowledged: dict[str, Lesson] = {}
+    acknowledged: dict[str, Request] = {}
     attempts = 0
     for kill in range(kills):
         with Server(bundle, "--tasks", str(folder)) as server:
-            latest = dict(list(acknowledged.items())[-TEACHERS * TASKS :])
+            latest = dict(list(acknowledged.items())[-CLIENTS * TASKS :])
             check_tasks(server, model, latest)
 
-            def teach(first: int, server: Server = server) -> None:
+            def create(first: int, server: Server = server) -> None:
                 for seed in range(first, first + TASKS):
-                    taught = lesson(model, seed)
+                    sent = request(model, seed)
                     try:
-                        answer = server.request("POST", "/tasks", taught.request)
+                        answer = server.request("POST", "/tasks", sent.body)
                     except (OSError, http.client.HTTPException):
                         return  # killed
                     if answer.status == 201:
-                        acknowledged[answer.json()["id"]] = taught
+                        acknowledged[answer.json()["id"]] = sent
 
-            firsts = [1000 * kill + 100 * n for n in range(TEACHERS)]
-            threads = [threading.Thread(target=teach, args=(first,)) for first in firsts]
+            firsts = [1000 * kill + 100 * n for n in range(CLIENTS)]
+            threads = [threading.Thread(target=create, args=(first,)) for first in firsts]
             for thread in threads:
                 thread.start()
             threads[0].join(rng.uniform(0.005, 0.25))
             server.kill()
             for thread in threads:
                 thread.join()
-            attempts += TEACHERS * TASKS
-    assert kills < len(acknowledged) < attempts  # it was taught, and was interrupted
+            attempts += CLIENTS * TASKS
+    assert kills < len(acknowledged) < attempts  # tasks were created, and some interrupted
     with Server(bundle, "--tasks", str(folder)) as server:
         check_tasks(server, model, acknowledged)
     assert not set(folder.glob(".*")) - {folder / ".lock"}, (
@@ -127,7 +127,7 @@ def test_no_file_in_the_folder_blocks_the_start(
 ) -> None:
     folder, model = tmp_path / "tasks", FewShotModel.load(exported)
     with Server(exported, "--tasks", str(folder)) as server:
-        answer = server.request("POST", "/tasks", lesson(model, 1).request)
+        answer = server.request("POST", "/tasks", request(model, 1).body)
         assert answer.status == 201, answer
     good = answer.json()["id"]
     (file,) = folder.glob("*.safetensors")
@@ -158,7 +158,7 @@ def test_no_file_in_the_folder_blocks_the_start(
         listener.bind(place().name)
         before = set(folder.iterdir())
         with Server(exported, "--tasks", str(folder)) as server:
-            check_tasks(server, model, {good: lesson(model, 1)})
+            check_tasks(server, model, {good: request(model, 1)})
             listed = {task["id"] for task in server.request("GET", "/tasks").json()["tasks"]}
             # Root may read what nobody may.
             assert listed - {secret.stem} == {good}

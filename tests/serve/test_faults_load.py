@@ -31,7 +31,7 @@ def images(exported: Path) -> Any:
 
 @contextmanager
 def started(bundle: Path, images: Any, *options: str) -> Iterator[tuple[Server, str]]:
-    """A server that was taught a task, and where to predict with it."""
+    """A server with a task, and the path of its predictions."""
     with Server(bundle, *options) as server:
         answer = server.request("POST", "/tasks", {"images": images, "labels": LABELS})
         assert answer.status == 201, answer
@@ -204,7 +204,7 @@ def test_sigterm_under_load_answers_what_is_under_way_and_exits_with_0(
         steps = FewShotModel.load(exported).bundle.max_steps
         task = {"images": images, "labels": LABELS, "steps": steps}
         exchanges: list[Exchange] = []
-        taught: list[str] = []
+        created: list[str] = []
 
         def ask(place: str, body: Any) -> None:
             while True:
@@ -216,7 +216,7 @@ def test_sigterm_under_load_answers_what_is_under_way_and_exits_with_0(
                     return
                 exchanges.append(Exchange(sent, answer.status))
                 if answer.status == 201:
-                    taught.append(answer.json()["id"])
+                    created.append(answer.json()["id"])
                 elif answer.status == 429:
                     time.sleep(0.2)
                 elif answer.status != 200:
@@ -237,4 +237,4 @@ def test_sigterm_under_load_answers_what_is_under_way_and_exits_with_0(
         assert "Traceback" not in server.log
         first = predict.split("/")[2]
         kept = {file.stem for file in (tmp_path / "tasks").glob("*.safetensors")}
-        assert kept == {first, *taught}
+        assert kept == {first, *created}

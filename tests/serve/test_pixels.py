@@ -71,7 +71,7 @@ def test_everything_else_is_left_to_the_long_way(images: Any) -> None:
 
 def test_what_is_read_is_never_what_the_long_way_refuses() -> None:
     rng = np.random.default_rng(0)
-    values = [0, 1, 2, 255, 256, -1, 1.5, True, None, "2", [3], {}]
+    values: list[object] = [0, 1, 2, 255, 256, -1, 1.5, True, None, "2", [3], {}]
     read = 0
     for _ in range(2000):
         images = rng.integers(0, 4, (2, *SHAPE)).tolist()

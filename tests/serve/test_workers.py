@@ -13,9 +13,11 @@ from reptile.runtime import AdaptedModel, FewShotModel
 from reptile.serve import workers
 from reptile.serve.workers import OFTEN, _Hot
 
+Support = tuple[np.ndarray, list[str]]
+
 
 @pytest.fixture
-def tasks(exported: Path, support: tuple) -> list[AdaptedModel]:
+def tasks(exported: Path, support: Support) -> list[AdaptedModel]:
     model = FewShotModel.load(exported)
     return [model.adapt(*support, steps=2, seed=seed) for seed in range(4)]
 
@@ -54,7 +56,7 @@ def test_few_have_a_graph_of_their_own_and_forgotten_tasks_none(
 def test_a_bundle_replaced_in_its_folder_costs_speed_only(
     exported: Path,
     tmp_path: Path,
-    support: tuple,
+    support: Support,
     queries: np.ndarray,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

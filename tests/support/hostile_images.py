@@ -30,8 +30,8 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes, *, crc: int | None = None) -> bytes:
-    found = zlib.crc32(kind + data) if crc is None else crc
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", found)
+    checksum = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def header(width: int, height: int, depth: int = 8, colour: int = 0) -> bytes:

@@ -51,7 +51,7 @@ JSON = "application/json"
 class Target(NamedTuple):
     """What is attacked."""
 
-    task: str  # id of a taught task
+    task: str  # id of an adapted task
     shape: tuple[int, int, int]
     ways: int
     secret: str  # name of a file beside the bundle's folder, and beside the folder of tasks
@@ -243,14 +243,14 @@ class Attacker:
             after += content
         if rng.random() < 0.3:
             body["parameters"] = {"binary_data_output": rng.choice((True, *NUMBERS))}
-        told = json.dumps(body).encode()
-        length: int | str = len(told)
+        head = json.dumps(body).encode()
+        length: int | str = len(head)
         if rng.random() < 0.2:
-            length = rng.choice((0, 1, -1, len(told) - 1, len(told) + 1, 10**9, 10**30, "x"))
+            length = rng.choice((0, 1, -1, len(head) - 1, len(head) + 1, 10**9, 10**30, "x"))
         return self._post(
             f"{model[:8]} binary",
             f"/v2/models/{model}/infer",
-            told + after,
+            head + after,
             "application/octet-stream",
             f"Inference-Header-Content-Length: {length}",
         )

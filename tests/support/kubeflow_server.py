@@ -12,7 +12,7 @@ import ssl
 import threading
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,7 @@ import yaml
 
 RECORDED = Path(__file__).parent / "kubeflow"
 LOG = re.compile(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log")
+HEALTH = "healthz_service_get_healthz"
 PAGE = 2  # small, so that a few things fill several pages
 
 
@@ -45,6 +46,73 @@ def recorded_run(name: str) -> dict[str, Any]:
 def recorded_log(name: str) -> str:
     """Return what a real Kubeflow gives as the log of a pod."""
     return (RECORDED / f"log-{name}.txt").read_text()
+
+
+def recorded_refusal(status: int, name: str) -> RefusedError:
+    """Return how a real Kubeflow refused a request."""
+    answer = json.loads((RECORDED / f"{name}.json").read_text())
+    return RefusedError(status, answer["message"], answer)
+
+
+def replay(last: dict[str, Any], seconds: int = 10) -> list[dict[str, Any]]:
+    """Return a run as it was every so many seconds, up to its end.
+
+    Kubeflow listed the children of a node as they came to be; here that is seen to for the attempts
+    of a pod alone, of which the recorded runs have two at most.
+    """
+    nodes = last["run_details"]["task_details"]
+    times = [
+        {key: datetime.fromisoformat(node[key]) for key in ("start_time", "end_time")}
+        for node in nodes
+    ]
+    second = [
+        t["start_time"]
+        for t, n in zip(times, nodes, strict=True)
+        if n.get("display_name") == "executor(1)"
+    ]
+    now = min(t["start_time"] for t in times)
+    looks = []
+    while now < max(t["end_time"] for t in times):
+        seen = []
+        for node, time in zip(nodes, times, strict=True):
+            if time["start_time"] > now or "state" not in node:
+                continue
+            node = dict(node)
+            if time["end_time"] > now:
+                node |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+            if node.get("display_name") == "executor" and "child_tasks" in node:
+                begun = 1 + sum(start <= now for start in second)
+                node["child_tasks"] = node["child_tasks"][:begun]
+            seen.append(node)
+        looks.append({"state": "RUNNING", "run_details": {"task_details": seen}})
+        now += timedelta(seconds=seconds)
+    return [*looks, last]
+
+
+def node_id(workflow: str, full_name: str) -> str:
+    """Return what Argo calls a node: the name of its workflow and a hash of its full name."""
+    value = 2166136261
+    for character in full_name:
+        value = (value ^ ord(character)) * 16777619 % 2**32
+    return f"{workflow}-{value}"
+
+
+def refused_by_the_gate() -> tuple[dict[str, Any], str]:
+    """Return the recorded refusal and its log, as if `refuse` had been called `gate`, as now."""
+    run = recorded_run("refused")
+    nodes = [
+        n
+        for n in run["run_details"]["task_details"]
+        if not n.get("display_name", "").startswith("gate")
+    ]
+    text = json.dumps(nodes).replace('"refuse', '"gate')
+    parent = "reptile-llrqs(0).root(0).exit-handler-1(0).condition-branches-3(0).condition-6(0)"
+    for ending in ("", "(0)", "-driver", "-driver(0)", "(0).executor", "(0).executor(0)"):
+        old, new = (node_id("reptile-llrqs", f"{parent}.{t}{ending}") for t in ("refuse", "gate"))
+        text = text.replace(f'"{old}"', f'"{new}"')
+    run["run_details"]["task_details"] = json.loads(text)
+    log = recorded_log("refused").replace("`refuse`", "`gate`").replace('"refuse"', '"gate"')
+    return run, log.replace("not exported: ", "refused by the gate: ")
 
 
 class ContractError(Exception):
@@ -111,7 +179,10 @@ class KubeflowServer:
         self.schedules: dict[str, dict[str, Any]] = {}
         self.states = ["PENDING", "RUNNING", "SUCCEEDED"]  # of a run, one a look; the last stays
         self.details: dict[str, Any] = {}
+        self.looks: list[dict[str, Any]] = []  # instead of both: a run, one a look; the last stays
+        self.refusals: dict[str, RefusedError] = {}  # by name of function
         self.logs: dict[str, str] = {}  # of all runs, by node
+        self.version = "2.17.0"
         self.token: str | None = None
         self.html: int | None = None  # answer everything with a web page of this status
         self.faults: dict[str, list[int]] = {}
@@ -197,6 +268,8 @@ class KubeflowServer:
             status = self.faults[name].pop(0)
             if status:
                 raise RefusedError(status, "upstream connect error")
+        if name in self.refusals:
+            raise self.refusals[name]
         if name in self.before:
             self.before.pop(name)()
         content = body
@@ -207,7 +280,7 @@ class KubeflowServer:
         function: Callable[..., Any] = getattr(self, name)
         result = function(*map(unquote, match.groups()), content, query)
         self.awake.append(sum(s["mode"] == "ENABLE" for s in self.schedules.values()))
-        return checked(result, kind, f"answer of {name}")
+        return result if name == HEALTH else checked(result, kind, f"answer of {name}")
 
     def _authorize(self, request: BaseHTTPRequestHandler) -> None:
         if self.token and request.headers["Authorization"] != f"Bearer {self.token}":
@@ -259,7 +332,9 @@ class KubeflowServer:
         return made | more
 
     def healthz_service_get_healthz(self, _: Any, query: Any) -> Any:
-        return {"multi_user": self.multi_user}
+        # Recorded: kfp_server_api does not know the first two.
+        known = {"multi_user": self.multi_user, "pipeline_store": "database"}
+        return {"commit_sha": "unknown", "tag_name": self.version} | known
 
     def experiment_service_list_experiments(self, _: Any, query: dict[str, str]) -> Any:
         self._namespace(query.get("namespace"))
@@ -296,6 +371,7 @@ class KubeflowServer:
         made = self._made({}, "V2beta1PipelineVersion", "pipeline_version_id") | {
             "pipeline_id": query["pipelineid"],
             "display_name": query["name"],
+            "description": query.get("description", ""),
         }
         self.versions[made["pipeline_version_id"]] = made
         self.uploads[made["pipeline_version_id"]] = content
@@ -332,10 +408,16 @@ class KubeflowServer:
         self.runs[made["run_id"]] = made
         return made
 
+    def run_service_list_runs(self, _: Any, query: dict[str, str]) -> Any:
+        self._namespace(query.get("namespace"))
+        return self._page(self.runs, "runs", query)
+
     def run_service_get_run(self, run: str, _: Any, query: Any) -> Any:
         if run not in self.runs:
             missing = f"ResourceNotFoundError: Run {run} not found"
             raise RefusedError(404, f"Failed to get a run: Failed to fetch run {run}: {missing}")
+        if self.looks:
+            return self.runs[run] | (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])
         self.runs[run]["state"] = self.states[0]
         if len(self.states) > 1:
             self.states.pop(0)

@@ -1,4 +1,4 @@
-"""Bytes to a server and whatever comes back, over many connections at once; nothing is tidied."""
+"""Sends raw bytes to a server over many connections at once and returns the raw responses."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
@@ -6,25 +6,27 @@ from typing import NamedTuple
 
 from benchmarks.server import HOST
 
-HANG_SECONDS = 90.0  # seconds without an answer after which a case has hung
-MOMENT = 0.1  # seconds for a server to answer half a request, if it likes to
+HANG_SECONDS = 90.0  # seconds without a response after which a case counts as hung
+MOMENT = 0.1  # seconds in which a server may respond to half a request
 
 
 class Case(NamedTuple):
     """One attack."""
 
     name: str
-    sent: tuple[bytes | float, ...]  # bytes, and between them pauses in seconds
-    statuses: frozenset[int] | None = None  # all that will do; None for whatever is no failure
-    answered: bool = True  # whether no answer is a failure
-    ends: bool = False  # not a whole request: says after a moment that no more will come
-    closes: bool = False  # hangs up without waiting for an answer
-    malformed: bool = False  # no HTTP: the answer need not be this server's JSON
-    bodiless: bool = False  # an answer to HEAD
+    sent: tuple[bytes | float, ...]  # bytes, with pauses in seconds between them
+    statuses: frozenset[int] | None = (
+        None  # the accepted ones; None accepts all that are no failure
+    )
+    answered: bool = True  # whether no response is a failure
+    ends: bool = False  # an incomplete request, whose sending side is closed after a moment
+    closes: bool = False  # disconnects without waiting for a response
+    malformed: bool = False  # not HTTP: the response need not be this server's JSON
+    bodiless: bool = False  # a response to HEAD
 
 
 class Reply(NamedTuple):
-    """What came back: status 0 where the connection ended without an answer, -1 after a hang."""
+    """A response; status 0 if the connection ended without one, -1 after a hang."""
 
     status: int
     headers: dict[str, str]
@@ -32,7 +34,7 @@ class Reply(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a case."""
+    """The outcome of a case."""
 
     name: str
     status: int
@@ -43,7 +45,7 @@ SILENCE, HANG = Reply(0, {}, b""), Reply(-1, {}, b"")
 
 
 async def attack(port: int, case: Case) -> Reply:
-    """Send one case on a connection of its own."""
+    """Send one case on a new connection."""
     try:
         async with asyncio.timeout(HANG_SECONDS):
             return await _attack(port, case)
@@ -57,17 +59,17 @@ async def attack_all(
     connections: int,
     judge: Callable[[Case, Reply], str | None],
 ) -> list[Verdict]:
-    """Send all cases, that many at a time, and judge each reply as it comes."""
+    """Send all cases over that many connections, and judge each reply."""
     waiting: Iterator[Case] = iter(cases)
-    found: list[Verdict] = []
+    verdicts: list[Verdict] = []
 
     async def work() -> None:
         for case in waiting:
             reply = await attack(port, case)
-            found.append(Verdict(case.name, reply.status, judge(case, reply)))
+            verdicts.append(Verdict(case.name, reply.status, judge(case, reply)))
 
     await asyncio.gather(*(work() for _ in range(connections)))
-    return found
+    return verdicts
 
 
 async def _attack(port: int, case: Case) -> Reply:
@@ -78,7 +80,7 @@ async def _attack(port: int, case: Case) -> Reply:
             await sending
             return SILENCE
         try:
-            # It may answer and hang up before all is sent.
+            # It may respond and disconnect before all is sent.
             return await _read(reader, case.bodiless)
         except (asyncio.IncompleteReadError, ConnectionError):
             return SILENCE

@@ -15,24 +15,21 @@ from PIL import Image
 
 from reptile import __version__
 from reptile.data.dataset import PreparedClass, PreparedData
+from reptile.evaluate.adapting import PATH_MODES, PATH_TASKS
 from reptile.evaluate.confusions import Confusions, confusions, hardest
-from reptile.evaluate.measure import (
-    BASELINES,
-    PATH_MODES,
-    Evaluation,
-    Measurement,
-    Start,
-)
+from reptile.evaluate.measure import Evaluation, Measurement
+from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Score
+from reptile.evaluate.report.advice import advice
 from reptile.evaluate.report.charts import Axis, Dots, Line, axis, line_chart, symmetric_axis
+from reptile.evaluate.report.comparison import HEADLINE_MODE, comparison_tables, notes, shown_title
 from reptile.objectives import CLASSIFICATION, Objective
 from reptile.provenance import code_sha256, versions
-from reptile.settings import BatchNormMode, Section
+from reptile.settings import Section
 
-HEADLINE_MODE: BatchNormMode = "frozen"  # queries independent, as the exported model predicts
-START_NAMES: dict[Start, str] = {
-    "trained": "meta-trained",
-    "random": "random start",
+START_NAMES: dict[str, str] = {
+    "trained": "trained",
+    "random": "untrained start",
     "joint": "jointly trained",
 }
 STYLES = {"transductive": "dashed", "frozen": ""}
@@ -73,13 +70,18 @@ def render_report(evaluation: Evaluation) -> str:
     )
     objective = evaluation.objective
     environment.filters["score"] = lambda score: objective.show(*score)
+    environment.filters["signed"] = lambda score: "+" * (score.mean > 0) + objective.show(*score)
     return environment.get_template(f"{objective.name}.html").render(
         e=evaluation,
-        ways=evaluation.checkpoint.settings.ways,
+        ways=evaluation.ways,
         held_out=next(iter(evaluation.data)),
         headline_mode=HEADLINE_MODE,
-        by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out],
-        path_tasks=len(next(iter(evaluation.held_out[0].by_step.values()))[0]),
+        methods=comparison_tables(evaluation),
+        notes=notes(evaluation),
+        learner_title=shown_title(evaluation, evaluation.learner),
+        advice=advice(evaluation),
+        by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out if m.steps],
+        path_tasks=min(PATH_TASKS, evaluation.settings.tasks),
         **(_named(evaluation) if objective is CLASSIFICATION else {"fits": _fits(evaluation)}),
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
@@ -160,8 +162,11 @@ def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
 def _without_a_network(evaluation: Evaluation) -> tuple[float, str]:
     """Return what guessing scores, as the charts show it, and its name."""
     if evaluation.objective is CLASSIFICATION:
-        return 100 / evaluation.checkpoint.settings.ways, "chance"
-    return evaluation.held_out[0].baseline_score().mean, BASELINES[evaluation.objective].title
+        return 100 / evaluation.ways, "chance"
+    first = evaluation.held_out[0]
+    if "zero" not in first.methods:
+        return 0.0, ""
+    return first.score("zero", HEADLINE_MODE).mean, title("zero")
 
 
 def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
@@ -200,7 +205,7 @@ def _score_axis(objective: Objective, high: float) -> Axis:
 
 
 def _examples(measurement: Measurement, data: PreparedData) -> dict[str, Any]:
-    logits = measurement.logits["trained", HEADLINE_MODE][:EXAMPLE_TASKS]
+    logits = measurement.outputs(HEADLINE_MODE)[:EXAMPLE_TASKS]
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = weights / weights.sum(-1, keepdims=True)
     starts = [entry.start for entry in data.classes]

@@ -4,12 +4,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.objectives import objective_named
 
 
 def summary_table(metrics: Metrics) -> Table:
-    """Return the table of an evaluation's metrics: a row for each dataset, shots and mode."""
+    """Return the table of an evaluation's metrics: a row for each method and mode."""
     objective = objective_named(metrics.objective)
     what = f"{objective.title}, {objective.unit}" if objective.unit else objective.title
     table = Table(
@@ -18,22 +19,21 @@ def summary_table(metrics: Metrics) -> Table:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    several = len(metrics.modes) > 1
-    for heading in ("data", "shots", *(["batch norm"] if several else [])):
-        table.add_column(heading, no_wrap=True)
-    for method in metrics.methods:
-        table.add_column(method.replace("_", " "), justify="right", no_wrap=True)
-    for dataset, by_shots in metrics.scores.items():
-        for shots in by_shots:
-            for mode in metrics.modes:
-                first = mode == metrics.modes[0]
-                cells = [escape(dataset), str(shots)] if first else ["", ""]
-                for method in metrics.methods:
-                    score = metrics.find(dataset, shots, method, mode)
-                    # A method without a network has one score for all modes.
-                    shown = score if first or mode in by_shots[shots].get(method, {}) else None
-                    text = objective.show(*shown) if shown else ""
-                    cells.append(f"[bold]{text}[/bold]" if method == "trained" and text else text)
-                table.add_row(*cells[:2], *([mode] if several else []), *cells[2:])
-            table.add_section()
+    rows = list(metrics.table())
+    several = any(mode != "none" for _, mode, _ in rows)
+    table.add_column("method")
+    if several:
+        table.add_column("batch norm", no_wrap=True)
+    for dataset, shots in metrics.columns:
+        table.add_column(f"{escape(dataset)} {shots}-shot", justify="right", no_wrap=True)
+    shown = ""
+    for method, mode, cells in rows:
+        bold = method == metrics.learner
+        words = [
+            escape(title(method)) if method != shown else "",
+            *([mode.replace("_", "-") if mode != "none" else ""] if several else []),
+            *cells,
+        ]
+        table.add_row(*words, style="bold" if bold else None)
+        shown = method
     return table

@@ -112,10 +112,11 @@ def check_golden(folder: Path, manifest: Manifest, sessions: Sessions) -> Iterat
     covered = {case.graph for case in cases}
     missing = [f"no case of {name}" for name in GRAPHS[manifest.learner] if name not in covered]
     yield Check.none_of("golden tensors cover every graph", missing)
-    worst = 0.0
+    worst, refusals = 0.0, 0
     for case in cases:
         feeds = {name: np.load(golden / file) for name, file in case.inputs.items()}
         actual = sessions(case.graph)(feeds)
+        refusals += not actual.get("finite", True)
         for name, file in case.outputs.items():
             wanted = np.load(golden / file).astype(np.float64)
             allowed = case.atol + case.rtol * np.abs(wanted)
@@ -123,3 +124,5 @@ def check_golden(folder: Path, manifest: Manifest, sessions: Sessions) -> Iterat
             worst = float(np.maximum(worst, excess.max(initial=0)))
     detail = "deviation as a share of the stated tolerance"
     yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
+    none = [] if refusals else ["no case whose finite is false"]
+    yield Check.none_of("golden tensors hold a refused input", none)

@@ -13,7 +13,7 @@ from torch import Tensor
 from reptile.data.dataset import Inputs
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import Model
+from reptile.models import Model, Statistics
 from reptile.objectives import to_unit
 from reptile.settings import BatchNormMode
 from reptile.tasks import Task
@@ -73,10 +73,12 @@ class Engine(Protocol):
             mode: what batch norm sees, see `predict`.
         """
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """Return the features [N, D] of rows [N], differentiable by the weights [P].
 
-        Batch norm uses the statistics of these rows.
+        Batch norm uses the statistics of these rows, or `statistics` if given.
         """
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from reptile.data.dataset import Inputs
 from reptile.learn.engines.base import Adapted, adapt_each, gather
+from reptile.learn.engines.fixed import without_fixed_part
 from reptile.learn.optimizer import OptimizerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
-from reptile.models import Conv4, Model, unflatten
+from reptile.models import Conv4, Model, Statistics, unflatten
 from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Targets, Task
 
@@ -44,8 +45,11 @@ class BatchedEngine:
         self.optimizer = optimizer
         self.device = device
         self.name = f"batched on {device}"
-        self._network = replace(model, convolve=patches) if isinstance(model, Conv4) else model
         self._inputs = inputs
+        network, self._values = without_fixed_part(model, inputs, device)
+        self._network = (
+            replace(network, convolve=patches) if isinstance(network, Conv4) else network
+        )
         self._loops: dict[tuple[torch.Size, ...], Loop] = {}
 
     def images(self, rows: IntArray) -> Tensor:
@@ -60,7 +64,7 @@ class BatchedEngine:
             weights.expand(shape).contiguous(),
             state.second_moment.expand(shape).contiguous(),
             torch.tensor(state.step, dtype=torch.float64, device=self.device),
-            self.images(np.stack([task.support for task in tasks])).to(weights.dtype),
+            self._values(np.stack([task.support for task in tasks])).to(weights.dtype),
             self._send(np.stack([task.support_targets for task in tasks])),
         ]
         arguments += [
@@ -83,14 +87,16 @@ class BatchedEngine:
             params = unflatten(self.model, weights)
             return query_logits(self._network, params, support, queries, mode)
 
-        support = self.images(np.stack([task.support for task in tasks])).to(weights.dtype)
-        queries = self.images(np.stack([task.query for task in tasks])).to(weights.dtype)
+        support = self._values(np.stack([task.support for task in tasks])).to(weights.dtype)
+        queries = self._values(np.stack([task.query for task in tasks])).to(weights.dtype)
         return torch.vmap(one)(weights, support, queries)
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """See `Engine.features`: one batch as it is, large enough for a GPU."""
-        images = self.images(rows).to(weights.dtype)
-        return self.model.features(unflatten(self.model, weights), images)
+        images = self._values(rows).to(weights.dtype)
+        return self._network.features(unflatten(self.model, weights), images, statistics)
 
     def _loop(self, arguments: list[Tensor]) -> Loop:
         """Return the inner loop for arguments of these shapes, captured on CUDA."""

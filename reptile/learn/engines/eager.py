@@ -10,11 +10,12 @@ from torch import Tensor
 
 from reptile.data.dataset import Inputs
 from reptile.learn.engines.base import Adapted, adapt_each, gather
+from reptile.learn.engines.fixed import without_fixed_part
 from reptile.learn.inner_loop import inner_loop
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
-from reptile.models import Model, unflatten
+from reptile.models import Model, Statistics, unflatten
 from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Task
 
@@ -34,6 +35,7 @@ class EagerEngine:
         self.device = device
         self.name = f"eager on {device}"
         self._inputs = inputs
+        self._network, self._values = without_fixed_part(model, inputs, device)
 
     def images(self, rows: IntArray) -> Tensor:
         """See `Engine.images`."""
@@ -67,24 +69,26 @@ class EagerEngine:
         """See `Engine.predict`."""
         logits = []
         for task_weights, task in zip(weights, tasks, strict=True):
-            support = self.images(task.support).to(task_weights.dtype)
-            queries = self.images(task.query).to(task_weights.dtype)
+            support = self._values(task.support).to(task_weights.dtype)
+            queries = self._values(task.query).to(task_weights.dtype)
             logits.append(
                 query_logits(
-                    self.model, unflatten(self.model, task_weights), support, queries, mode
+                    self._network, unflatten(self.model, task_weights), support, queries, mode
                 )
             )
         return torch.stack(logits)
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """See `Engine.features`."""
-        images = self.images(rows).to(weights.dtype)
-        return self.model.features(unflatten(self.model, weights), images)
+        images = self._values(rows).to(weights.dtype)
+        return self._network.features(unflatten(self.model, weights), images, statistics)
 
     def _adapt_one(
         self, weights: Tensor, state: OptimizerState, task: Task
     ) -> tuple[Tensor, OptimizerState, Tensor]:
-        inputs = self.images(task.support).to(weights.dtype)
+        inputs = self._values(task.support).to(weights.dtype)
         targets = torch.from_numpy(task.support_targets).to(self.device)
         batches = [torch.from_numpy(batch).to(self.device) for batch in task.batches]
-        return inner_loop(self.model, weights, state, inputs, targets, batches, self.optimizer)
+        return inner_loop(self._network, weights, state, inputs, targets, batches, self.optimizer)

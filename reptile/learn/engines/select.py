@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 from reptile.data.dataset import Inputs
 from reptile.errors import InputError, PlatformError
@@ -10,7 +11,8 @@ from reptile.learn.engines.base import Engine
 from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.eager import EagerEngine
 from reptile.learn.engines.native import NETWORKS, BuildError, NativeEngine
-from reptile.models import Model
+from reptile.models import Model, ModuleNetwork, unflatten
+from reptile.models.cut import split
 from reptile.settings import OptimizerSettings
 
 
@@ -37,13 +39,23 @@ def make_engine(
     """Return the engine that the settings name; `auto` takes the fastest that runs this network.
 
     Raises:
-        InputError: the settings name `native`, which does not support this network or device.
+        InputError: the settings name `native` or `batched`, which do not support this network or
+            device.
         PlatformError: the settings name `native`, which cannot be built on this machine.
     """
     if name == "eager":
         return EagerEngine(model, optimizer, inputs, device)
     if name == "batched" or (name == "auto" and device.type != "cpu"):
-        return BatchedEngine(model, optimizer, inputs, device)
+        reason = why_not_batched(model)
+        if not reason:
+            return BatchedEngine(model, optimizer, inputs, device)
+        if name == "batched":
+            raise InputError(
+                f"train.engine = batched: cannot run {model.name} ({reason}); use auto"
+            )
+        engine = EagerEngine(model, optimizer, inputs, device)
+        engine.name += f" (slower than batched: {reason})"
+        return engine
     if name == "native" and device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
     if name == "auto" and type(model) not in NETWORKS:
@@ -56,3 +68,31 @@ def make_engine(
         eager = EagerEngine(model, optimizer, inputs, device)
         eager.name += f" (several times slower than native: {error})"
         return eager
+
+
+def why_not_batched(model: Model) -> str:
+    """Return why torch.vmap cannot run a step of this network; empty if it can.
+
+    The networks of this library are known to run.
+    """
+    if not isinstance(model, ModuleNetwork):
+        return ""
+
+    cut = split(model)
+    network = cut.tail if cut else model
+
+    def outputs(weights: Tensor, images: Tensor) -> Tensor:
+        return network.forward(unflatten(network, weights), images)
+
+    def total(weights: Tensor, images: Tensor) -> Tensor:
+        return outputs(weights, images).square().sum()
+
+    weights = model.initialise(0).expand(2, -1)
+    images = torch.zeros(2, 2, *network.image_shape)
+    try:
+        torch.vmap(torch.func.grad(total))(weights, images)
+        with torch.no_grad():  # where torch takes other kernels
+            torch.vmap(outputs)(weights, images)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0][:200]
+    return ""

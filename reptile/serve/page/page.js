@@ -113,29 +113,29 @@ function changePlace() {
 
 function outdated() {
   if (task) {
-    say("Your examples have changed. Press Learn to teach them.");
+    say("Your examples have changed. Press Learn to adapt to them.");
   }
 }
 
 async function learn() {
   symbols.forEach((symbol) => symbol.keep());
-  const taught = symbols.filter(({ examples }) => examples.length);
-  const names = taught.map(({ name }) => name);
+  const drawn = symbols.filter(({ examples }) => examples.length);
+  const names = drawn.map(({ name }) => name);
   try {
-    if (taught.length < 2) {
+    if (drawn.length < 2) {
       throw new InputError("Draw at least one example of two symbols, so that there is a choice.");
     }
     const twice = names.find((name, i) => names.indexOf(name) !== i);
     if (twice !== undefined) {
-      throw new InputError(`Two symbols are called ${twice}: give each a name of its own.`);
+      throw new InputError(`Two symbols are called ${twice}: give each a different name.`);
     }
     fail(null);
     busy(true);
     const place = where();
     say(place in models ? "" : "Getting ready …");
     const model = await openModel(place);
-    const images = taught.flatMap(({ examples }) => examples);
-    const labels = taught.flatMap(({ name, examples }) => examples.map(() => name));
+    const images = drawn.flatMap(({ examples }) => examples);
+    const labels = drawn.flatMap(({ name, examples }) => examples.map(() => name));
     say(`Learning from ${images.length} examples${inSteps(" in ", "")} …`);
     const began = performance.now();
     const learnt = await model.adapt(images, labels);
@@ -177,7 +177,7 @@ async function openInBrowser() {
   const runtime = await fetch(RUNTIME, { headers });
   if (!runtime.ok) {
     throw new InputError(
-      "This server has no onnxruntime-web to hand to browsers: run `make page` where it is " +
+      "This server does not have onnxruntime-web for browsers: run `make page` where it is " +
         "installed, or learn on the server.",
     );
   }

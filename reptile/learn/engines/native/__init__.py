@@ -22,7 +22,7 @@ from reptile.learn.engines.base import Adapted, gather
 from reptile.learn.engines.native.build import BuildError, load_kernel
 from reptile.learn.optimizer import BETA2, EPSILON, OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import CONV_LAYERS, MLP, Conv4, Model, Network, size
+from reptile.models import CONV_LAYERS, MLP, Conv4, Model, Network, Statistics, size, unflatten
 from reptile.objectives import CLASSIFICATION, REGRESSION
 from reptile.settings import BatchNormMode, OptimizerSettings
 from reptile.tasks import Targets, Task
@@ -282,7 +282,9 @@ class NativeEngine:
             raise MemoryError("no memory for the native engine's activations")
         return logits[:, :, groups.queries :].flatten(1, 2)
 
-    def features(self, weights: Tensor, rows: IntArray) -> Tensor:
+    def features(
+        self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
+    ) -> Tensor:
         """See `Engine.features`; its gradient must be taken before the next call.
 
         Raises:
@@ -292,6 +294,9 @@ class NativeEngine:
         if not rows.size:
             raise InputError("no rows to compute features of: give at least one")
         _check_range(rows, len(self._inputs), "row of the images")
+        if statistics:  # which the kernel does not take
+            images = self.images(rows).to(weights.dtype)
+            return self.model.features(unflatten(self.model, weights), images, statistics)
         features: Tensor = _NativeFeatures.apply(weights, rows.astype(np.int64), self)
         return features
 

@@ -1,7 +1,7 @@
 /**
  * The paper's mini-batches, number for number those of reptile/minibatches.py for the same seed.
  *
- * So that a task taught in a browser is the task that the service or Python would have taught.
+ * So that adapting in a browser gives the task that the service or Python gives.
  * Holds the part of numpy.random that this takes: SeedSequence, PCG64 and Generator.permuted.
  */
 

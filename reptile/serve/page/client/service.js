@@ -108,7 +108,7 @@ async function refusal(response) {
     return `The server is busy. Try again in ${seconds} ${seconds === "1" ? "second" : "seconds"}.`;
   }
   if (status === 404 && url.includes("/tasks/")) {
-    return "The server no longer holds this task. Press Learn to teach it again.";
+    return "The server no longer has this task. Press Learn to adapt again.";
   }
   const { error } = await response.json().catch(() => ({}));
   return `The server refused (${status}): ${error ?? response.statusText}`;

@@ -1,0 +1,240 @@
+"""Training that survives: killed or stopped, it resumes from a folder or a store, same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from object_store import BUCKET, ObjectStore, object_store
+from patterns import make_data
+
+from components.store import Store
+from reptile.errors import InputError, PlatformError
+from reptile.files import write_json
+from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
+from reptile.learn.run import run_training
+from reptile.learn.run_folder import is_whole, keep
+from reptile.learn.train import untrained
+from reptile.settings import TrainSettings
+
+SETTINGS = TrainSettings.model_validate(
+    {
+        "engine": "eager",
+        "model": {"filters": 4},
+        "ways": 3,
+        "train_shots": 4,
+        "inner_steps": 3,
+        "inner_batch": 4,
+        "meta_batch": 2,
+        "meta_iterations": 120,
+        "checkpoint_every": 20,
+        "validation_tasks": 1,
+        "device": "cpu",
+    }
+)
+FILES = ("weights.safetensors", "checkpoint.json")
+# The component's call, with the least that KFP's artifacts have.
+SCRIPT = """
+import json, logging, sys
+from pathlib import Path
+from types import SimpleNamespace
+from components import artifacts, supervise
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+supervise.PAUSE = 0
+folder, settings, work, secret = Path(sys.argv[1]), *sys.argv[2:]
+made = {name: SimpleNamespace(path=str(folder / name), metadata={})
+        for name in ("prepared", "checkpoint", "curves")}
+artifacts.train(settings, work, 1, *made.values(), Path(secret))
+print(json.dumps(made["checkpoint"].metadata))
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    data = make_data()
+    np.save(folder / "images.npy", data.images)
+    write_json(folder / "dataset.json", data.index.model_dump(mode="json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a training that never stopped, in this process."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_checkpoint(folder / "checkpoint", run_training(SETTINGS, make_data()))
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as running:
+        yield running
+
+
+class Task:
+    """The task `train` as a pod runs it, with a work folder or store that outlives the pod."""
+
+    def __init__(self, folder: Path, prepared: Path, store: ObjectStore | None) -> None:
+        self._folder, self._prepared, self._store = folder, prepared, store
+        self._pods = 0
+        self.secret = store.mount(folder / "secret") if store else folder / "no-secret"
+        self.work = f"s3://{BUCKET}/{folder.name}" if store else str(folder / "work")
+
+    def start(self) -> "subprocess.Popen[str]":
+        """Start a pod: the outputs of the one before are not there."""
+        self._pods += 1
+        self.pod = self._folder / f"pod-{self._pods}"
+        self.pod.mkdir()
+        (self.pod / "prepared").symlink_to(self._prepared)
+        arguments = (str(self.pod), SETTINGS.model_dump_json(), self.work, str(self.secret))
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments],
+            cwd=Path(__file__).parents[2],
+            # As the launcher of Kubeflow may have them: keys of another store.
+            env=os.environ | {"AWS_ACCESS_KEY_ID": "launcher", "AWS_SECRET_ACCESS_KEY": "launcher"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kept(self) -> list[str]:
+        """The names of the checkpoints that would be resumed from."""
+        if self._store:
+            names = self._store.names(f"{self._folder.name}/")
+            return [name.split("/")[-2] for name in names if name.endswith("sha256.json")]
+        return [path.name for path in Path(self.work).glob("*/iteration-*") if is_whole(path)]
+
+    def until_kept(self, process: "subprocess.Popen[str]") -> None:
+        """Wait for the first checkpoint, and then a moment."""
+        deadline = time.monotonic() + 120
+        while not self.kept():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def gives(self, whole: Path) -> None:
+        """Hold the outputs to those of a training that never stopped, and the work to nothing."""
+        for file in FILES:
+            assert (self.pod / "checkpoint" / file).read_bytes() == (whole / file).read_bytes()
+        assert {path.name for path in (self.pod / "checkpoint").iterdir()} == set(FILES)
+        points = (self.pod / "curves/plots/metrics/loss.tsv").read_text().splitlines()[1:]
+        assert [point.split("\t")[0] for point in points] == ["20", "40", "60", "80", "100", "120"]
+        left = {path.name for path in self.pod.iterdir()}
+        assert left == {"prepared", "checkpoint", "curves", ".lock"}
+        assert self.kept() == []
+
+
+@pytest.fixture(params=["folder", "store"])
+def task(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    prepared: Path,
+    get_store: Callable[[], ObjectStore],
+) -> Task:
+    return Task(tmp_path, prepared, get_store() if request.param == "store" else None)
+
+
+@pytest.fixture
+def get_store(request: pytest.FixtureRequest) -> Callable[[], ObjectStore]:
+    return lambda: request.getfixturevalue("store")
+
+
+def child_of(process: "subprocess.Popen[str]") -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
+
+
+def test_a_killed_training_process_goes_on_in_the_same_task(task: Task, whole: Path) -> None:
+    process = task.start()
+    task.until_kept(process)
+    os.kill(child_of(process), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "killed by SIGKILL" in printed
+    assert "(restart 1 of 3)" in printed
+    assert "resuming" in printed
+    metadata = json.loads(printed.splitlines()[-1])
+    assert metadata["accuracy"] == load_checkpoint(whole).info.curve[-1].score
+    task.gives(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_pod_that_is_stopped_or_lost_is_followed_by_one_that_goes_on(
+    number: signal.Signals, task: Task, whole: Path
+) -> None:
+    process = task.start()
+    task.until_kept(process)
+    if number == signal.SIGTERM:
+        process.terminate()
+    else:
+        os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number), printed
+    assert not (task.pod / "checkpoint").exists(), "ended too late to show anything"
+    if number == signal.SIGTERM:
+        (kept,) = task.kept()
+        assert f"stopped after meta-iteration {int(kept[-8:])} of 120" in printed
+        assert "starting again" not in printed
+
+    process = task.start()
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "resuming" in printed
+    task.gives(whole)
+
+
+def test_what_a_lost_attempt_left_among_the_outputs_is_gone(
+    tmp_path: Path, prepared: Path, whole: Path
+) -> None:
+    task = Task(tmp_path, prepared, None)
+    process = task.start()
+    for path in (
+        ".checkpoint.0123456789abcdef0123456789abcdef.tmp/weights.safetensors",
+        "checkpoint/half.safetensors",
+        "curves/plots/metrics/old.tsv",
+    ):
+        (task.pod / path).parent.mkdir(parents=True, exist_ok=True)
+        (task.pod / path).write_text("left")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    task.gives(whole)
+    assert not (task.pod / "curves/plots/metrics/old.tsv").exists()
+
+
+def test_a_damaged_checkpoint_in_the_store_is_not_used(
+    store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = untrained(SETTINGS, make_data())
+    keep(tmp_path / "run", checkpoint)
+    secret = store.mount(tmp_path / "secret")
+    there = Store(f"s3://{BUCKET}/damaged/run", secret)
+    there.put(tmp_path / "run/iteration-00000000")
+    there.fetch(tmp_path / "good")
+    assert is_whole(tmp_path / "good/iteration-00000000")
+
+    name = "damaged/run/iteration-00000000/weights.safetensors"
+    content = bytearray(store.client().get_object(Bucket=BUCKET, Key=name)["Body"].read())
+    content[-1] ^= 1
+    store.client().put_object(Bucket=BUCKET, Key=name, Body=bytes(content))
+    Store(f"s3://{BUCKET}/damaged/run", secret).fetch(tmp_path / "bad")
+    assert not list((tmp_path / "bad").glob("*"))
+    assert "damaged" in caplog.text
+
+
+def test_a_store_that_cannot_be_used_is_one_sentence(store: ObjectStore, tmp_path: Path) -> None:
+    secret = store.mount(tmp_path / "secret")
+    (secret / "AWS_SECRET_ACCESS_KEY").unlink()
+    (secret / "AWS_SECRET_ACCESS_KEY").write_text("wrong")
+    with pytest.raises(PlatformError, match="cannot be read") as refused:
+        Store(f"s3://{BUCKET}/x/run", secret).fetch(tmp_path / "run")
+    assert "wrong" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="s3:// unless"):
+        Store("nowhere://bucket/run", tmp_path / "no-secret")
