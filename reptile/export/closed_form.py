@@ -5,19 +5,25 @@ Batch norm uses the population statistics, constants that the exporter folds int
 For learners by gradient steps see `graphs`.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnx.numpy_helper import from_array
 from torch import Tensor, nn
 
 from reptile.errors import InputError
-from reptile.export.graphs import Spec, to_onnx
+from reptile.export.graphs import OPSET, Spec, Specs, tidy, to_onnx
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
 from reptile.learn.heads import ClassifierHead
 from reptile.models import MASK_BIAS, LayerStatistics
 from reptile.objectives import CLASSIFICATION
 
+FLOAT, INT64, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 CONDITION = 1e6  # float32 resolves no smaller eigenvalue beside the largest: its epsilon is 1.2e-7
 MAX_RIDGE_SUPPORT = 1000  # as far as `newton_schulz` was measured; its time grows with the cube
 
@@ -106,48 +112,6 @@ class Fit(nn.Module):
         return weight, bias, weight.isfinite().all() & bias.isfinite().all()
 
 
-class Adapt(nn.Module):
-    """Features of the support set, and the classifier that they give."""
-
-    def __init__(self, embed: Embed, fit: Fit) -> None:
-        super().__init__()
-        self.embed, self.fit = embed, fit
-
-    def forward(self, support_images: Tensor, support_labels: Tensor) -> tuple[Tensor, ...]:
-        """Map [S, C, H, W] and [S] to features [S, D], weight [W, D], bias [W] and finite []."""
-        features = self.embed(support_images)
-        return features, *self.fit(features, support_labels)
-
-
-class PredictAdapted(nn.Module):
-    """The network with a task's classifier as its head."""
-
-    def __init__(self, embed: Embed) -> None:
-        super().__init__()
-        self.embed = embed
-
-    def forward(self, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Map pixels [N, C, H, W] to logits [N, W]."""
-        return F.linear(self.embed(images), weight, bias)
-
-
-class FewShot(nn.Module):
-    """Both in one call. All images pass the network together, so its weights are stored once."""
-
-    def __init__(self, embed: Embed, fit: Fit) -> None:
-        super().__init__()
-        self.embed, self.fit = embed, fit
-
-    def forward(
-        self, support_images: Tensor, support_labels: Tensor, query_images: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Map [S, C, H, W], [S] and [N, C, H, W] to finite [] and logits [N, W]."""
-        features = self.embed(torch.cat([support_images, query_images]))
-        size = support_images.shape[0]
-        weight, bias, finite = self.fit(features[:size], support_labels)
-        return finite, F.linear(features[size:], weight, bias)
-
-
 def build_closed_form_graphs(checkpoint: Checkpoint, max_ways: int) -> dict[str, onnx.ModelProto]:
     """Build every graph of the bundle, by name; the same checkpoint gives the same bytes.
 
@@ -179,23 +143,100 @@ def build_closed_form_graphs(checkpoint: Checkpoint, max_ways: int) -> dict[str,
     weights = {"head.weight": floats("ways", size), "head.bias": floats("ways")}
     finite = {"finite": Spec(torch.bool, ())}
     queries = {"images": images("images")}
+    embedding = to_onnx("embed", embed, queries, {"features": floats("images", size)})
+    fitting = to_onnx("fit", fit, features | labels, weights | finite)
     return {
-        "embed": to_onnx("embed", embed, queries, {"features": floats("images", size)}),
-        "fit": to_onnx("fit", fit, features | labels, weights | finite),
-        "adapt": to_onnx("adapt", Adapt(embed, fit), task, features | weights | finite),
-        "predict_adapted": to_onnx(
+        "embed": embedding,
+        "fit": fitting,
+        "adapt": _join(
+            "adapt",
+            [_part(embedding, images="support_images"), _part(fitting)],
+            task,
+            features | weights | finite,
+        ),
+        "predict_adapted": _join(
             "predict_adapted",
-            PredictAdapted(embed),
+            [_part(embedding), _linear("features")],
             queries | weights,
             {"logits": floats("images", "ways")},
         ),
-        "few_shot": to_onnx(
+        "few_shot": _join(
             "few_shot",
-            FewShot(embed, fit),
+            [
+                _together(),
+                _part(embedding, features="both"),
+                _apart(),
+                _part(fitting),
+                _linear("query_features"),
+            ],
             task | {"query_images": images("queries")},
             finite | {"logits": floats("queries", "ways")},
         ),
     }
+
+
+class _Part(NamedTuple):
+    """Some nodes of a graph and their constants; parts are joined by their tensors' names."""
+
+    nodes: list[onnx.NodeProto]
+    constants: list[onnx.TensorProto]
+
+
+def _part(model: onnx.ModelProto, **renamed: str) -> _Part:
+    """Return a graph as a part: inner tensors get its name as a prefix, others may be renamed."""
+    graph = onnx.GraphProto()
+    graph.CopyFrom(model.graph)
+    outer = {value.name: value.name for value in (*graph.input, *graph.output)} | renamed
+
+    def name(old: str) -> str:
+        return outer.get(old, f"{graph.name}.{old}") if old else ""  # "": an input left out
+
+    for node in graph.node:
+        node.name = name(node.name)
+        node.input[:] = map(name, node.input)
+        node.output[:] = map(name, node.output)
+    for tensor in graph.initializer:
+        tensor.name = name(tensor.name)
+    return _Part(list(graph.node), list(graph.initializer))
+
+
+def _linear(features: str) -> _Part:
+    """Features to logits."""
+    inputs = [features, "head.weight", "head.bias"]
+    return _Part([make_node("Gemm", inputs, ["logits"], transB=1)], [])
+
+
+def _together() -> _Part:
+    """Join images, so that all pass the network at once and its weights are stored once."""
+    return _Part([make_node("Concat", ["support_images", "query_images"], ["images"], axis=0)], [])
+
+
+def _apart() -> _Part:
+    """Divide the features of both into those of the support set and those of the queries."""
+    nodes = [
+        make_node("Shape", ["support_images"], ["size"], start=0, end=1),
+        make_node("Slice", ["both", "first", "size", "first"], ["features"]),
+        make_node("Slice", ["both", "size", "last", "first"], ["query_features"]),
+    ]
+    constants = {"first": 0, "last": np.iinfo(np.int64).max}  # `first` is also the axis
+    return _Part(nodes, [from_array(np.array([n]), name) for name, n in constants.items()])
+
+
+def _join(name: str, parts: Sequence[_Part], inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    """Return the graph that runs the parts one after another."""
+
+    def values(specs: Specs) -> list[onnx.ValueInfoProto]:
+        kinds = {torch.float32: FLOAT, torch.int64: INT64, torch.bool: BOOL}
+        return [
+            make_tensor_value_info(each, kinds[spec.dtype], spec.shape)
+            for each, spec in specs.items()
+        ]
+
+    nodes = [node for part in parts for node in part.nodes]
+    constants = [constant for part in parts for constant in part.constants]
+    graph = make_graph(nodes, name, values(inputs), values(outputs), constants)
+    model = make_model(graph, opset_imports=[make_opsetid("", OPSET)])
+    return tidy(name, model, inputs, outputs)
 
 
 def _plain(name: str) -> str:

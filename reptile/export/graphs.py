@@ -1,6 +1,6 @@
 """The bundle's four graphs: predict, adapt, predict_adapted and few_shot.
 
-Each is a torch module; torch's exporter converts it to ONNX, and `_tidy` makes it portable. For the
+Each is a torch module; torch's exporter converts it to ONNX, and `tidy` makes it portable. For the
 folder see `write`.
 """
 
@@ -75,7 +75,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     queries = {"query_images": _images(model, "queries")}
     answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
-    return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
+    return graphs | {"few_shot": tidy("few_shot", joined, task | queries, answers)}
 
 
 def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
@@ -284,7 +284,7 @@ def to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx
             verbose=False,
         )
     assert exported is not None
-    return _tidy(name, exported.model_proto, inputs, outputs)
+    return tidy(name, exported.model_proto, inputs, outputs)
 
 
 def _join(
@@ -298,7 +298,7 @@ def _join(
     return joined
 
 
-def _tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
     """Drop what is the exporter's and this machine's; name the free sizes."""
     graph.graph.name, graph.ir_version = name, IR_VERSION
     graph.producer_name, graph.producer_version = "reptile", __version__
