@@ -86,6 +86,16 @@ def test_a_manifest_is_refused_by_schema_and_reader(manifest: Any, path: str, va
         parse_manifest(json.dumps(spoiled), "here")
 
 
+def test_without_a_pixel_range_inputs_are_numbers_of_any_shape(manifest: Any) -> None:
+    assert parse_manifest(json.dumps(manifest), "here").pixels
+    numbers = spoil(manifest, "task/pixel_range", GONE)
+    assert not parse_manifest(json.dumps(numbers), "here").pixels
+    text = json.dumps(spoil(numbers, "task/layout", GONE)).replace("1, 12, 12]", "144]")
+    flat = json.loads(text)
+    validator("manifest").validate(flat)
+    assert parse_manifest(text, "here").image_shape == (144,)
+
+
 @titles(DISAGREEMENTS)
 def test_a_manifest_that_contradicts_itself_is_refused_by_the_reader(
     manifest: Any, path: str, value: Any
