@@ -33,6 +33,17 @@ def graph_path(name: str) -> str:
     return f"{name}/1/model.onnx"
 
 
+def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
+    """Return the folder of each learner's bundle, where there are several, by its method.
+
+    It is called after the learner's algorithm, or, if another has that already, after the method.
+    """
+    folders: dict[str, str] = {}
+    for method, algorithm in algorithms.items():
+        folders[method] = method if algorithm in folders.values() else algorithm
+    return folders
+
+
 class TensorType(NamedTuple):
     """What a graph's input or output looks like; None stands for a size that may vary."""
 

@@ -7,6 +7,7 @@ It shows progress and results; all work is done by `reptile.stages` and
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ def train(
     training = settings.beside.training if beside else settings.train
     outputs = artifacts / "beside" if beside else artifacts
     if training is None:
-        outputs.mkdir(parents=True, exist_ok=True)  # DVC expects it
+        shutil.rmtree(outputs, ignore_errors=True)  # of other settings
+        outputs.mkdir(parents=True)  # DVC expects it
         console.print("beside.algorithm = none: no second learner to train")
         return
     folder = outputs / "checkpoint"
@@ -272,8 +274,8 @@ def evaluate(
     from reptile.evaluate.metrics import read_metrics
 
     others = dict(map(_named_folder, beside or ()))
-    if not beside and settings.beside.training:
-        others = {"beside": artifacts / "beside/checkpoint"}
+    if not beside and (second := _second_checkpoint(settings, artifacts)):
+        others = {"beside": second}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
@@ -323,6 +325,8 @@ def export(
             artifacts / "checkpoint",
             artifacts / "evaluation",
             bundle,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
             ignore_gate=ignore_gate,
         )
     console.print(f"bundle: {bundle}")
@@ -350,6 +354,8 @@ def verify(
             artifacts / "checkpoint",
             artifacts / "bundle",
             report,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
         )
     console.print(f"{len(result['checks'])} checks passed; report: {report}")
 
@@ -611,6 +617,11 @@ def download(
     console.print(f"version it:  dvc add {target}", soft_wrap=True)
     settings = " ".join(f"-S {each}" for each in (f"prepare.source={target}", *dataset.settings))
     console.print(f"prepare it:  reptile prepare {settings}", soft_wrap=True)
+
+
+def _second_checkpoint(settings: Settings, artifacts: Path) -> Path | None:
+    """Return the second learner's checkpoint; None if the settings train none."""
+    return artifacts / "beside/checkpoint" if settings.beside.training else None
 
 
 def run() -> None:

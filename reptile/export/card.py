@@ -19,14 +19,18 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh"}
 DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
-ALGORITHMS = {"reptile": "Reptile", "fomaml": "first-order MAML", "maml": "MAML"}
+ALGORITHMS = {
+    "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+}
 
 
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
 to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
 steps and then classifies further images of these classes. Its initialisation was meta-trained
-with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
+with {algorithm}.
 
 | | |
 |---|---|
@@ -35,8 +39,8 @@ with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
 REGRESSOR = """\
 A few-shot regressor that learns inside ONNX Runtime. Give it a few points of a function it has
 never seen; it adapts to them in {steps} small optimiser steps and then predicts
-the function's values elsewhere. Its initialisation was meta-trained with {algorithm}
-(Nichol, Achiam, Schulman: arXiv 1803.02999).
+the function's values elsewhere. Its initialisation was meta-trained with
+{algorithm}.
 
 | | |
 |---|---|
