@@ -11,6 +11,7 @@ from bundles import METRICS
 from schemas import (
     DISAGREEMENTS,
     GOLDEN,
+    GONE,
     MANIFEST,
     SCHEMAS,
     schema,
