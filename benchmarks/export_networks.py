@@ -351,8 +351,8 @@ def markdown(rows: Sequence[Row]) -> str:
             lines.append(f"{first} refused: {row.refused} | | | | | | |")
             continue
         lines.append(
-            f"{first} {row.nodes:,} | {row.megabytes:.1f} | {row.steps} | {row.error:.0e} | "
-            f"{row.rounding:.0e} | {row.onnx_ms:.1f} | {row.eager_ms:.1f} |"
+            f"{first} {row.nodes:,} | {row.megabytes:.2f} | {row.steps} | {row.error:.0e} | "
+            f"{row.rounding:.0e} | {row.onnx_ms:.2f} | {row.eager_ms:.1f} |"
         )
     return "\n".join(lines)
 
