@@ -35,7 +35,7 @@ prepare: {source: letters, cross_domain: [], image_size: 14, validation: 0.2, te
 train: {model: {filters: 8}, train_shots: 5, inner_steps: 3, inner_batch: 5, meta_batch: 2,
         meta_iterations: 6, checkpoint_every: 3, validation_tasks: 2}
 evaluate: {tasks: 6, shots: [1, 2], steps: 5}
-export: {gate: {accuracy: 0.0, above_random: 0.0}}
+export: {gate: {accuracy: 0.0, above_random: 0.0, insist: true}}
 verify: {tasks: 40, steps: 5}
 """
 SMALL = (

@@ -27,6 +27,7 @@ train:
   checkpoint_every: 3
   validation_tasks: 2
 evaluate: {{tasks: 6, shots: [1, 2], steps: 5}}
+export: {{gate: {{insist: true}}}}
 verify: {{tasks: 40, steps: 5}}
 """
 
