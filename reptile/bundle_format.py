@@ -23,6 +23,7 @@ CARD_FILE = "MODEL_CARD.md"
 GOLDEN_FOLDER = "golden"
 GOLDEN_FILE = "golden.json"
 MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
+MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
 
 _LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
 
@@ -30,6 +31,17 @@ _LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
 def graph_path(name: str) -> str:
     """Return where a graph lies in the bundle: the layout of a Triton model repository."""
     return f"{name}/1/model.onnx"
+
+
+def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
+    """Return the folder of each learner's bundle, where there are several, by its method.
+
+    It is called after the learner's algorithm, or, if another has that already, after the method.
+    """
+    folders: dict[str, str] = {}
+    for method, algorithm in algorithms.items():
+        folders[method] = method if algorithm in folders.values() else algorithm
+    return folders
 
 
 class TensorType(NamedTuple):
@@ -63,7 +75,8 @@ class Manifest:
     kind: str  # classification or regression
     ways: int  # the most classes of a task; of a regressor 1
     outputs: int  # of the head: ways, or the values predicted for each input
-    image_shape: tuple[int, int, int]  # channels, height, width
+    image_shape: tuple[int, ...]  # channels, height, width of an image
+    pixels: bool  # whether inputs are images of pixels 0..255, or any numbers
     steps: int
     learning_rate: float
     batch: int
@@ -92,6 +105,7 @@ def manifest_json(
     kind: str,
     outputs: int,
     image_shape: Sequence[int],
+    pixels: bool,
     model: Mapping[str, Any],
     optimizer: str,
     learning_rate: float,
@@ -112,6 +126,7 @@ def manifest_json(
         kind: classification or regression.
         outputs: of the head.
         image_shape: channels, height and width of an input.
+        pixels: whether a classifier's inputs are pixels 0..255, or any numbers.
         model: settings of the network.
         optimizer: of the inner loop.
         learning_rate: its default.
@@ -125,8 +140,10 @@ def manifest_json(
         provenance: dataset, hashes and versions.
     """
     head = {"ways": outputs} if kind == "classification" else {"outputs": outputs}
-    task = {"kind": kind, **head, "image_shape": list(image_shape), "layout": _LAYOUT}
-    if kind == "classification":
+    task = {"kind": kind, **head, "image_shape": list(image_shape)}
+    if len(image_shape) == 3:
+        task["layout"] = _LAYOUT
+    if kind == "classification" and pixels:
         task["pixel_range"] = _PIXEL_RANGE
     adapted = graphs["predict_adapted"]["inputs"]
     return {
@@ -167,15 +184,20 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
     kind = str(_get(manifest, "task", dict, where).get("kind", KINDS[0]))
     if kind not in KINDS:
         raise InputError(f"{where}: task.kind must be {' or '.join(KINDS)}, got {kind!r}")
-    fixed: dict[str, Any] = {"layout": _LAYOUT, "dtype": _DTYPE}
-    if kind == "classification":
+    shape = _get(manifest, "task.image_shape", list, where)
+    pixels = kind == "classification" and "pixel_range" in manifest["task"]
+    if not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{where}: task.image_shape must be sizes such as [1, 28, 28]")
+    if pixels and len(shape) != 3:
+        raise InputError(f"{where}: task.image_shape must be [channels, height, width] of images")
+    fixed: dict[str, Any] = {"dtype": _DTYPE}
+    if len(shape) == 3:
+        fixed["layout"] = _LAYOUT
+    if pixels:
         fixed["pixel_range"] = _PIXEL_RANGE
     for key, value in fixed.items():
         if _get(manifest, f"task.{key}", type(value), where) != value:
             raise InputError(f"{where}: task.{key} must be {value!r}")
-    shape = _get(manifest, "task.image_shape", list, where)
-    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-        raise InputError(f"{where}: task.image_shape must be [channels, height, width]")
     rate = _get(manifest, "inner.learning_rate", (int, float), where)
     if not 0 < rate <= MAX_LEARNING_RATE:
         raise InputError(f"{where}: inner.learning_rate must be above 0, got {rate}")
@@ -199,7 +221,8 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         kind=kind,
         ways=ways,
         outputs=outputs,
-        image_shape=(shape[0], shape[1], shape[2]),
+        image_shape=tuple(shape),
+        pixels=pixels,
         steps=_whole(manifest, "inner.steps", where, low=0, high=max_steps),
         learning_rate=float(rate),
         batch=_whole(manifest, "inner.batch", where),

@@ -10,6 +10,7 @@ from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import CheckpointInfo
 from reptile.objectives import CLASSIFICATION, REGRESSION
+from reptile.settings import Adapt, LastBlocks
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
@@ -18,38 +19,42 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh"}
 DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
-ALGORITHMS = {"reptile": "Reptile", "fomaml": "first-order MAML"}
+ALGORITHMS = {
+    "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+}
 
 
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
 to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
 steps and then classifies further images of these classes. Its initialisation was meta-trained
-with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
+with {algorithm}.
 
 | | |
 |---|---|
-| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| {inputs} |
 | classes at once | up to {ways} |"""
 REGRESSOR = """\
 A few-shot regressor that learns inside ONNX Runtime. Give it a few points of a function it has
 never seen; it adapts to them in {steps} small optimiser steps and then predicts
-the function's values elsewhere. Its initialisation was meta-trained with {algorithm}
-(Nichol, Achiam, Schulman: arXiv 1803.02999).
+the function's values elsewhere. Its initialisation was meta-trained with
+{algorithm}.
 
 | | |
 |---|---|
-| inputs | {channels} x {height} x {width}, numbers as they are |
+| {inputs} |
 | outputs | {outputs} |"""
 CLASSIFIER_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
-adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+adapted = model.adapt(images, labels)  # {dtype} [N, {shape}], one name each
 names, probabilities = adapted.predict(more_images)"""
 REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy and onnxruntime only
 
 model = FewShotRegressor.load("path/to/this/folder")
-adapted = model.adapt(x, y)  # float32 [N, {channels}, {height}, {width}] and [N, {outputs}]
+adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
 CLASSIFIER_LIMITS = """\
 - For classifying images of a few classes like those it was trained on, from one to
@@ -98,17 +103,17 @@ TEXTS = {
 def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metrics | None) -> str:
     """Return the card as Markdown."""
     task, inner, limits = manifest["task"], manifest["inner"], manifest["limits"]
-    channels, height, width = task["image_shape"]
+    sizes = [str(size) for size in task["image_shape"]]
+    form = {"inputs": f"inputs | {' x '.join(sizes)}, numbers as they are", "dtype": "float32"}
+    if "pixel_range" in task:
+        form["inputs"] = f"images | {' x '.join(sizes)} (channels, height, width), pixels 0..255"
+        form["dtype"] = "uint8"
     training = info.settings
     texts = TEXTS[info.objective]
-    sizes = {"channels": channels, "height": height, "width": width} | task | inner | limits
-    head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **sizes)
-    architecture = ARCHITECTURES[training.model.name].format(
-        filters=training.model.filters,
-        downsampling=DOWNSAMPLING[training.model.downsampling],
-        hidden=", ".join(map(str, training.model.hidden)),
-        activation=ACTIVATIONS[training.model.activation],
-    )
+    values = form | {"shape": ", ".join(sizes)} | task | inner | limits
+    values["dtype"] = form["dtype"]
+    head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **values)
+    architecture = _architecture(info)
     provenance = manifest["provenance"]
     hashes = "\n".join(
         f"| {name.removesuffix('_sha256')} | `{value}` |"
@@ -127,7 +132,7 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
 ## Use
 
 ```python
-{texts.use.format(**sizes)}
+{texts.use.format(**values)}
 adapted.save("my-task.safetensors")
 ```
 
@@ -138,7 +143,7 @@ weights, `predict_adapted` takes these weights and images, `few_shot` does both 
 
 ## Intended use and limits
 
-{texts.limits.format(**sizes)}
+{texts.limits.format(**values)}
 
 ## Data and training
 
@@ -161,6 +166,24 @@ split took no part.
 
 {packages}. The hashes of all files are in `manifest.json`.
 """
+
+
+def _architecture(info: CheckpointInfo) -> str:
+    model = info.settings.model
+    if info.module or model.name not in ARCHITECTURES:
+        return f"`{info.module or model.name}`, adapted: {_adapted(info.settings.adapt)}"
+    return ARCHITECTURES[model.name].format(
+        filters=model.filters,
+        downsampling=DOWNSAMPLING[model.downsampling],
+        hidden=", ".join(map(str, model.hidden)),
+        activation=ACTIVATIONS[model.activation],
+    )
+
+
+def _adapted(adapt: Adapt) -> str:
+    if isinstance(adapt, LastBlocks):
+        return f"the last {adapt.last} blocks and the head"
+    return adapt if isinstance(adapt, str) else ", ".join(adapt)
 
 
 def _table(metrics: Metrics | None) -> str:

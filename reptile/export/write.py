@@ -4,6 +4,7 @@ For building graphs see `graphs`; whether a checkpoint may be exported is decide
 """
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from reptile.bundle_format import (
     GOLDEN_FOLDER,
     MANIFEST_FILE,
     GoldenCase,
+    bundle_folders,
     golden_json,
     graph_path,
     manifest_json,
@@ -28,10 +30,11 @@ from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
-from reptile.export.graphs import build_graphs, describe, exportable
+from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
+from reptile.objectives import objective_named
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -91,6 +94,48 @@ def export_bundle(
         write_json(temporary / MANIFEST_FILE, manifest)
 
 
+def export_bundles(
+    settings: ExportSettings,
+    learners: Mapping[str, Checkpoint],
+    data: PreparedData,
+    metrics: Metrics,
+    folder: Path,
+    best: Path,
+    *,
+    protocol: EvaluateSettings,
+) -> None:
+    """Write the bundle of each learner, and once more the one that is best on validation tasks.
+
+    Args:
+        settings: name and limits of them all.
+        learners: checkpoints by their method in `metrics`; the first is chosen where the evaluation
+            had no validation tasks.
+        data: what they were trained on.
+        metrics: of the evaluation that measured them on the same tasks.
+        folder: replaced as a whole; each bundle lies in a folder of the name of its algorithm.
+        best: where the best one goes; replaced as a whole.
+        protocol: the evaluation's settings.
+
+    Raises:
+        InputError: as `export_bundle`.
+    """
+    chosen = next(iter(learners))
+    if metrics.chosen:
+        better, scores = objective_named(metrics.objective).better, metrics.chosen.scores
+        chosen = max(learners, key=lambda method: better * scores[method].mean)
+    names = bundle_folders({name: each.info.settings.algorithm for name, each in learners.items()})
+    with atomic_directory(folder) as temporary:
+        for method, checkpoint in learners.items():
+            seen = metrics.model_copy(update={"learner": method})
+            if method != metrics.learner:
+                seen = seen.model_copy(update={"differences": {}})  # which are to another learner
+            export_bundle(
+                settings, checkpoint, data, seen, temporary / names[method], protocol=protocol
+            )
+    with atomic_directory(best) as temporary:
+        shutil.copytree(folder / names[chosen], temporary, dirs_exist_ok=True)
+
+
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
@@ -106,7 +151,8 @@ def _manifest(
         kind=info.objective.name,
         outputs=model.outputs,
         image_shape=model.image_shape,
-        model=exportable(model).settings.model_dump(mode="json"),
+        model=_network(checkpoint),
+        pixels=info.pixels,
         optimizer=optimizer.name,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -131,6 +177,13 @@ def _manifest(
             "versions": info.versions | versions("torch", "onnx", "onnxscript"),
         },
     )
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the network's settings, or the name of the user's module."""
+    if checkpoint.info.module:
+        return {"name": "module", "module": checkpoint.info.module}
+    return checkpoint.info.settings.model.model_dump(mode="json")
 
 
 def _write_golden(
@@ -190,7 +243,7 @@ def _add_adaptation(
     queries = images.astype(np.float32)
     adapted = [reference.adapt(checkpoint, support, dtype) for dtype in _PRECISIONS]
     predicted = [
-        {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
+        {"logits": reference.predict_adapted(checkpoint, tensors, images, dtype)}
         for tensors, dtype in zip(adapted, _PRECISIONS, strict=True)
     ]
     feeds = support.feeds(checkpoint)
