@@ -57,7 +57,7 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
             f"export.gate.shots = {gate.shots}: `reptile evaluate` measures {shots}-shot only; "
             "change export.gate.shots or evaluate.shots"
         )
-    if settings.export.max_steps < evaluation.steps:
+    if not settings.train.closed_form and settings.export.max_steps < evaluation.steps:
         raise InputError(
             f"export.max_steps = {settings.export.max_steps} is below evaluate.steps = "
             f"{evaluation.steps}; raise one or lower the other"

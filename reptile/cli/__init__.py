@@ -392,7 +392,10 @@ def classify(
     save: Annotated[
         Path | None, typer.Option(help="File for the adapted task, to use with --task.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Inner steps; the bundle's by default.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Inner steps; the bundle's by default. Not for closed-form bundles."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the mini-batches; 0 by default.")
     ] = None,
@@ -429,7 +432,7 @@ def classify(
     if as_json:
         typer.echo(json.dumps(report(paths, adapted, prediction), indent=2, allow_nan=False))
         return
-    if len(losses := adapted.losses):
+    if len(losses := adapted.losses):  # none of a closed-form bundle
         learnt += f" in {len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
     console.print(learnt, markup=False, highlight=False, soft_wrap=True)
     if paths:

@@ -112,38 +112,45 @@ MODULES: dict[str, tuple[tuple[int, ...], Callable[[], list[nn.Module]]]] = {
         ],
     ),
 }
-ACTIVATIONS: list[nn.Module] = [
-    nn.ReLU6(),
-    nn.LeakyReLU(),
-    nn.SELU(),
-    nn.CELU(),
-    nn.GELU("tanh"),
-    nn.SiLU(),
-    nn.Mish(),
-    nn.Softplus(),
-    nn.Softsign(),
-    nn.Tanhshrink(),
-    nn.Sigmoid(),
-    nn.LogSigmoid(),
-    nn.Hardtanh(),
-    nn.Hardswish(),
-    nn.Hardsigmoid(),
-    nn.Hardshrink(),
-    nn.Softshrink(),
-    nn.PReLU(),
-    nn.RReLU(),
-    nn.Threshold(0.1, 0.2),
-    nn.GLU(),
-    nn.Softmax(1),
-    nn.LogSoftmax(1),
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SELU,
+    nn.CELU,
+    lambda: nn.GELU("tanh"),
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanhshrink,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.PReLU,
+    nn.RReLU,
+    lambda: nn.Threshold(0.1, 0.2),
+    nn.GLU,
+    lambda: nn.Softmax(1),
+    lambda: nn.LogSoftmax(1),
 ]
-MODULES["activations"] = (
-    (7,),
-    lambda: [
-        nn.Linear(7, 8),
-        Apply(lambda x: torch.cat([each.to(x)(x) for each in ACTIVATIONS], 1)),
-    ],
-)
+
+
+class Parallel(nn.Module):
+    """All activations side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(make() for make in ACTIVATIONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
+MODULES["activations"] = ((7,), lambda: [nn.Linear(7, 8), Parallel()])
 
 
 @pytest.fixture
