@@ -32,6 +32,7 @@ CARD_FILE = "MODEL_CARD.md"
 GOLDEN_FOLDER = "golden"
 GOLDEN_FILE = "golden.json"
 MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
+MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
 
 _LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
 
@@ -42,6 +43,17 @@ def graph_path(name: str) -> str:
 
 
 Shape = tuple[int | None, ...]  # None stands for a size that may vary
+
+
+def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
+    """Return the folder of each learner's bundle, where there are several, by its method.
+
+    It is called after the learner's algorithm, or, if another has that already, after the method.
+    """
+    folders: dict[str, str] = {}
+    for method, algorithm in algorithms.items():
+        folders[method] = method if algorithm in folders.values() else algorithm
+    return folders
 
 
 class TensorType(NamedTuple):
@@ -76,7 +88,8 @@ class Manifest:
     learner: str  # gradient or closed_form
     ways: int  # the most classes of a task; of a regressor 1
     outputs: int  # of the head: ways, or the values predicted for each input
-    image_shape: tuple[int, int, int]  # channels, height, width
+    image_shape: tuple[int, ...]  # channels, height, width of an image
+    pixels: bool  # whether inputs are images of pixels 0..255, or any numbers
     steps: int  # this and the next four are 0 of a closed-form learner, which has no inner loop
     learning_rate: float
     batch: int
@@ -107,6 +120,7 @@ def manifest_json(
     learner: Mapping[str, Any],
     outputs: int,
     image_shape: Sequence[int],
+    pixels: bool,
     model: Mapping[str, Any],
     max_support: int,
     graphs: Mapping[str, Mapping[str, list[dict[str, Any]]]],
@@ -122,6 +136,7 @@ def manifest_json(
         learner: what `gradient_learner` or `closed_form_learner` returns.
         outputs: of the head; of a closed-form learner, the most classes of a task.
         image_shape: channels, height and width of an input.
+        pixels: whether a classifier's inputs are pixels 0..255, or any numbers.
         model: settings of the network.
         max_support: the most images of a support set.
         graphs: for each graph, `inputs` and `outputs` as lists of name, dtype and shape.
@@ -129,8 +144,10 @@ def manifest_json(
         provenance: dataset, hashes and versions.
     """
     head = {"ways": outputs} if kind == "classification" else {"outputs": outputs}
-    task = {"kind": kind, **head, "image_shape": list(image_shape), "layout": _LAYOUT}
-    if kind == "classification":
+    task = {"kind": kind, **head, "image_shape": list(image_shape)}
+    if len(image_shape) == 3:
+        task["layout"] = _LAYOUT
+    if kind == "classification" and pixels:
         task["pixel_range"] = _PIXEL_RANGE
     adapted = graphs["predict_adapted"]["inputs"]
     return {
@@ -202,15 +219,20 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
     kind = str(_get(manifest, "task", dict, where).get("kind", KINDS[0]))
     if kind not in KINDS:
         raise InputError(f"{where}: task.kind must be {' or '.join(KINDS)}, got {kind!r}")
-    fixed: dict[str, Any] = {"layout": _LAYOUT, "dtype": _DTYPE}
-    if kind == "classification":
+    shape = _get(manifest, "task.image_shape", list, where)
+    pixels = kind == "classification" and "pixel_range" in manifest["task"]
+    if not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{where}: task.image_shape must be sizes such as [1, 28, 28]")
+    if pixels and len(shape) != 3:
+        raise InputError(f"{where}: task.image_shape must be [channels, height, width] of images")
+    fixed: dict[str, Any] = {"dtype": _DTYPE}
+    if len(shape) == 3:
+        fixed["layout"] = _LAYOUT
+    if pixels:
         fixed["pixel_range"] = _PIXEL_RANGE
     for key, value in fixed.items():
         if _get(manifest, f"task.{key}", type(value), where) != value:
             raise InputError(f"{where}: task.{key} must be {value!r}")
-    shape = _get(manifest, "task.image_shape", list, where)
-    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-        raise InputError(f"{where}: task.image_shape must be [channels, height, width]")
     learner = _get(manifest, "learner", str, where) if version >= 3 else "gradient"
     if learner not in GRAPHS or (learner == "closed_form" and kind != "classification"):
         raise InputError(
@@ -242,7 +264,8 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         learner=learner,
         ways=ways,
         outputs=outputs,
-        image_shape=(shape[0], shape[1], shape[2]),
+        image_shape=tuple(shape),
+        pixels=pixels,
         **_inner_loop(manifest, learner, where),
         features=features,
         max_support=_whole(manifest, "limits.max_support", where),

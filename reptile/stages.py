@@ -7,6 +7,7 @@ imports what it runs, so that reptile.provenance can determine what each result 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reptile.errors import InputError, VerificationError
@@ -159,13 +160,19 @@ def export(
     evaluation: Path,
     bundle: Path,
     *,
+    beside: Path | None = None,
+    bundles: Path | None = None,
     ignore_gate: bool = False,
 ) -> None:
-    """Write the ONNX bundle of a checkpoint whose evaluation passes the gate."""
+    """Write the ONNX bundle of a checkpoint whose evaluation passes the gate.
+
+    With the second learner's checkpoint `beside`, the bundle is that of the learner that is best on
+    validation tasks; the bundles of both are in `bundles`, in folders named after the algorithms.
+    """
     from reptile.data.dataset import load_prepared
     from reptile.evaluate.gate import check_gate
     from reptile.evaluate.metrics import read_json, read_metrics
-    from reptile.export.write import export_bundle
+    from reptile.export.write import export_bundles
     from reptile.learn.checkpoint import load_checkpoint
 
     metrics = read_metrics(evaluation)
@@ -175,7 +182,13 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
-    export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
+    learners = {"trained": trained}
+    if beside:
+        learners["beside"] = load_checkpoint(beside)
+        learners["beside"].info.check_data(data)
+    with TemporaryDirectory() as folder:
+        all_bundles = bundles or Path(folder) / "bundles"
+        export_bundles(settings, learners, data, metrics, all_bundles, bundle, protocol=protocol)
 
 
 def verify(
@@ -184,22 +197,35 @@ def verify(
     checkpoint: Path,
     bundle: Path,
     verification: Path,
+    *,
+    beside: Path | None = None,
+    bundles: Path | None = None,
 ) -> dict[str, Any]:
     """Check the bundle against eager PyTorch; write the report, then fail if any check did.
+
+    With `beside` and `bundles`, as for `export`, each learner's bundle is checked, and that
+    `bundle` is one of them.
 
     Raises:
         VerificationError: a check failed; the report at `verification` says which and by how much.
     """
     from reptile.data.dataset import load_prepared
-    from reptile.export.verify import verify_bundle
+    from reptile.export.verify import verify_bundle, verify_bundles
     from reptile.learn.checkpoint import load_checkpoint
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
-    report = verify_bundle(settings, bundle, trained, data)
+    if bundles:
+        learners = {"trained": trained}
+        if beside:
+            learners["beside"] = load_checkpoint(beside)
+        report = verify_bundles(settings, bundles, bundle, learners, data)
+    else:
+        report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     if failed:
-        raise VerificationError(f"{bundle} failed {', '.join(failed)}; see {verification}")
+        where = bundles or bundle
+        raise VerificationError(f"{where} failed {', '.join(failed)}; see {verification}")
     return report

@@ -268,8 +268,8 @@ def evaluate(
     from reptile.evaluate.metrics import read_metrics
 
     others = dict(map(_named_folder, beside or ()))
-    if not beside and settings.beside.training:
-        others = {"beside": artifacts / "beside/checkpoint"}
+    if not beside and (second := _second_checkpoint(settings, artifacts)):
+        others = {"beside": second}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
@@ -319,6 +319,8 @@ def export(
             artifacts / "checkpoint",
             artifacts / "evaluation",
             bundle,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
             ignore_gate=ignore_gate,
         )
     console.print(f"bundle: {bundle}")
@@ -346,6 +348,8 @@ def verify(
             artifacts / "checkpoint",
             artifacts / "bundle",
             report,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
         )
     console.print(f"{len(result['checks'])} checks passed; report: {report}")
 
@@ -408,7 +412,7 @@ def classify(
     if not paths and save is None:
         raise InputError("no images to classify: give PNG or JPEG files, or --save to learn only")
     model = FewShotModel.load(bundle)
-    queries = read_images(paths, model.image_shape)
+    queries = read_images(paths, model.pixel_shape)
     if support is not None:
         examples, labels = read_support(support, model)
         adapted = model.adapt(examples, labels, steps=steps, seed=seed or 0)
@@ -610,6 +614,11 @@ def download(
     console.print(f"version it:  dvc add {target}", soft_wrap=True)
     settings = " ".join(f"-S {each}" for each in (f"prepare.source={target}", *dataset.settings))
     console.print(f"prepare it:  reptile prepare {settings}", soft_wrap=True)
+
+
+def _second_checkpoint(settings: Settings, artifacts: Path) -> Path | None:
+    """Return the second learner's checkpoint; None if the settings train none."""
+    return artifacts / "beside/checkpoint" if settings.beside.training else None
 
 
 def run() -> None:

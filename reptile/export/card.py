@@ -10,6 +10,7 @@ from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import CheckpointInfo
 from reptile.objectives import CLASSIFICATION, REGRESSION
+from reptile.settings import Adapt, LastBlocks
 
 ARCHITECTURES = {
     "conv4": "four 3x3 convolutions of {filters} filters, {downsampling}, "
@@ -19,59 +20,59 @@ ARCHITECTURES = {
 ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh"}
 DOWNSAMPLING = {"stride": "of stride 2", "pool": "each with 2x2 max-pooling"}
 ALGORITHMS = {
-    "reptile": "Reptile",
-    "fomaml": "first-order MAML",
-    "maml": "MAML",
-    "protonet": "nearest prototype: Snell, Swersky, Zemel: arXiv 1703.05175",
-    "ridge": "ridge regression: Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136",
+    "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
+    "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+    "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",
+    "ridge": "ridge regression (Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136)",
 }
 
 
 CLOSED_FORM = """\
-A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of any
+A few-shot classifier that learns inside ONNX Runtime. Give it a few labelled examples of any
 number of classes it has never seen (up to {ways}); it fits a linear classifier to their features in
-closed form, without gradient steps, and then classifies further images of these classes. A class is
-added or removed later without the other classes' images. Its network was trained through the same
-head ({algorithm}).
+closed form, without gradient steps, and then classifies further examples of these classes. A class
+is added or removed later without the other classes' examples. Its network was trained through the
+same head: {algorithm}.
 
 | | |
 |---|---|
-| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| {inputs} |
 | classes at once | up to {ways} |"""
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
 to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
 steps and then classifies further images of these classes. Its initialisation was meta-trained
-with {algorithm} (Nichol, Achiam, Schulman: arXiv 1803.02999).
+with {algorithm}.
 
 | | |
 |---|---|
-| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| {inputs} |
 | classes at once | up to {ways} |"""
 REGRESSOR = """\
 A few-shot regressor that learns inside ONNX Runtime. Give it a few points of a function it has
 never seen; it adapts to them in {steps} small optimiser steps and then predicts
-the function's values elsewhere. Its initialisation was meta-trained with {algorithm}
-(Nichol, Achiam, Schulman: arXiv 1803.02999).
+the function's values elsewhere. Its initialisation was meta-trained with
+{algorithm}.
 
 | | |
 |---|---|
-| inputs | {channels} x {height} x {width}, numbers as they are |
+| {inputs} |
 | outputs | {outputs} |"""
 CLASSIFIER_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
-adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+adapted = model.adapt(images, labels)  # {dtype} [N, {shape}], one name each
 names, probabilities = adapted.predict(more_images)"""
 REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy and onnxruntime only
 
 model = FewShotRegressor.load("path/to/this/folder")
-adapted = model.adapt(x, y)  # float32 [N, {channels}, {height}, {width}] and [N, {outputs}]
+adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
 CLOSED_FORM_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
-adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+adapted = model.adapt(images, labels)  # {dtype} [N, {shape}], one name each
 names, probabilities = adapted.predict(more_images)
 adapted = adapted.add(images_of_a_new_class, new_labels)"""
 CLOSED_FORM_LIMITS = """\
@@ -160,12 +161,17 @@ CLOSED_FORM_TEXTS = _Texts(
 def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metrics | None) -> str:
     """Return the card as Markdown."""
     task, inner, limits = manifest["task"], manifest.get("inner", {}), manifest["limits"]
-    channels, height, width = task["image_shape"]
+    sizes = [str(size) for size in task["image_shape"]]
+    form = {"inputs": f"inputs | {' x '.join(sizes)}, numbers as they are", "dtype": "float32"}
+    if "pixel_range" in task:
+        form["inputs"] = f"images | {' x '.join(sizes)} (channels, height, width), pixels 0..255"
+        form["dtype"] = "uint8"
     training = info.settings
     closed_form = training.closed_form
     texts = CLOSED_FORM_TEXTS if closed_form else TEXTS[info.objective]
-    sizes = {"channels": channels, "height": height, "width": width} | task | inner | limits
-    head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **sizes)
+    values = form | {"shape": ", ".join(sizes)} | task | inner | limits
+    values["dtype"] = form["dtype"]
+    head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **values)
     settings_rows = (
         ""
         if closed_form
@@ -190,7 +196,7 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
 ## Use
 
 ```python
-{texts.use.format(**sizes)}
+{texts.use.format(**values)}
 adapted.save("my-task.safetensors")
 ```
 
@@ -200,7 +206,7 @@ was exported.
 
 ## Intended use and limits
 
-{texts.limits.format(**sizes)}
+{texts.limits.format(**values)}
 
 ## Data and training
 
@@ -224,16 +230,17 @@ was exported.
 
 def _architecture(info: CheckpointInfo) -> str:
     """Describe the network in words."""
-    if info.module:
-        return f"`{info.module}`"
-    model = info.settings.model
-    text = ARCHITECTURES.get(model.name, f"`{model.name}`").format(
+    model, closed_form = info.settings.model, info.settings.closed_form
+    if info.module or model.name not in ARCHITECTURES:
+        name = f"`{info.module or model.name}`"
+        return name if closed_form else f"{name}, adapted: {_adapted(info.settings.adapt)}"
+    text = ARCHITECTURES[model.name].format(
         filters=model.filters,
         downsampling=DOWNSAMPLING[model.downsampling],
         hidden=", ".join(map(str, model.hidden)),
         activation=ACTIVATIONS[model.activation],
     )
-    return text.removesuffix(", and a linear head") if info.settings.closed_form else text
+    return text.removesuffix(", and a linear head") if closed_form else text
 
 
 def _training(info: CheckpointInfo, texts: _Texts) -> str:
@@ -250,6 +257,12 @@ a class."""
 Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
 {training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
 {training.inner_steps} inner steps on batches of {training.inner_batch}."""
+
+
+def _adapted(adapt: Adapt) -> str:
+    if isinstance(adapt, LastBlocks):
+        return f"the last {adapt.last} blocks and the head"
+    return adapt if isinstance(adapt, str) else ", ".join(adapt)
 
 
 def _table(metrics: Metrics | None) -> str:

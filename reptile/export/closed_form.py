@@ -21,7 +21,6 @@ from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
 from reptile.learn.heads import ClassifierHead
 from reptile.models import MASK_BIAS, LayerStatistics
-from reptile.objectives import CLASSIFICATION
 
 FLOAT, INT64, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 CONDITION = 1e6  # float32 resolves no smaller eigenvalue beside the largest: its epsilon is 1.2e-7
@@ -67,9 +66,10 @@ def newton_schulz(matrix: Tensor, right: Tensor) -> Tensor:
 class Embed(nn.Module):
     """The network without a head: each image's features depend on that image alone."""
 
-    def __init__(self, learner: ClosedForm) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        self.model = learner.model
+        learner = checkpoint.closed_form
+        self.model, self.network_input = learner.model, checkpoint.info.network_input
         self.names = list(learner.model.shapes)
         for name in self.names:
             self.register_buffer(_plain(name), learner.params[name].clone())
@@ -85,8 +85,7 @@ class Embed(nn.Module):
             LayerStatistics(self.get_buffer(f"mean{layer}"), self.get_buffer(f"variance{layer}"))
             for layer in range(self.layers)
         )
-        images = CLASSIFICATION.network_input(images)
-        return self.model.features(params, images, statistics or None)
+        return self.model.features(params, self.network_input(images), statistics or None)
 
 
 class Fit(nn.Module):
@@ -128,7 +127,7 @@ def build_closed_form_graphs(checkpoint: Checkpoint, max_ways: int) -> dict[str,
             f"a learner of algorithm: {checkpoint.info.settings.algorithm} cannot be exported to "
             "ONNX yet; use it in PyTorch with reptile.load, or export one of algorithm: reptile"
         )
-    embed, fit, shape = Embed(learner), Fit(learner, max_ways), checkpoint.model.image_shape
+    embed, fit, shape = Embed(checkpoint), Fit(learner, max_ways), checkpoint.model.image_shape
     size = checkpoint.model.feature_size
 
     def images(count: str) -> Spec:

@@ -3,6 +3,7 @@
 For building graphs see `graphs`; whether a checkpoint may be exported is decided in `stages`.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from reptile.bundle_format import (
     CARD_FILE,
     GOLDEN_FOLDER,
     MANIFEST_FILE,
+    bundle_folders,
     closed_form_learner,
     gradient_learner,
     graph_path,
@@ -33,6 +35,7 @@ from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
+from reptile.objectives import objective_named
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -107,6 +110,48 @@ def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.
     return build_closed_form_graphs(checkpoint, settings.max_support)
 
 
+def export_bundles(
+    settings: ExportSettings,
+    learners: Mapping[str, Checkpoint],
+    data: PreparedData,
+    metrics: Metrics,
+    folder: Path,
+    best: Path,
+    *,
+    protocol: EvaluateSettings,
+) -> None:
+    """Write the bundle of each learner, and once more the one that is best on validation tasks.
+
+    Args:
+        settings: name and limits of them all.
+        learners: checkpoints by their method in `metrics`; the first is chosen where the evaluation
+            had no validation tasks.
+        data: what they were trained on.
+        metrics: of the evaluation that measured them on the same tasks.
+        folder: replaced as a whole; each bundle lies in a folder of the name of its algorithm.
+        best: where the best one goes; replaced as a whole.
+        protocol: the evaluation's settings.
+
+    Raises:
+        InputError: as `export_bundle`.
+    """
+    chosen = next(iter(learners))
+    if metrics.chosen:
+        better, scores = objective_named(metrics.objective).better, metrics.chosen.scores
+        chosen = max(learners, key=lambda method: better * scores[method].mean)
+    names = bundle_folders({name: each.info.settings.algorithm for name, each in learners.items()})
+    with atomic_directory(folder) as temporary:
+        for method, checkpoint in learners.items():
+            seen = metrics.model_copy(update={"learner": method})
+            if method != metrics.learner:
+                seen = seen.model_copy(update={"differences": {}})  # which are to another learner
+            export_bundle(
+                settings, checkpoint, data, seen, temporary / names[method], protocol=protocol
+            )
+    with atomic_directory(best) as temporary:
+        shutil.copytree(folder / names[chosen], temporary, dirs_exist_ok=True)
+
+
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
@@ -134,9 +179,8 @@ def _manifest(
         learner=learner,
         outputs=settings.max_support if closed_form else model.outputs,
         image_shape=model.image_shape,
-        model=(
-            {"name": info.module} if info.module else info.settings.model.model_dump(mode="json")
-        ),
+        pixels=info.pixels,
+        model=_network(checkpoint),
         max_support=settings.max_support,
         graphs={
             name: {
@@ -155,6 +199,13 @@ def _manifest(
             "versions": info.versions | versions("torch", "onnx", "onnxscript"),
         },
     )
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the network's settings, or the name of the user's module."""
+    if checkpoint.info.module:
+        return {"name": "module", "module": checkpoint.info.module}
+    return checkpoint.info.settings.model.model_dump(mode="json")
 
 
 def _write_golden(
@@ -213,7 +264,7 @@ def _add_adaptation(
     queries = images.astype(np.float32)
     adapted = [reference.adapt(checkpoint, support, dtype) for dtype in _PRECISIONS]
     predicted = [
-        {"logits": reference.predict_adapted(checkpoint.model, tensors, images, dtype)}
+        {"logits": reference.predict_adapted(checkpoint, tensors, images, dtype)}
         for tensors, dtype in zip(adapted, _PRECISIONS, strict=True)
     ]
     feeds = support.feeds(checkpoint)

@@ -16,7 +16,7 @@ from reptile.errors import InputError
 
 
 def check_images(
-    images: npt.ArrayLike, shape: tuple[int, int, int], what: str = "images"
+    images: npt.ArrayLike, shape: tuple[int, ...], what: str = "images"
 ) -> npt.NDArray[Any]:
     """Return images as an array [N, C, H, W] of unsigned, signed or floating pixels in 0..255.
 
@@ -46,7 +46,7 @@ def check_images(
     return array
 
 
-def _wrong_shape(got: tuple[int, ...], shape: tuple[int, int, int], what: str) -> str:
+def _wrong_shape(got: tuple[int, ...], shape: tuple[int, ...], what: str) -> str:
     channels, *size = shape
     expected = str(("N", *shape)).replace("'", "")
     if channels == 1:
@@ -78,7 +78,7 @@ def _check_range(array: npt.NDArray[Any], what: str) -> None:
 def check_points(
     points: npt.ArrayLike, shape: tuple[int, ...], what: str
 ) -> npt.NDArray[np.float32]:
-    """Return a regressor's inputs or values as an array [N, *shape] of finite numbers.
+    """Return inputs that are no images, or values, as an array [N, *shape] of finite numbers.
 
     Args:
         points: [N, *shape], or without those sizes at its end or its start that are 1: [N] for

@@ -16,7 +16,13 @@ from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle
 from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
-from reptile.runtime.inputs import check_images, check_labels, check_names, check_ways
+from reptile.runtime.inputs import (
+    check_images,
+    check_labels,
+    check_names,
+    check_points,
+    check_ways,
+)
 from reptile.runtime.opened import OpenedBundle
 from reptile.runtime.saved import (
     AdaptedState,
@@ -68,8 +74,9 @@ class AdaptedModel:
         """Classify each image independently of the others.
 
         Args:
-            images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. N may
-                be any number, 0 included.
+            images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. Of a
+                bundle that was trained on other data than images: [N, ...], any numbers. N may be
+                any number, 0 included.
 
         Raises:
             InputError: images of another shape, type or range.
@@ -84,7 +91,7 @@ class AdaptedModel:
         Raises:
             InputError: as `predict`.
         """
-        array = check_images(images, self.bundle.image_shape)
+        array = _inputs(images, self.bundle)
         logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
         session = self._sessions["predict_adapted"]
         for start in range(0, len(array), self.bundle.images_at_once):
@@ -129,7 +136,7 @@ class AdaptedModel:
             TimeoutError: not done in time.
         """
         old, names = self._examples(), self.state.labels
-        array = check_images(images, self.bundle.image_shape)
+        array = _inputs(images, self.bundle)
         names, targets = check_names(labels, len(array), names)
         check_ways(names, self.bundle)
         check_support(len(old.targets) + len(array), self.bundle, "images")
@@ -185,6 +192,13 @@ class AdaptedModel:
         write_adapted(Path(path), self.state, self.bundle)
 
 
+def _inputs(images: npt.ArrayLike, bundle: Bundle) -> npt.NDArray[Any]:
+    """Check images, or inputs of any numbers where the bundle takes no pixels."""
+    if bundle.pixels:
+        return check_images(images, bundle.image_shape)
+    return check_points(images, bundle.image_shape, "inputs")
+
+
 def softmax(logits: FloatArray) -> FloatArray:
     """Return probabilities [N, names]; every row sums to 1."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -213,9 +227,24 @@ class FewShotModel(OpenedBundle):
         return self.bundle.ways
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of every image; the shape of every input of other data."""
         return self.bundle.image_shape
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """The shape of images, for programs that take nothing else.
+
+        Raises:
+            InputError: the bundle takes other inputs than images.
+        """
+        if not self.bundle.pixels:
+            raise InputError(
+                f"{self.bundle.folder} takes inputs of shape {list(self.image_shape)} that are no "
+                "images: adapt it from Python, with reptile.runtime"
+            )
+        channels, height, width = self.image_shape
+        return channels, height, width
 
     def adapt(
         self,
@@ -232,8 +261,7 @@ class FewShotModel(OpenedBundle):
         The same arguments give the same result.
 
         Args:
-            images: the support set, [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any
-                real type.
+            images: the support set; see `AdaptedModel.predict`.
             labels: a hashable name for each image; 2 to `ways` distinct names.
             steps: inner steps; None means the bundle's.
             learning_rate: of the inner steps; None means the bundle's.
@@ -247,7 +275,7 @@ class FewShotModel(OpenedBundle):
             TimeoutError: not done in time.
         """
         bundle = self.bundle
-        array = check_images(images, bundle.image_shape)
+        array = _inputs(images, bundle)
         check_support(len(array), bundle, "images")
         names, targets = check_labels(labels, len(array), bundle)
         inner = InnerLoop(steps, learning_rate, seed, timeout)

@@ -83,7 +83,7 @@ class FewShotRegressor(OpenedBundle):
         return self.bundle.outputs
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
         """The shape of every input; (1, 1, 1) for single numbers."""
         return self.bundle.image_shape
 

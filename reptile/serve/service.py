@@ -33,11 +33,12 @@ class Service:
     """A bundle being served.
 
     Raises:
-        InputError: the folder of the kept tasks cannot be used.
+        InputError: the bundle takes no images, or the folder of the kept tasks cannot be used.
     """
 
     def __init__(self, model: FewShotModel, settings: ServeSettings) -> None:
         self.model, self.settings = model, settings
+        _ = model.pixel_shape  # refuses other bundles before any folder is touched
         self.store = TaskStore(settings)
         self.store.load(model)
         self.adapter = Adapter(settings)
@@ -50,7 +51,7 @@ class Service:
 
     async def start(self) -> None:
         """Run every graph once, so that no request pays for it."""
-        images = np.zeros((2, *self.model.image_shape), dtype=np.uint8)
+        images = np.zeros((2, *self.model.pixel_shape), dtype=np.uint8)
         steps = 1 if self.model.bundle.learner == "gradient" else None
         adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=steps))
         await self.adapter.run(lambda _: adapted.specialized())
@@ -70,7 +71,7 @@ class Service:
         Raises:
             InputError: not images of this bundle, none, or too many.
         """
-        shape = self.model.image_shape
+        shape = self.model.pixel_shape
         images = whole_pixels(values, shape)
         if images is None:
             images = check_images(values, shape)
@@ -123,7 +124,7 @@ class Service:
             graph = self.model.bundle.graphs[name]
             return graph.inputs, graph.outputs
         adapted = self._adapted(name)
-        shape = (None, *self.model.image_shape)
+        shape = (None, *self.model.pixel_shape)
         outputs = TensorType("float32", (None, len(adapted.labels)))
         return {"images": TensorType("float32", shape)}, {
             "probabilities": outputs,

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from reptile.export.verify.conformance import Check, check_files, check_graph
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
+    Session,
     Sessions,
     check_golden,
     read_manifest,
@@ -53,6 +55,10 @@ SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some with fewer classes than outputs
 
 # Beyond rounding: a ReLU that flips on a rounding error in one of the two and not in the other.
 WARM_TOLERANCE = 1e-3
+# One float32 run is one draw of rounding errors, and flips are rare and large: 1 of 50 runs of a
+# hardly trained conv4 was 20 times as far off as all others. So where a graph misses the limit,
+# this many further draws say what rounding can do to that task.
+DRAWS = 32
 # From a cold Adam state each weight moves by the sign of its gradient, even if that is only noise.
 COLD_TOLERANCE = 5e-2
 DISAGREE = {WARM_TOLERANCE: 0.01, COLD_TOLERANCE: 0.05}  # share of predicted labels
@@ -131,6 +137,7 @@ class _Oracle:
     wanted: Tensors
     start: Tensors  # before any step: what displacements are measured from
     rounding: float
+    checkpoint: Checkpoint
 
     @classmethod
     def of(cls, name: str, subject: _Subject, task: SupportSet) -> "_Oracle":
@@ -138,10 +145,26 @@ class _Oracle:
         wanted = reference.adapt(checkpoint, task, torch.float64)
         start = reference.adapt(checkpoint, task.first(0), torch.float64)
         single = reference.adapt(checkpoint, task, torch.float32)
-        return cls(name, task, wanted, start, _adapted_error(single, wanted, start))
+        rounding = _adapted_error(single, wanted, start)
+        return cls(name, task, wanted, start, rounding, checkpoint)
 
     def error(self, actual: Tensors) -> float:
         return _adapted_error(actual, self.wanted, self.start)
+
+    def limit(self, error: float, tolerance: float) -> float:
+        """Return the largest error that rounding explains."""
+        limit = ROUNDING * self.rounding + tolerance
+        if error <= limit or not math.isfinite(error):
+            return limit
+        return ROUNDING * max(self.rounding, self.instability) + tolerance
+
+    @cached_property
+    def instability(self) -> float:
+        """The largest error that noise of the size of float32's rounding causes in float64."""
+        return max(
+            self.error(reference.adapt(self.checkpoint, self.task, torch.float64, noise=seed))
+            for seed in range(DRAWS)
+        )
 
 
 def _adapted_error(actual: Tensors, wanted: Tensors, start: Tensors) -> float:
@@ -206,7 +229,7 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
         for oracle in oracles:
             actual = session(oracle.task.feeds(subject.checkpoint))
             error = oracle.error(actual) if actual["finite"] else math.inf
-            limit = ROUNDING * oracle.rounding + subject.tolerance
+            limit = oracle.limit(error, subject.tolerance)
             outcomes.append((error <= limit, -error / limit, error, limit, oracle.name))
         _, _, error, limit, name = min(outcomes)
         detail = f"worst of {len(oracles)}: {name}"
@@ -258,15 +281,23 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
         ("support_images", nans),
         ("learning_rate", np.array(np.inf, dtype=np.float32)),
     ):
-        if session(feeds | {name: value})["finite"]:
+        if _accepts(session, feeds | {name: value}):
             problems.append(f"finite is true although {name} is not")
     yield Check.none_of("adapt guards its inputs", problems)
+
+
+def _accepts(session: Session, feeds: Tensors) -> bool:
+    """Return whether `finite` is true; what ONNX Runtime itself refuses is not accepted."""
+    try:
+        return bool(session(feeds)["finite"])
+    except Exception:  # its own classes: a number that is no index of an embedding, say
+        return False
 
 
 def _prediction(subject: _Subject) -> Iterator[Check]:
     """Parity of the other graphs, and independence of queries."""
     checkpoint, images = subject.checkpoint, subject.queries()
-    model, pixels = checkpoint.model, images.astype(np.float32)
+    pixels = images.astype(np.float32)
     single, double = torch.float32, torch.float64
     wanted = reference.predict(checkpoint, images, double)
     rounding = _logit_error(reference.predict(checkpoint, images, single), wanted)
@@ -283,7 +314,7 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
         weights = {name: adapted[name] for name in subject.manifest.weights}
         session = subject.session("predict_adapted", optimised, threads)
         logits = session({"images": pixels} | weights)["logits"]
-        expected = reference.predict_adapted(model, weights, images, double)
+        expected = reference.predict_adapted(checkpoint, weights, images, double)
         error = _logit_error(logits, expected)
         yield Check.at_most(f"predict_adapted equals eager PyTorch, {where}", error, 1e-4)
 
