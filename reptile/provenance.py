@@ -102,6 +102,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "verify": (
         *_ALL,
         *_TRAINED,
+        "learn/unadapted.py",
         "bundle_format.py",
         "export/__init__.py",
         "export/closed_form_reference.py",

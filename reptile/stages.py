@@ -174,6 +174,7 @@ def export(
     from reptile.evaluate.metrics import read_json, read_metrics
     from reptile.export.write import export_bundles
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
 
     metrics = read_metrics(evaluation)
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
@@ -182,7 +183,7 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
-    learners = {"trained": trained}
+    learners = {"trained": exported(trained, data, metrics.model_dump(mode="json"))}
     if beside:
         learners["beside"] = load_checkpoint(beside)
         learners["beside"].info.check_data(data)
@@ -212,10 +213,16 @@ def verify(
     from reptile.data.dataset import load_prepared
     from reptile.export.verify import verify_bundle, verify_bundles
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
+    from reptile.runtime.bundle import open_bundle
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
+    folders = sorted(bundles.iterdir()) if bundles else [bundle]
+    each = [open_bundle(folder).raw["metrics"] for folder in folders]
+    metrics = next(values for values in each if not values or values["learner"] != "beside")
+    trained = exported(trained, data, metrics)
     if bundles:
         learners = {"trained": trained}
         if beside:

@@ -7,6 +7,7 @@ It shows progress and results; all work is done by `reptile.stages` and
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ def train(
     training = settings.beside.training if beside else settings.train
     outputs = artifacts / "beside" if beside else artifacts
     if training is None:
-        outputs.mkdir(parents=True, exist_ok=True)  # DVC expects it
+        shutil.rmtree(outputs, ignore_errors=True)  # of other settings
+        outputs.mkdir(parents=True)  # DVC expects it
         console.print("beside.algorithm = none: no second learner to train")
         return
     folder = outputs / "checkpoint"

@@ -155,9 +155,9 @@ class ClosedForm(NamedTuple):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Return the features [N, D] of what the network sees, [N, *image_shape]."""
-        body = {name: self.params[name] for name in self.model.shapes}  # a module takes no others
+        params = {name: self.params[name] for name in self.model.shapes}  # without the head's
         parts = [
-            self.model.features(body, part, self.statistics or None)
+            self.model.features(params, part, self.statistics or None)
             for part in torch.split(inputs, IMAGES_AT_ONCE)
         ]
         return torch.cat(parts)

@@ -251,7 +251,7 @@ class Query {
     });
     if (probabilities === null) {
       $("verdict").textContent = task
-        ? "Draw a new one, and watch what it is taken for."
+        ? "Draw a new symbol to see how it is classified."
         : "First let it learn; then draw a new one here.";
       $("spoken").textContent = "";
       return;
