@@ -58,7 +58,6 @@ MANIFEST: Spoiled = [
             "task/image_shape",
             "task/layout",
             "task/dtype",
-            "task/pixel_range",
             "inner",
             "inner/steps",
             "inner/batch",
