@@ -42,9 +42,6 @@ def graph_path(name: str) -> str:
     return f"{name}/1/model.onnx"
 
 
-Shape = tuple[int | None, ...]  # None stands for a size that may vary
-
-
 def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
     """Return the folder of each learner's bundle, where there are several, by its method.
 
@@ -54,6 +51,9 @@ def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
     for method, algorithm in algorithms.items():
         folders[method] = method if algorithm in folders.values() else algorithm
     return folders
+
+
+Shape = tuple[int | None, ...]  # None stands for a size that may vary
 
 
 class TensorType(NamedTuple):

@@ -12,6 +12,7 @@ from schemas import (
     CLOSED_FORM,
     DISAGREEMENTS,
     GOLDEN,
+    GONE,
     MANIFEST,
     SCHEMAS,
     schema,
@@ -98,6 +99,16 @@ def test_a_closed_form_manifest_is_refused_by_schema_and_reader(
     assert not validator("manifest").is_valid(spoiled)
     with pytest.raises(InputError, match=r"^here: "):
         parse_manifest(json.dumps(spoiled), "here")
+
+
+def test_without_a_pixel_range_inputs_are_numbers_of_any_shape(manifest: Any) -> None:
+    assert parse_manifest(json.dumps(manifest), "here").pixels
+    numbers = spoil(manifest, "task/pixel_range", GONE)
+    assert not parse_manifest(json.dumps(numbers), "here").pixels
+    text = json.dumps(spoil(numbers, "task/layout", GONE)).replace("1, 12, 12]", "144]")
+    flat = json.loads(text)
+    validator("manifest").validate(flat)
+    assert parse_manifest(text, "here").image_shape == (144,)
 
 
 @titles(DISAGREEMENTS)

@@ -179,7 +179,7 @@ def check_model_command(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
-    """Show what the network of the settings is and costs; refuse one that cannot train.
+    """Show what the network of the settings is and costs; refuse one that cannot train or export.
 
     Inputs are those of the prepared data, or without any of the settings of `prepare`.
 
@@ -187,6 +187,7 @@ def check_model_command(
     """
     settings = read_settings(params, preset, changes)
     from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.export.check import check_export
     from reptile.learn.check_model import check_model
 
     size, values = settings.prepare.image_size, 0
@@ -197,10 +198,13 @@ def check_model_command(
         image_shape, values = data.image_shape, data.values
     with console.status("checking"):
         result = check_model(settings.train, image_shape, values)
+        problems = [] if settings.train.closed_form else check_export(result.model)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in result.rows():
         table.add_row(name, escape(value))
     console.print(table)
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 @app.command()

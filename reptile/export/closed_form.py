@@ -66,10 +66,9 @@ def newton_schulz(matrix: Tensor, right: Tensor) -> Tensor:
 class Embed(nn.Module):
     """The network without a head: each image's features depend on that image alone."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, learner: ClosedForm) -> None:
         super().__init__()
-        learner = checkpoint.closed_form
-        self.model, self.network_input = learner.model, checkpoint.info.network_input
+        self.model, self.network_input = learner.model, learner.network_input
         self.names = list(learner.model.shapes)
         for name in self.names:
             self.register_buffer(_plain(name), learner.params[name].clone())
@@ -127,7 +126,7 @@ def build_closed_form_graphs(checkpoint: Checkpoint, max_ways: int) -> dict[str,
             f"a learner of algorithm: {checkpoint.info.settings.algorithm} cannot be exported to "
             "ONNX yet; use it in PyTorch with reptile.load, or export one of algorithm: reptile"
         )
-    embed, fit, shape = Embed(checkpoint), Fit(learner, max_ways), checkpoint.model.image_shape
+    embed, fit, shape = Embed(learner), Fit(learner, max_ways), checkpoint.model.image_shape
     size = checkpoint.model.feature_size
 
     def images(count: str) -> Spec:

@@ -10,11 +10,11 @@ from reptile.export import closed_form_reference as reference
 from reptile.export.golden import Golden
 from reptile.export.reference import Array, Tensors
 from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.episodic import ClosedForm
 from reptile.tasks import FewShotProtocol, Purpose, check_classes, held_out_task, random_stream
 
 MANY, SHOTS = 20, 5  # of the largest task, where the test split has as many
 QUERIES = 2
-PRECISIONS = (torch.float32, torch.float64)
 FINITE = {"finite": np.array(True)}
 
 
@@ -28,6 +28,9 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
     classes = data.split("test")
     check_classes(classes, 2, 1 + QUERIES, f"test split of {data.name}")
     rng, golden = random_stream(0, Purpose.EXPORT), Golden(folder)
+    learners = [
+        reference.cast(checkpoint.closed_form, each) for each in (torch.float32, torch.float64)
+    ]
 
     def draw(ways: int, shots: int, queries: int = QUERIES) -> tuple[Array, Array, Array]:
         each = shots + queries
@@ -38,17 +41,15 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
         return np.asarray(data.images[task.support]), task.support_targets, queried
 
     images, labels, queries = draw(5, 1)
-    _add_task(golden, "some", checkpoint, images, labels, queries)
-    _add_task(golden, "one", checkpoint, images[:1], np.zeros(1, dtype=np.int64), queries)
+    _add_task(golden, "some", learners, images, labels, queries)
+    _add_task(golden, "one", learners, images[:1], np.zeros(1, dtype=np.int64), queries)
     images, labels, queries = draw(3, 1)
-    _add_task(golden, "gaps", checkpoint, images, 2 * labels + 1, queries)
-    embedded = [
-        {"features": reference.embed(checkpoint, queries, dtype).numpy()} for dtype in PRECISIONS
-    ]
+    _add_task(golden, "gaps", learners, images, 2 * labels + 1, queries)
+    embedded = [{"features": reference.embed(learner, queries).numpy()} for learner in learners]
     golden.add("embed", "embed", {"images": queries.astype(np.float32)}, *embedded)
     shots = SHOTS if (classes.counts >= SHOTS).sum() >= 2 else 1
     images, labels, _ = draw(MANY, shots, 0)
-    adapted = [reference.adapt(checkpoint, images, labels, dtype) for dtype in PRECISIONS]
+    adapted = [reference.adapt(learner, images, labels) for learner in learners]
     _add_fit(golden, "many", adapted, labels)
     spoilt = adapted[1]["features"].copy()
     spoilt[0, 0] = np.nan
@@ -67,7 +68,7 @@ def _add_fit(golden: Golden, name: str, adapted: list[Tensors], labels: Array) -
 def _add_task(
     golden: Golden,
     name: str,
-    checkpoint: Checkpoint,
+    learners: list[ClosedForm],
     images: Array,
     labels: Array,
     queries: Array,
@@ -75,10 +76,10 @@ def _add_task(
     """Add a case of each graph that needs a support set."""
     task = {"support_images": images.astype(np.float32), "support_labels": labels}
     query_images = queries.astype(np.float32)
-    adapted = [reference.adapt(checkpoint, images, labels, dtype) for dtype in PRECISIONS]
+    adapted = [reference.adapt(learner, images, labels) for learner in learners]
     logits = [
-        {"logits": reference.predict(checkpoint, tensors, queries, dtype)}
-        for tensors, dtype in zip(adapted, PRECISIONS, strict=True)
+        {"logits": reference.predict(learner, tensors, queries)}
+        for learner, tensors in zip(learners, adapted, strict=True)
     ]
     golden.add("adapt", name, task, adapted[0], adapted[1] | FINITE)
     head = _add_fit(golden, name, adapted, labels)

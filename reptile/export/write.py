@@ -98,18 +98,6 @@ def export_bundle(
         write_json(temporary / MANIFEST_FILE, manifest)
 
 
-def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.ModelProto]:
-    if not checkpoint.info.settings.closed_form:
-        return build_graphs(checkpoint, settings.max_steps)
-    if checkpoint.info.settings.algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
-        raise InputError(
-            f"export.max_support = {settings.max_support}: ridge solves a system of as many "
-            f"equations, at most {MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
-        )
-    # As many classes as examples: each needs one.
-    return build_closed_form_graphs(checkpoint, settings.max_support)
-
-
 def export_bundles(
     settings: ExportSettings,
     learners: Mapping[str, Checkpoint],
@@ -152,6 +140,18 @@ def export_bundles(
         shutil.copytree(folder / names[chosen], temporary, dirs_exist_ok=True)
 
 
+def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.ModelProto]:
+    if not checkpoint.info.settings.closed_form:
+        return build_graphs(checkpoint, settings.max_steps)
+    if checkpoint.info.settings.algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
+        raise InputError(
+            f"export.max_support = {settings.max_support}: ridge solves a system of as many "
+            f"equations, at most {MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
+        )
+    # As many classes as examples: each needs one.
+    return build_closed_form_graphs(checkpoint, settings.max_support)
+
+
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
@@ -179,8 +179,8 @@ def _manifest(
         learner=learner,
         outputs=settings.max_support if closed_form else model.outputs,
         image_shape=model.image_shape,
-        pixels=info.pixels,
         model=_network(checkpoint),
+        pixels=info.pixels,
         max_support=settings.max_support,
         graphs={
             name: {

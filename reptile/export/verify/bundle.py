@@ -1,4 +1,4 @@
-"""Verification of one bundle, by the checks of its learner."""
+"""Verification of one bundle, by the checks of its kind of learner."""
 
 from pathlib import Path
 from typing import Any

@@ -27,6 +27,7 @@ from reptile.export.verify.running import (
     setting,
 )
 from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.episodic import ClosedForm
 from reptile.models import MASK_BIAS
 from reptile.objectives import CLASSIFICATION
 from reptile.runtime import FewShotModel
@@ -62,6 +63,9 @@ class _Subject:
     checkpoint: Checkpoint
     data: PreparedData
 
+    def learner(self, dtype: torch.dtype = torch.float64) -> ClosedForm:
+        return reference.cast(self.checkpoint.closed_form, dtype)
+
     def task(self, size: int, ways: int, number: int = 0) -> tuple[Array, Array]:
         """Draw `size` images of the test split with their labels, cycling through the classes."""
         classes = self.data.split("test")
@@ -77,8 +81,8 @@ class _Subject:
 
     def logits(self, images: Array, labels: Array, dtype: torch.dtype = torch.float64) -> Array:
         """Return eager PyTorch's logits of `queries` after adapting."""
-        adapted = reference.adapt(self.checkpoint, images, labels, dtype)
-        return reference.predict(self.checkpoint, adapted, self.queries(), dtype)
+        learner = self.learner(dtype)
+        return reference.predict(learner, reference.adapt(learner, images, labels), self.queries())
 
     def rounding(self, images: Array, labels: Array) -> float:
         """Return how far eager float32 is from eager float64."""
@@ -120,10 +124,9 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
         for ways in WAYS
     }
     images, labels = subject.task(10, 5)
-    if images.dtype == np.uint8:
-        tasks["white images"] = np.full_like(images, 255), labels
     tasks |= {
         "black images": (np.zeros_like(images), labels),
+        "white images": (np.full_like(images, 255), labels),
         "equal images": (np.repeat(images[:1], len(images), axis=0), labels),
         "absent labels": (images, 3 * labels + 1),
     }
@@ -153,11 +156,8 @@ def _graphs_agree(subject: _Subject) -> Iterator[Check]:
     images, labels = subject.task(25, 5)
     queries = subject.queries().astype(np.float32)
     feeds = _feeds(images, labels)
-    single, wanted = (
-        reference.embed(subject.checkpoint, images, dtype).numpy()
-        for dtype in (torch.float32, torch.float64)
-    )
-    rounding = _error(single, wanted)
+    wanted = reference.embed(subject.learner(), images).numpy()
+    rounding = _error(reference.embed(subject.learner(torch.float32), images).numpy(), wanted)
     for optimised, threads in SETTINGS:
         where = setting(optimised, threads)
         sessions = {
@@ -250,7 +250,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
     classes, queries = data.split("test"), CLASSIFICATION.validation.queries
     ways = min(FEW, int((classes.counts >= settings.shots + queries).sum()))
     protocol = FewShotProtocol(ways, settings.shots, queries, steps=0, batch=1)
-    session, checkpoint = subject.session("few_shot"), subject.checkpoint
+    session, learner = subject.session("few_shot"), subject.learner(torch.float32)
     scores, apart = [], []
     for number in range(settings.tasks):
         stream = random_stream(settings.seed, Purpose.VERIFY, number)
@@ -258,8 +258,8 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
         images, query = np.asarray(data.images[task.support]), np.asarray(data.images[task.query])
         feeds = _feeds(images, task.support_targets)
         actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
-        adapted = reference.adapt(checkpoint, images, task.support_targets, torch.float32)
-        eager = reference.predict(checkpoint, adapted, query, torch.float32)
+        adapted = reference.adapt(learner, images, task.support_targets)
+        eager = reference.predict(learner, adapted, query)
         targets = task.query_targets
         scores.append([CLASSIFICATION.scores(outputs, targets) for outputs in (actual, eager)])
         apart.append(CLASSIFICATION.disagreement(actual, eager))
