@@ -37,7 +37,7 @@ head ({algorithm}).
 
 | | |
 |---|---|
-| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| {inputs} |
 | classes at once | up to {ways} |"""
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
@@ -72,7 +72,7 @@ values = adapted.predict(more_x)"""
 CLOSED_FORM_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
-adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+adapted = model.adapt(images, labels)  # {dtype} [N, {shape}], one name each
 names, probabilities = adapted.predict(more_images)
 adapted = adapted.add(images_of_a_new_class, new_labels)"""
 CLOSED_FORM_LIMITS = """\
