@@ -190,7 +190,7 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
-    learners = {"trained": exported(trained, data, metrics.model_dump(mode="json"))}
+    learners = {metrics.learner: exported(trained, data, metrics.model_dump(mode="json"))}
     if beside:
         learners["beside"] = load_checkpoint(beside)
         learners["beside"].info.check_data(data)
@@ -231,7 +231,7 @@ def verify(
     metrics = next(values for values in each if not values or values["learner"] != "beside")
     trained = exported(trained, data, metrics)
     if bundles:
-        learners = {"trained": trained}
+        learners = {metrics["learner"] if metrics else "trained": trained}
         if beside:
             learners["beside"] = load_checkpoint(beside)
         report = verify_bundles(settings, bundles, bundle, learners, data)
