@@ -578,7 +578,7 @@ def _no_learner(settings: str) -> bool:
 
 
 def _named(second: Path | None) -> dict[str, Path]:
-    """Return the second learner's checkpoint under its method in the evaluation, if there is one."""
+    """Return the second learner's checkpoint, if there is one, by its method in the evaluation."""
     if second is None:
         return {}
     return {second_learner(load_checkpoint(second).info.settings.algorithm): second}
