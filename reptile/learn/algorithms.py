@@ -24,8 +24,9 @@ from reptile.learn.heads import Head, head_of
 from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
+from reptile.learn.shares import choose_shares, share_tasks
 from reptile.learn.validate import mean_score
-from reptile.models import Model
+from reptile.models import Model, Towers
 from reptile.objectives import Objective
 from reptile.settings import TrainSettings
 from reptile.tasks import Task, episodes, training_tasks
@@ -144,11 +145,15 @@ class ThroughHead:
         return episodic_step(engine, state, drawn, self.head, rate)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
-        """See `Algorithm.finish`: the statistics of batch norm."""
+        """See `Algorithm.finish`: the statistics of batch norm, and the shares of towers."""
         statistics = population_statistics(
-            engine.model, state.weights, data.images, data.split("train"), self.settings.seed
+            engine, state.weights, data.split("train"), self.settings.seed
         )
-        return state._replace(statistics=statistics)
+        state = state._replace(statistics=statistics)
+        if not isinstance(engine.model, Towers):
+            return state
+        tasks = share_tasks(self.settings, data, engine.model.objective)
+        return state._replace(shares=choose_shares(engine, state, self.head, tasks))
 
     def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
         """See `Algorithm.score`."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reptile.data.dataset import ClassRange, Inputs
-from reptile.learn.engines.base import Engine, gather
+from reptile.data.dataset import ClassRange
+from reptile.learn.engines.base import Engine
 from reptile.learn.heads import (
     BayesHead,
     Classifier,
@@ -28,10 +28,10 @@ from reptile.models import (
     Model,
     Params,
     Statistics,
+    Towers,
     flatten,
     named_parts,
     size,
-    unflatten,
 )
 from reptile.objectives import CLASSIFICATION
 from reptile.tasks import Purpose, Targets, Task, random_stream
@@ -48,7 +48,9 @@ class EpisodicState(NamedTuple):
     first_moment: Tensor  # [P + H]
     second_moment: Tensor  # [P + H]
     step: int
-    statistics: Statistics = ()  # what batch norm uses after training; not used in training
+    # What training does not use, but what is trained: of batch norm, and of towers.
+    statistics: Statistics = ()
+    shares: tuple[float, ...] = ()
 
     @classmethod
     def start(cls, weights: Tensor, head: Head) -> "EpisodicState":
@@ -65,7 +67,7 @@ class EpisodicState(NamedTuple):
         """Return it with each of its vectors changed."""
         weights, first, second = map(change, (self.weights, self.first_moment, self.second_moment))
         statistics = tuple(LayerStatistics(*map(change, layer)) for layer in self.statistics)
-        return EpisodicState(weights, first, second, self.step, statistics)
+        return EpisodicState(weights, first, second, self.step, statistics, self.shares)
 
 
 def episodic_step(
@@ -150,7 +152,10 @@ class ClosedForm(NamedTuple):
     def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":
         """Return the learner of a finished state."""
         params = named_parts(model.shapes | head.shapes, state.weights)
-        return cls(model, head, params, state.statistics)
+        statistics = state.statistics
+        if isinstance(model, Towers) and state.shares:
+            statistics = model.weigh(statistics, state.shares)
+        return cls(model, head, params, statistics)
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
@@ -220,23 +225,21 @@ def mean_query_score(learner: ClosedForm, engine: Engine, tasks: Sequence[Task])
 
 @torch.no_grad()
 def population_statistics(
-    model: Model, weights: Tensor, inputs: Inputs, classes: ClassRange, seed: int
+    engine: Engine, weights: Tensor, classes: ClassRange, seed: int
 ) -> Statistics:
     """Return batch norm's statistics on a fixed sample of the training images.
 
     Args:
-        model: the network.
+        engine: of the network.
         weights: [P] or more, of which the first P count.
-        inputs: those of the prepared data.
         classes: the training split's.
         seed: chooses the sample.
     """
-    if not model.has_batch_norm:
+    if not engine.model.has_batch_norm:
         return ()
     rows: IntArray = np.concatenate(
         [np.arange(a, a + n) for a, n in zip(classes.starts, classes.counts, strict=True)]
     )
     rng = random_stream(seed, Purpose.STATISTICS)
     sample = np.sort(rng.permutation(rows)[:STATISTICS_IMAGES])
-    images = gather(inputs, sample, weights.device).to(weights.dtype)
-    return model.statistics(unflatten(model, weights[: size(model)]), images)
+    return engine.statistics(weights[: size(engine.model)], sample)

@@ -18,6 +18,7 @@ from reptile.models.build import build_model
 from reptile.models.conv4 import BATCH_NORM_EPSILON, CONV_LAYERS, Conv4
 from reptile.models.mlp import MLP
 from reptile.models.module import ModuleNetwork
+from reptile.models.towers import Towers
 
 __all__ = [
     "BATCH_NORM_EPSILON",
@@ -31,6 +32,7 @@ __all__ = [
     "Network",
     "Params",
     "Statistics",
+    "Towers",
     "build_model",
     "flatten",
     "initialise",
