@@ -5,6 +5,7 @@ An artifact is a path and a dictionary, so nothing here imports kfp. The work of
 """
 
 import csv
+import json
 import math
 import os
 import re
@@ -32,7 +33,7 @@ from reptile.evaluate.metrics import Metrics, Mode, Score, read_metrics
 from reptile.evaluate.report.comparison import HEADLINE_MODE
 from reptile.evaluate.write import metrics as metrics_of
 from reptile.files import atomic_directory, sha256_file
-from reptile.learn.checkpoint import Checkpoint, load_checkpoint
+from reptile.learn.checkpoint import INFO_FILE, Checkpoint, load_checkpoint
 from reptile.learn.run_folder import run_folder
 from reptile.learn.train import untrained
 from reptile.objectives import objective_named
@@ -149,7 +150,8 @@ def train(
     """Meta-train in a process of its own or on several nodes, started again if it dies.
 
     Args:
-        settings: of `train`.
+        settings: of `train`, or of `beside`, which may say that there is no second learner: then
+            there is no checkpoint.
         work: folder or address of a store, for the checkpoints of unfinished training; this run
             goes on from the latest one that it has left there.
         nodes: pods to share the training among; more than one share the folder `work`.
@@ -162,6 +164,13 @@ def train(
         InputError: several nodes, and `work` is no folder that they share.
         SystemExit: training has failed for good, with its exit code.
     """
+    if _no_learner(settings):
+        text = "beside.algorithm = none: no second learner to train\n"
+        for artifact in (checkpoint, curves):  # a store does not keep empty folders
+            Path(artifact.path).mkdir(parents=True)
+            (Path(artifact.path) / "none.txt").write_text(text, encoding="utf-8")
+        print(text)
+        return
     chosen = parse_settings(TrainSettings, settings)
     start = untrained(chosen, load_prepared(Path(prepared.path)))
     run = run_folder(Path(), start.info).name
@@ -200,6 +209,7 @@ def evaluate(
     points: Sequence[str],
     prepared: Artifact,
     checkpoint: Artifact,
+    beside: Artifact,
     evaluation: Artifact,
     scores: Artifact,
     other_tasks: Artifact,
@@ -213,6 +223,7 @@ def evaluate(
         points: other tasks to measure, such as `3-way 1-shot frozen`.
         prepared: the dataset.
         checkpoint: trained on it.
+        beside: of the second learner, if there is one.
         evaluation: the folder of the evaluation; its metadata has every score as a number.
         scores: has no file; its metadata are the scores alone, for people.
         other_tasks: a table of the points, in Markdown.
@@ -224,7 +235,14 @@ def evaluate(
     """
     chosen, others = parse_settings(EvaluateSettings, settings), [read_point(p) for p in points]
     folder = Path(evaluation.path)
-    result = stages.evaluate(chosen, Path(prepared.path), Path(checkpoint.path), folder)
+    second = _second(beside)
+    result = stages.evaluate(
+        chosen,
+        Path(prepared.path),
+        Path(checkpoint.path),
+        folder,
+        beside={"beside": second} if second else None,
+    )
     metrics = read_metrics(folder)
     lineage = _inherit(checkpoint) | {"evaluate_settings_sha256": _hash(chosen)}
     evaluation.metadata |= lineage | finite(metrics.flat())
@@ -415,12 +433,36 @@ def choose(checkpoints: Sequence[Artifact], best: Artifact, candidates: Artifact
 
 
 def export(
-    settings: str, prepared: Artifact, checkpoint: Artifact, evaluation: Artifact, bundle: Artifact
+    settings: str,
+    prepared: Artifact,
+    checkpoint: Artifact,
+    beside: Artifact,
+    evaluation: Artifact,
+    bundle: Artifact,
+    bundles: Artifact,
 ) -> None:
-    """Write the ONNX bundle."""
+    """Write the ONNX bundle.
+
+    Args:
+        settings: of `export`.
+        prepared: the dataset.
+        checkpoint: of the learner that the gate judged.
+        beside: of the second one, if there is one.
+        evaluation: of both.
+        bundle: that of the learner that is best on validation tasks.
+        bundles: those of both, in folders named after the algorithms.
+    """
     chosen = parse_settings(ExportSettings, settings)
     folder = Path(bundle.path)
-    stages.export(chosen, Path(prepared.path), Path(checkpoint.path), Path(evaluation.path), folder)
+    stages.export(
+        chosen,
+        Path(prepared.path),
+        Path(checkpoint.path),
+        Path(evaluation.path),
+        folder,
+        beside=_second(beside),
+        bundles=Path(bundles.path),
+    )
     point = chosen.gate
     metrics = read_metrics(Path(evaluation.path))
     gated = metrics.score(metrics.held_out, point.shots, metrics.learner, point.mode)
@@ -431,13 +473,16 @@ def export(
         f"{metrics.held_out}, {_tasks(metrics, point.shots, point.mode)}": _shown(metrics, gated),
     }
     bundle.metadata |= _inherit(evaluation) | made
+    bundles.metadata |= bundle.metadata
 
 
 def verify(
     settings: str,
     prepared: Artifact,
     checkpoint: Artifact,
+    beside: Artifact,
     bundle: Artifact,
+    bundles: Artifact,
     verification: Artifact,
     checks: Artifact,
 ) -> str:
@@ -447,7 +492,9 @@ def verify(
         settings: of `verify`.
         prepared: the dataset.
         checkpoint: what was exported.
+        beside: of the second learner, if there is one.
         bundle: the bundle.
+        bundles: those of all learners, of which it is one.
         verification: the report, as JSON.
         checks: the same as a table in Markdown.
     """
@@ -458,6 +505,8 @@ def verify(
         Path(checkpoint.path),
         Path(bundle.path),
         Path(verification.path),
+        beside=_second(beside),
+        bundles=Path(bundles.path),
     )
     made = {"verify_settings_sha256": _hash(chosen), "checks_passed": len(report["checks"])}
     verification.metadata |= _inherit(bundle) | made
@@ -516,6 +565,20 @@ def _inherit(artifact: Artifact) -> dict[str, Any]:
         for name, value in artifact.metadata.items()
         if name in _LINEAGE or name.endswith("_settings_sha256")
     }
+
+
+def _no_learner(settings: str) -> bool:
+    """Return whether these settings, JSON text of `beside`, train no second learner."""
+    try:
+        values = json.loads(settings)
+    except ValueError:
+        return False  # whoever reads them says what is wrong
+    return isinstance(values, dict) and values.get("algorithm") == "none"
+
+
+def _second(beside: Artifact) -> Path | None:
+    """Return the second learner's checkpoint; None if there is none."""
+    return Path(beside.path) if (Path(beside.path) / INFO_FILE).is_file() else None
 
 
 def _hash(settings: Section) -> str:

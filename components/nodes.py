@@ -5,6 +5,7 @@ parameters count for both. This pod waits for it, and shows the log of its first
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ def train_on_nodes(nodes: int, name: str, command: Sequence[str], interval: floa
     from kubernetes.client import ApiException
     from kubernetes.config import ConfigException
 
+    # It warns of a config map of Trainer's that the account need not be able to read.
+    logging.getLogger("kubeflow.trainer").setLevel(logging.ERROR)
     try:
         client: Any = TrainerClient()
         pod = _this_pod(client.backend.core_api, client.backend.namespace)

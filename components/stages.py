@@ -50,11 +50,27 @@ def train(
 
 
 @component
+def train_beside(
+    settings: str,
+    work: str,
+    nodes: int,
+    prepared: Input[Dataset],
+    beside: Output[Model],
+    curves: Output[Artifact],
+) -> None:
+    """Train the second learner likewise; with the algorithm `none` there is no checkpoint."""
+    from components import artifacts
+
+    artifacts.train(settings, work, nodes, prepared, beside, curves)
+
+
+@component
 def evaluate(
     settings: str,
     points: list[str],
     prepared: Input[Dataset],
     checkpoint: Input[Model],
+    beside: Input[Model],
     evaluation: Output[Artifact],
     scores: Output[Metrics],
     other_tasks: Output[Markdown],
@@ -72,6 +88,7 @@ def evaluate(
         points,
         prepared,
         checkpoint,
+        beside,
         evaluation,
         scores,
         other_tasks,
@@ -85,13 +102,15 @@ def export(
     settings: str,
     prepared: Input[Dataset],
     checkpoint: Input[Model],
+    beside: Input[Model],
     evaluation: Input[Artifact],
     bundle: Output[Model],
+    bundles: Output[Artifact],
 ) -> None:
-    """Write the ONNX bundle."""
+    """Write the ONNX bundle, that of the best learner on validation tasks, and those of all."""
     from components import artifacts
 
-    artifacts.export(settings, prepared, checkpoint, evaluation, bundle)
+    artifacts.export(settings, prepared, checkpoint, beside, evaluation, bundle, bundles)
 
 
 @component
@@ -99,14 +118,18 @@ def verify(
     settings: str,
     prepared: Input[Dataset],
     checkpoint: Input[Model],
+    beside: Input[Model],
     bundle: Input[Model],
+    bundles: Input[Artifact],
     verification: Output[Artifact],
     checks: Output[Markdown],
 ) -> str:
-    """Check the bundle against eager PyTorch; return the SHA-256 of the manifest that passed."""
+    """Check the bundles against eager PyTorch; return the SHA-256 of the manifest that passed."""
     from components import artifacts
 
-    return artifacts.verify(settings, prepared, checkpoint, bundle, verification, checks)
+    return artifacts.verify(
+        settings, prepared, checkpoint, beside, bundle, bundles, verification, checks
+    )
 
 
 @component

@@ -19,7 +19,6 @@ from pipeline import COMPILED, SWEEP
 from reptile.cli import PARAMS, ParamsOption, PresetOption, SetOption, read_settings
 from reptile.errors import InputError, PlatformError, ReptileError
 from reptile.files import atomic_file
-from reptile.provenance import STAGES
 from reptile.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -524,8 +523,8 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def settings_arguments(settings: Settings) -> dict[str, str]:
-    """Return the settings as the pipeline takes them: one JSON text a stage."""
-    return {f"{stage}_settings": getattr(settings, stage).model_dump_json() for stage in STAGES}
+    """Return the settings as the pipeline takes them: one JSON text a section."""
+    return {f"{name}_settings": section.model_dump_json() for name, section in settings}
 
 
 def _absolute(remote: str) -> str:

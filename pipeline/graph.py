@@ -61,6 +61,7 @@ def _graph(
     bundle_remote: str = "",
     prepare_settings: str = _SETTINGS.prepare.model_dump_json(),
     train_settings: str = _SETTINGS.train.model_dump_json(),
+    beside_settings: str = _SETTINGS.beside.model_dump_json(),
     evaluate_settings: str = _SETTINGS.evaluate.model_dump_json(),
     export_settings: str = _SETTINGS.export.model_dump_json(),
     verify_settings: str = _SETTINGS.verify.model_dump_json(),
@@ -94,6 +95,7 @@ def _graph(
         bundle_remote: address of a DVC remote that a verified bundle is pushed to; empty for none.
         prepare_settings: section `prepare` of params.yaml, as JSON.
         train_settings: section `train` of params.yaml, as JSON; of a sweep, a list of such texts.
+        beside_settings: section `beside` of params.yaml, as JSON; its algorithm may be none.
         evaluate_settings: section `evaluate` of params.yaml, as JSON.
         export_settings: section `export` of params.yaml, as JSON; its gate decides.
         verify_settings: section `verify` of params.yaml, as JSON.
@@ -128,8 +130,8 @@ def _graph(
     _give_secret(prepared, git_secret, secrets.GIT)
     dataset = prepared.outputs["prepared"]
 
-    def train(settings: Any) -> Any:
-        trained = stages.train(settings=settings, work=work, nodes=nodes, prepared=dataset)
+    def train(settings: Any, stage: Callable[..., Any] = stages.train) -> Any:
+        trained = stage(settings=settings, work=work, nodes=nodes, prepared=dataset)
         _place(trained, image, pull_secret, hours=24)
         trained.set_retry(
             5, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=RETRY_WINDOW
@@ -143,19 +145,24 @@ def _graph(
         kubernetes.empty_dir_mount(trained, "shared-memory", "/dev/shm", "Memory", "2Gi")
         kubernetes.add_node_selector_json(trained, node_selector)
         kubernetes.add_toleration_json(trained, tolerations)
-        return trained.outputs["checkpoint"]
+        return trained
 
     if train_settings.channel_type.startswith("List"):  # type: ignore[attr-defined]  # of kfp
         # Without a name: backends up to 2.15 cannot collect the results of a loop that has one.
         with dsl.ParallelFor(train_settings) as candidate:
-            checkpoints = train(candidate)
+            checkpoints = train(candidate).outputs["checkpoint"]
         chosen = control.choose(checkpoints=dsl.Collected(checkpoints))
         checkpoint = _place(chosen, image, pull_secret).outputs["best"]
     else:
-        checkpoint = train(train_settings)
+        checkpoint = train(train_settings).outputs["checkpoint"]
+    beside = train(beside_settings, stages.train_beside).outputs["beside"]
 
     evaluated = stages.evaluate(
-        settings=evaluate_settings, points=points, prepared=dataset, checkpoint=checkpoint
+        settings=evaluate_settings,
+        points=points,
+        prepared=dataset,
+        checkpoint=checkpoint,
+        beside=beside,
     )
     _place(evaluated, image, pull_secret, hours=6)
     evaluated.set_cpu_limit(cpu).set_memory_limit(memory)
@@ -168,14 +175,20 @@ def _graph(
     # A refusal fails the gate's task, and so the run. A condition would do neither: a backend skips
     # its tasks, and does not see a group as complete whose tasks were skipped or cached.
     exported = stages.export(
-        settings=export_settings, prepared=dataset, checkpoint=checkpoint, evaluation=evaluation
+        settings=export_settings,
+        prepared=dataset,
+        checkpoint=checkpoint,
+        beside=beside,
+        evaluation=evaluation,
     ).after(judged)
     _place(exported, image, pull_secret)
     verified = stages.verify(
         settings=verify_settings,
         prepared=dataset,
         checkpoint=checkpoint,
+        beside=beside,
         bundle=exported.outputs["bundle"],
+        bundles=exported.outputs["bundles"],
     )
     _place(verified, image, pull_secret)
     # Nothing may depend on this group: by default it is skipped.

@@ -16,12 +16,12 @@ import yaml
 from reptile import __version__
 from reptile.errors import InputError
 
-# A backend refuses a document with a field that it does not know: up to 2.14, `optional` of a
-# secret; up to 2.15, a task's security context.
+# A backend refuses a document with a field that it does not know: up to 2.15, a task's security
+# context.
 FIRST_BACKEND = (2, 15)
-"""The first release of Kubeflow Pipelines that knows all fields of the pipeline but one."""
+"""The oldest release of Kubeflow Pipelines that the pipeline was tried on."""
 SECURITY_BACKEND = (2, 16)
-"""The first that knows that one, a task's security context."""
+"""The first that knows all fields of the pipeline."""
 
 
 @dataclass(frozen=True)

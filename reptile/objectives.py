@@ -37,8 +37,6 @@ class Objective:
     """The unit to show: `%` of answers, or none for squared values."""
     better: Literal[1, -1]
     """1 where a larger score is better, -1 where a smaller one is."""
-    network_input: Callable[[Tensor], Tensor]
-    """From what callers give (pixels 0..255, or values) to what the network sees."""
     scores: Callable[[Array, Array], FloatArray]
     """From outputs [..., Q, outputs] and targets [..., Q] or [..., Q, outputs] to scores [...]."""
     validation: FewShotProtocol
@@ -97,7 +95,8 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def _as_it_is(values: Tensor) -> Tensor:
+def as_they_are(values: Tensor) -> Tensor:
+    """Return numbers other than pixels, the networks' input already."""
     return values
 
 
@@ -112,7 +111,6 @@ CLASSIFICATION = Objective(
     title="accuracy",
     unit="%",
     better=1,
-    network_input=to_unit,
     scores=_share_right,
     validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
 )
@@ -123,7 +121,6 @@ REGRESSION = Objective(
     title="mean squared error",
     unit="",
     better=-1,
-    network_input=_as_it_is,
     scores=_mean_squared_error,
     validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
 )

@@ -7,6 +7,7 @@ imports what it runs, so that reptile.provenance can determine what each result 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reptile.errors import InputError, VerificationError
@@ -34,8 +35,9 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     """Refuse, before training, what a later stage would refuse after it.
 
     Raises:
-        InputError: the test split cannot make the tasks of `evaluate` and `verify`, or the gate and
-            the bundle need what `evaluate` does not measure.
+        InputError: the test split cannot make the tasks of `evaluate` and `verify`, the gate and
+            the bundle need what `evaluate` does not measure, or the adaptation of the network
+            cannot be written as a graph.
     """
     from reptile.data.dataset import load_prepared
     from reptile.objectives import objective_of
@@ -55,11 +57,17 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
             f"export.gate.shots = {gate.shots}: `reptile evaluate` measures {shots}-shot only; "
             "change export.gate.shots or evaluate.shots"
         )
-    if settings.export.max_steps < evaluation.steps:
+    if not settings.train.closed_form and settings.export.max_steps < evaluation.steps:
         raise InputError(
             f"export.max_steps = {settings.export.max_steps} is below evaluate.steps = "
             f"{evaluation.steps}; raise one or lower the other"
         )
+    if settings.train.model.is_module and not settings.train.closed_form:
+        from reptile.export.check import check_export
+        from reptile.learn.train import untrained
+
+        if problems := check_export(untrained(settings.train, data).model):
+            raise InputError("; ".join(problems))
 
 
 def prepare(
@@ -159,14 +167,21 @@ def export(
     evaluation: Path,
     bundle: Path,
     *,
+    beside: Path | None = None,
+    bundles: Path | None = None,
     ignore_gate: bool = False,
 ) -> None:
-    """Write the ONNX bundle of a checkpoint whose evaluation passes the gate."""
+    """Write the ONNX bundle of a checkpoint whose evaluation passes the gate.
+
+    With the second learner's checkpoint `beside`, the bundle is that of the learner that is best on
+    validation tasks; the bundles of both are in `bundles`, in folders named after the algorithms.
+    """
     from reptile.data.dataset import load_prepared
     from reptile.evaluate.gate import check_gate
     from reptile.evaluate.metrics import read_json, read_metrics
-    from reptile.export.write import export_bundle
+    from reptile.export.write import export_bundles
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
 
     metrics = read_metrics(evaluation)
     protocol = EvaluateSettings.model_validate(read_json(evaluation / "settings.json"))
@@ -175,7 +190,13 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
-    export_bundle(settings, trained, data, metrics, bundle, protocol=protocol)
+    learners = {"trained": exported(trained, data, metrics.model_dump(mode="json"))}
+    if beside:
+        learners["beside"] = load_checkpoint(beside)
+        learners["beside"].info.check_data(data)
+    with TemporaryDirectory() as folder:
+        all_bundles = bundles or Path(folder) / "bundles"
+        export_bundles(settings, learners, data, metrics, all_bundles, bundle, protocol=protocol)
 
 
 def verify(
@@ -184,22 +205,41 @@ def verify(
     checkpoint: Path,
     bundle: Path,
     verification: Path,
+    *,
+    beside: Path | None = None,
+    bundles: Path | None = None,
 ) -> dict[str, Any]:
     """Check the bundle against eager PyTorch; write the report, then fail if any check did.
+
+    With `beside` and `bundles`, as for `export`, each learner's bundle is checked, and that
+    `bundle` is one of them.
 
     Raises:
         VerificationError: a check failed; the report at `verification` says which and by how much.
     """
     from reptile.data.dataset import load_prepared
-    from reptile.export.verify import verify_bundle
+    from reptile.export.verify import verify_bundle, verify_bundles
     from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.unadapted import exported
+    from reptile.runtime.bundle import open_bundle
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
-    report = verify_bundle(settings, bundle, trained, data)
+    folders = sorted(bundles.iterdir()) if bundles else [bundle]
+    each = [open_bundle(folder).raw["metrics"] for folder in folders]
+    metrics = next(values for values in each if not values or values["learner"] != "beside")
+    trained = exported(trained, data, metrics)
+    if bundles:
+        learners = {"trained": trained}
+        if beside:
+            learners["beside"] = load_checkpoint(beside)
+        report = verify_bundles(settings, bundles, bundle, learners, data)
+    else:
+        report = verify_bundle(settings, bundle, trained, data)
     write_json(verification, report)
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     if failed:
-        raise VerificationError(f"{bundle} failed {', '.join(failed)}; see {verification}")
+        where = bundles or bundle
+        raise VerificationError(f"{where} failed {', '.join(failed)}; see {verification}")
     return report

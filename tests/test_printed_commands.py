@@ -26,7 +26,8 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "experiments/README.md",
-    *sorted(ROOT.glob("clients/**/README.md")),
+    *sorted(ROOT.glob("clients/README.md")),
+    *sorted(ROOT.glob("clients/*/README.md")),
 ]
 
 SETTINGS = """
@@ -35,7 +36,7 @@ prepare: {source: letters, cross_domain: [], image_size: 14, validation: 0.2, te
 train: {model: {filters: 8}, train_shots: 5, inner_steps: 3, inner_batch: 5, meta_batch: 2,
         meta_iterations: 6, checkpoint_every: 3, validation_tasks: 2}
 evaluate: {tasks: 6, shots: [1, 2], steps: 5}
-export: {gate: {accuracy: 0.0, above_random: 0.0}}
+export: {gate: {accuracy: 0.0, above_random: 0.0, insist: true}}
 verify: {tasks: 40, steps: 5}
 """
 SMALL = (
@@ -58,6 +59,8 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
     "reptile runs": "",
     "reptile runs --remove": "",
     "reptile presets": "",
+    "reptile check-model -S train.model.name=torchvision:resnet18": "",
+    "reptile check-model -S train.model.name=torchvision:resnet18 -S train.adapt='last: 1'": "",
     "reptile presets omniglot-5w1s": "",
     "reptile prepare -S prepare.source=letters.zip": "",
     "reptile train --resume -S train.seed=3": "",
@@ -96,9 +99,16 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "dvc exp run --queue": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp run --run-all": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp run -S": "tests/experiments/test_presets.py::test_dvc_exp_run_takes_the_printed_line",
+    "dvc exp show": (
+        "tests/pipeline/test_sweep.py::"
+        "test_queued_experiments_are_one_table_and_the_best_alone_is_evaluated"
+    ),
     "dvc add": "tests/test_clone.py::test_dvc_prepares_again_when_the_data_of_another_domain",
     "reptile export -S export.gate.accuracy=0.8": (
         "tests/cli/test_cli.py::test_the_gate_refuses_and_can_be_overruled"
+    ),
+    "reptile check-model": (
+        "tests/cli/test_check_model.py::test_it_shows_the_network_of_the_settings"
     ),
     "reptile transfer letters digits": (
         "tests/experiments/test_transfer.py::test_the_command_prints_the_table"
@@ -129,7 +139,7 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
         "test_the_example_checks_the_golden_tensors_and_adapts_to_a_task"
     ),
     "python -m pipeline compile": (
-        "tests/pipeline/test_document.py::test_the_committed_document_is_what_the_source_compiles_to"
+        "tests/pipeline/test_document.py::test_the_committed_documents_are_what_the_source_compiles_to"
     ),
     "python -m pipeline run-local --champion": (
         "tests/pipeline/test_run_local.py::test_a_champion_decides"
@@ -141,11 +151,20 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "export KF_PIPELINES_ENDPOINT": (
         "tests/pipeline/test_cluster.py::test_a_run_is_what_was_asked_for"
     ),
+    "python -m pipeline sweep --local": (
+        "tests/pipeline/test_sweep.py::test_the_best_by_validation_is_evaluated_once_and_delivered"
+    ),
+    "python -m pipeline sweep": (
+        "tests/pipeline/test_sweep.py::test_a_sweep_is_one_run_of_the_compiled_sweep"
+    ),
     "python -m pipeline schedule": (
         "tests/pipeline/test_cluster.py::test_a_schedule_is_what_was_asked_for"
     ),
+    "python -m pipeline check": (
+        "tests/pipeline/test_check.py::test_where_nothing_is_wrong_each_thing_is_named"
+    ),
     "python -m pipeline status": (
-        "tests/pipeline/test_cluster.py::test_status_says_how_a_run_is_doing"
+        "tests/pipeline/test_waiting.py::test_status_says_how_a_run_is_doing"
     ),
     "python -m pipeline unschedule": (
         "tests/pipeline/test_cluster.py::test_unschedule_twice_is_no_error"
@@ -171,6 +190,7 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
     "make images": "needs a container engine and a package index",
+    "dvc exp apply": "DVC's own; the experiments are tested",
     "dvc metrics show": "DVC's own view of files that are tested",
     "dvc plots show": "DVC's own view of files that are tested",
     "dvc pull bundle.dvc": "needs the team's remote",
@@ -182,6 +202,7 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "docker tag": "Docker's own",
     "docker push": "needs a registry",
     "kubectl create secret": "needs a cluster",
+    "kubectl label": "needs a cluster",
     "kubectl apply": "needs a cluster; the manifests are tested by tests/deploy",
     "aws s3 cp": "needs the team's store",
     "curl -H": "needs a cluster; the request is tested by tests/serve",

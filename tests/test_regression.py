@@ -251,7 +251,7 @@ def test_the_runtime_predicts_as_the_eager_engine_in_float64(
     batches = mini_batches(np.random.default_rng(0), 10, 10, 32)
     task = reference.SupportSet(inputs[:10], values[:10], batches)
     folded = reference.adapt(run.checkpoint, task, torch.float64)
-    wanted = reference.predict_adapted(run.checkpoint.model, folded, inputs[10:], torch.float64)
+    wanted = reference.predict_adapted(run.checkpoint, folded, inputs[10:], torch.float64)
     found = model.adapt(x[:10], y[:10]).predict(x[10:])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 

@@ -7,6 +7,7 @@ It shows progress and results; all work is done by `reptile.stages` and
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ def train(
     training = settings.beside.training if beside else settings.train
     outputs = artifacts / "beside" if beside else artifacts
     if training is None:
-        outputs.mkdir(parents=True, exist_ok=True)  # DVC expects it
+        shutil.rmtree(outputs, ignore_errors=True)  # of other settings
+        outputs.mkdir(parents=True)  # DVC expects it
         console.print("beside.algorithm = none: no second learner to train")
         return
     folder = outputs / "checkpoint"
@@ -177,7 +179,7 @@ def check_model_command(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
-    """Show what the network of the settings is and costs; refuse one that cannot train.
+    """Show what the network of the settings is and costs; refuse one that cannot train or export.
 
     Inputs are those of the prepared data, or without any of the settings of `prepare`.
 
@@ -185,6 +187,7 @@ def check_model_command(
     """
     settings = read_settings(params, preset, changes)
     from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.export.check import check_export
     from reptile.learn.check_model import check_model
 
     size, values = settings.prepare.image_size, 0
@@ -195,10 +198,13 @@ def check_model_command(
         image_shape, values = data.image_shape, data.values
     with console.status("checking"):
         result = check_model(settings.train, image_shape, values)
+        problems = [] if settings.train.closed_form else check_export(result.model)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in result.rows():
         table.add_row(name, escape(value))
     console.print(table)
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 @app.command()
@@ -268,8 +274,8 @@ def evaluate(
     from reptile.evaluate.metrics import read_metrics
 
     others = dict(map(_named_folder, beside or ()))
-    if not beside and settings.beside.training:
-        others = {"beside": artifacts / "beside/checkpoint"}
+    if not beside and (second := _second_checkpoint(settings, artifacts)):
+        others = {"beside": second}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:
@@ -319,6 +325,8 @@ def export(
             artifacts / "checkpoint",
             artifacts / "evaluation",
             bundle,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
             ignore_gate=ignore_gate,
         )
     console.print(f"bundle: {bundle}")
@@ -346,6 +354,8 @@ def verify(
             artifacts / "checkpoint",
             artifacts / "bundle",
             report,
+            beside=_second_checkpoint(settings, artifacts),
+            bundles=artifacts / "bundles",
         )
     console.print(f"{len(result['checks'])} checks passed; report: {report}")
 
@@ -382,7 +392,10 @@ def classify(
     save: Annotated[
         Path | None, typer.Option(help="File for the adapted task, to use with --task.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Inner steps; the bundle's by default.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Inner steps; the bundle's by default. Not for closed-form bundles."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the mini-batches; 0 by default.")
     ] = None,
@@ -405,7 +418,7 @@ def classify(
     if not paths and save is None:
         raise InputError("no images to classify: give PNG or JPEG files, or --save to learn only")
     model = FewShotModel.load(bundle)
-    queries = read_images(paths, model.image_shape)
+    queries = read_images(paths, model.pixel_shape)
     if support is not None:
         examples, labels = read_support(support, model)
         adapted = model.adapt(examples, labels, steps=steps, seed=seed or 0)
@@ -419,7 +432,7 @@ def classify(
     if as_json:
         typer.echo(json.dumps(report(paths, adapted, prediction), indent=2, allow_nan=False))
         return
-    if len(losses := adapted.losses):
+    if len(losses := adapted.losses):  # none of a closed-form bundle
         learnt += f" in {len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
     console.print(learnt, markup=False, highlight=False, soft_wrap=True)
     if paths:
@@ -607,6 +620,11 @@ def download(
     console.print(f"version it:  dvc add {target}", soft_wrap=True)
     settings = " ".join(f"-S {each}" for each in (f"prepare.source={target}", *dataset.settings))
     console.print(f"prepare it:  reptile prepare {settings}", soft_wrap=True)
+
+
+def _second_checkpoint(settings: Settings, artifacts: Path) -> Path | None:
+    """Return the second learner's checkpoint; None if the settings train none."""
+    return artifacts / "beside/checkpoint" if settings.beside.training else None
 
 
 def run() -> None:

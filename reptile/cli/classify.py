@@ -48,7 +48,7 @@ def read_support(folder: Path, model: FewShotModel) -> tuple[UInt8Array, list[st
                 f"{folder}: {len(files)} images; this bundle adapts to at most "
                 f"{model.bundle.max_support}: remove some"
             )
-        images = [fit(source.read(file), model.image_shape) for file, _ in files]
+        images = [fit(source.read(file), model.pixel_shape) for file, _ in files]
     return np.stack(images), [name for _, name in files]
 
 

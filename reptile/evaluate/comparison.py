@@ -330,4 +330,4 @@ def _on_device(checkpoint: Checkpoint) -> Checkpoint:
 
 def _is_pretrained(info: CheckpointInfo) -> bool:
     """Say whether training began with weights of another training."""
-    return bool(getattr(info.settings.model, "weights", ""))
+    return info.settings.model.weights != ""

@@ -1,6 +1,6 @@
 """The bundle's four graphs: predict, adapt, predict_adapted and few_shot.
 
-Each is a torch module; torch's exporter converts it to ONNX, and `_tidy` makes it portable. For the
+Each is a torch module; torch's exporter converts it to ONNX, and `tidy` makes it portable. For the
 folder see `write`.
 """
 
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from reptile import __version__
-from reptile.errors import InputError
-from reptile.export.fold import fold
+from reptile.export.fold import adapted_tensors, exportable
+from reptile.export.forms import Form, form_of
 from reptile.export.gradient import trace_gradient
-from reptile.export.rows import Layout, indices
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.optimizer import BETA2, EPSILON, decay
-from reptile.models import Model, Network, mask_absent_outputs, unflatten
+from reptile.models import OUTPUT_MASK, Model, mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 
 OPSET = 18
 IR_VERSION = 8  # widely supported; newer ones add no feature that these graphs use
+
+RESERVED = {"images", "support_images", "query_images", "logits", "losses", "finite", OUTPUT_MASK}
+"""Names that no parameter may have; the graphs' other inputs are no outputs of `adapt`."""
 
 while_loop = torch.ops.higher_order.while_loop
 
@@ -54,7 +56,9 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
         checkpoint: weights and optimiser state, which become constants of the graphs.
         max_steps: inner steps beyond this many are not taken.
     """
-    model = exportable(checkpoint.model)
+    checkpoint = exportable(checkpoint)
+    model, form = checkpoint.model, form_of(checkpoint.model)
+    form.trace_all()
     task = {
         "support_images": _images(model, "support"),
         "support_labels": _targets(model),
@@ -62,20 +66,20 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
         "learning_rate": Spec(torch.float32, ()),
     }
     trace = {"losses": Spec(torch.float32, ("steps",)), "finite": Spec(torch.bool, ())}
-    weights = folded_specs(model)
+    weights = adapted_specs(model)
     images = {"images": _images(model, "images")}
     logits = {"logits": Spec(torch.float32, ("images", model.outputs))}
     graphs = {
-        "predict": _to_onnx("predict", Predict(checkpoint), images, logits),
-        "adapt": _to_onnx("adapt", Adapt(checkpoint, max_steps), task, trace | weights),
-        "predict_adapted": _to_onnx(
-            "predict_adapted", PredictAdapted(model), images | weights, logits
+        "predict": to_onnx("predict", Predict(checkpoint, form), images, logits),
+        "adapt": to_onnx("adapt", Adapt(checkpoint, form, max_steps), task, trace | weights),
+        "predict_adapted": to_onnx(
+            "predict_adapted", PredictAdapted(checkpoint, form), images | weights, logits
         ),
     }
     queries = {"query_images": _images(model, "queries")}
     answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
-    return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
+    return graphs | {"few_shot": tidy("few_shot", joined, task | queries, answers)}
 
 
 def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
@@ -92,35 +96,21 @@ def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
     ]
 
 
-def exportable(model: Model) -> Network:
-    """Return the network, if its graphs can be written.
-
-    Raises:
-        InputError: it is a user's module.
-    """
-    if not isinstance(model, Network):
-        raise InputError(
-            f"{model.name}: only conv4 and mlp can be exported to ONNX yet; keep such a network in "
-            "PyTorch, with reptile.load"
-        )
-    return model
-
-
 class Predict(nn.Module):
     """The meta-initialised model, before adaptation; batch norm uses the given images."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         super().__init__()
-        self.model, self.objective = exportable(checkpoint.model), checkpoint.info.objective
-        for name, value in unflatten(self.model, checkpoint.state.weights).items():
-            layer, kind = name.split(".")
-            if not hasattr(self, layer):
-                self.add_module(layer, nn.Module())
-            self.get_submodule(layer).register_buffer(kind, value.clone())
+        self.form, self.network_input = form, checkpoint.info.network_input
+        self.names = list(checkpoint.model.shapes)
+        for name, value in unflatten(checkpoint.model, checkpoint.state.weights).items():
+            path, _, last = name.rpartition(".")
+            _submodule(self, path).register_buffer(last, value.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
-        return self.model.forward(dict(self.named_buffers()), self.objective.network_input(images))
+        params = {name: self.get_buffer(name) for name in self.names}
+        return self.form.predict(params, self.network_input(images))
 
 
 class Adapt(nn.Module):
@@ -132,22 +122,20 @@ class Adapt(nn.Module):
 
     initial_weights: Tensor
 
-    def __init__(self, checkpoint: Checkpoint, max_steps: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, form: Form, max_steps: int) -> None:
         super().__init__()
-        model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
-        self.model = exportable(model)
-        self.objective = info.objective
+        (weights, state), info = checkpoint.meta, checkpoint.info
+        self.model, self.form = checkpoint.model, form
+        self.network_input = info.network_input
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
-        self.layout = Layout(self.model)
-        self.indices = indices(self.model)
-        self.gradient = trace_gradient(self.model, self.layout)
+        self.gradient = trace_gradient(form)
         adam = self.optimizer.name == "adam"
-        self.register_buffer("initial_weights", self.layout.pack(weights))
+        self.register_buffer("initial_weights", form.pack(weights))
         # The loop carries s = v / (1 - β): then s ← β·s + g² and, with c = √((1 - β^t) / (1 - β)),
         # Adam's step is α·c·g / (√s + ε·c), which saves two passes over the weights. Plain SGD
         # has no state.
-        moment = self.layout.pack(state.second_moment.double() / (1 - BETA2)).float()
+        moment = form.pack(state.second_moment.double() / (1 - BETA2)).float()
         self.register_buffer("second_moment", moment if adam else weights.new_empty(0))
         # c of each step, exact for any step count and without a double in the graph. Epsilon has a
         # dimension because optimisers drop the addition of a scalar that they take for zero.
@@ -159,26 +147,24 @@ class Adapt(nn.Module):
     def forward(
         self, support_images: Tensor, support_labels: Tensor, batches: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return losses [steps], finite [] and the folded weights, in `folded_specs`' order."""
-        images = self.objective.network_input(support_images)
+        """Return losses [steps], finite [] and the task's tensors, in `adapted_specs`' order."""
+        inputs = self.form.fixed(self.network_input(support_images))
         weights, targets = self.initial_weights, support_labels
-        if self.objective is CLASSIFICATION:
+        if self.model.objective is CLASSIFICATION:
             targets = torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)]
-            weights = mask_absent_outputs(
-                self.model, weights, targets.sum(0) > 0
-            )  # a head's bias comes last
+            # Packed or not, the bias of the outputs is in the same place.
+            weights = mask_absent_outputs(self.model, weights, targets.sum(0) > 0)
         losses, packed = self._loop(
-            weights, images, targets, batches.clamp(0, images.shape[0] - 1), learning_rate
+            weights, inputs, targets, batches.clamp(0, inputs.shape[0] - 1), learning_rate
         )
-        params = unflatten(self.model, self.layout.unpack(packed))
-        folded = fold(self.model, params, images)
-        everything = torch.cat([losses, *(value.flatten() for value in folded.values())])
-        return losses, everything.isfinite().all(), *folded.values()
+        adapted = self.form.adapted(unflatten(self.model, self.form.unpack(packed)), inputs)
+        everything = torch.cat([losses, *(value.flatten() for value in adapted.values())])
+        return losses, everything.isfinite().all(), *adapted.values()
 
     def _loop(
         self,
         weights: Tensor,
-        images: Tensor,
+        inputs: Tensor,
         targets: Tensor,
         batches: Tensor,
         learning_rate: Tensor,
@@ -191,18 +177,20 @@ class Adapt(nn.Module):
             losses: Tensor,
             weights: Tensor,
             moment: Tensor,
-            images: Tensor,
+            inputs: Tensor,
             targets: Tensor,
             batches: Tensor,
             share: Tensor,
             learning_rate: Tensor,
             corrections: Tensor,
             epsilon: Tensor,
-            *index: Tensor,
+            *constants: Tensor,
         ) -> tuple[Tensor, ...]:
             batch = batches[step]
             weights = decay(weights, self.optimizer)
-            gradient, loss = self.gradient(weights, images[batch], targets[batch], share, *index)
+            gradient, loss = self.gradient.graph(
+                weights, inputs[batch], targets[batch], share, *constants
+            )
             losses = losses.index_copy(0, step[None], loss[None])
             move = learning_rate * gradient
             if self.optimizer.name == "adam":
@@ -221,44 +209,55 @@ class Adapt(nn.Module):
             self.second_moment,
         )
         share = 1 / torch.ones(batches.shape[1]).sum()
-        constants = (self.corrections, self.epsilon, *self.indices)
-        fixed = (images, targets, batches, share, learning_rate, *constants)
+        constants = (self.corrections, self.epsilon, *self.gradient.constants)
+        fixed = (inputs, targets, batches, share, learning_rate, *constants)
         _, losses, weights, _ = while_loop(unfinished, body, carried, fixed)
         return losses, weights
 
 
 class PredictAdapted(nn.Module):
-    """The network under folded weights: each image's logits depend on that image alone."""
+    """The network under an adapted task's tensors: each image's logits depend on it alone."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         super().__init__()
-        self.model = model
+        self.form, self.network_input = form, checkpoint.info.network_input
+        self.names = list(adapted_specs(checkpoint.model))
 
     def forward(self, images: Tensor, *weights: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] to logits [N, ways], or inputs to values."""
-        params = dict(zip(folded_specs(self.model), weights, strict=True))
-        objective = self.model.objective
-        return self.model.forward(params, objective.network_input(images))
+        tensors = dict(zip(self.names, weights, strict=True))
+        return self.form.predict_adapted(tensors, self.network_input(images))
 
 
-def folded_specs(model: Network) -> dict[str, Spec]:
-    """Names and shapes of the folded weights, in the order `fold` gives them."""
+def adapted_specs(model: Model) -> dict[str, Spec]:
+    """Names and shapes of an adapted task's tensors, in the order `adapted_tensors` gives them."""
     params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
-    folded = fold(model, params, torch.zeros(1, *model.image_shape))
-    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in folded.items()}
+    with torch.no_grad():
+        tensors = adapted_tensors(model, params, torch.zeros(1, *model.image_shape))
+    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
 
-def _targets(model: Network) -> Spec:
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path, made where it is missing."""
+    for name in path.split(".") if path else ():
+        if not hasattr(module, name):
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module
+
+
+def _targets(model: Model) -> Spec:
     if model.objective is CLASSIFICATION:
         return Spec(torch.int64, ("support",))
     return Spec(torch.float32, ("support", model.outputs))
 
 
-def _images(model: Network, count: str) -> Spec:
+def _images(model: Model, count: str) -> Spec:
     return Spec(torch.float32, (count, *model.image_shape))
 
 
-def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    """Export a module of tensors in and out to a portable graph."""
     free = {size for spec in inputs.values() for size in spec.shape if isinstance(size, str)}
     dims = {size: torch.export.Dim(size) for size in sorted(free)}
     dynamic = [
@@ -283,7 +282,7 @@ def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onn
             verbose=False,
         )
     assert exported is not None
-    return _tidy(name, exported.model_proto, inputs, outputs)
+    return tidy(name, exported.model_proto, inputs, outputs)
 
 
 def _join(
@@ -297,7 +296,7 @@ def _join(
     return joined
 
 
-def _tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
     """Drop what is the exporter's and this machine's; name the free sizes."""
     graph.graph.name, graph.ir_version = name, IR_VERSION
     graph.producer_name, graph.producer_version = "reptile", __version__

@@ -1,6 +1,6 @@
 """Eager PyTorch on the graphs' inputs: the reference for golden tensors and verification.
 
-Runs the training code's eager engine, in any precision; float64 shows how much of a difference is
+Runs the training code's inner loop, in any precision; float64 shows how much of a difference is
 rounding. Independent of ONNX.
 """
 
@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reptile.export.fold import fold
+from reptile.export import fold
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.engines import EagerEngine
+from reptile.learn.inner_loop import inner_loop
 from reptile.learn.optimizer import OptimizerState
 from reptile.minibatches import IntArray
-from reptile.models import Model, mask_absent_outputs, unflatten
+from reptile.models import mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
-from reptile.tasks import Task
 
 Array = npt.NDArray[Any]  # of images: pixels, uint8, or a regressor's inputs, float32
 Tensors = dict[str, Array]
@@ -46,40 +45,62 @@ class SupportSet(NamedTuple):
         }
 
 
-def adapt(checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype) -> Tensors:
-    """Return the losses [K] and the folded weights, by the names of the graph's outputs."""
+def adapt(
+    checkpoint: Checkpoint, task: SupportSet, dtype: torch.dtype, *, noise: int | None = None
+) -> Tensors:
+    """Return the losses [K] and the task's tensors, by the names of the graph's outputs.
+
+    Args:
+        checkpoint: where adaptation starts.
+        task: the support set and its mini-batches.
+        dtype: precision of all arithmetic.
+        noise: seed of errors as large as float32's rounding, one in each weight before each step.
+    """
+    checkpoint = fold.exportable(checkpoint)
     model, (weights, state), info = checkpoint.model, checkpoint.meta, checkpoint.info
-    engine = EagerEngine(model, info.settings.optimizer, task.images, CPU)
-    rows, none = np.arange(len(task.images)), np.empty(0, dtype=np.int64)
-    inner = OptimizerState(state.second_moment.to(dtype), state.step)
+    inputs = info.network_input(torch.from_numpy(task.images)).to(dtype)
+    labels = torch.from_numpy(task.labels)
     if info.objective is CLASSIFICATION:
-        present = torch.isin(torch.arange(model.outputs), torch.from_numpy(task.labels))
+        present = torch.isin(torch.arange(model.outputs), labels)
         weights = mask_absent_outputs(model, weights, present)
-    adapted = engine.adapt(
-        weights.to(dtype), inner, [Task(rows, task.labels, none, none, tuple(task.batches))]
-    )
+    weights, state = weights.to(dtype), OptimizerState(state.second_moment.to(dtype), state.step)
+    generator = torch.Generator().manual_seed(noise or 0)
+    losses = [weights.new_empty(0)]
+    for batch in task.batches:
+        if noise is not None:
+            errors = torch.randn(weights.shape, generator=generator, dtype=dtype)
+            weights = weights * (1 + torch.finfo(torch.float32).eps * errors)
+        weights, state, loss = inner_loop(
+            model,
+            weights,
+            state,
+            inputs,
+            labels,
+            [torch.from_numpy(batch)],
+            info.settings.optimizer,
+        )
+        losses.append(loss)
     with torch.no_grad():
-        params = unflatten(model, adapted.weights[0])
-        folded = fold(model, params, engine.images(rows).to(dtype))
-    losses = {"losses": adapted.losses[0]}
-    return {name: value.numpy() for name, value in (losses | folded).items()}
+        tensors = fold.adapted_tensors(model, unflatten(model, weights), inputs)
+    return {
+        name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()
+    }
 
 
 @torch.no_grad()
 def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
     params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
-    logits = checkpoint.model.forward(params, _network_input(checkpoint.model, images).to(dtype))
-    return np.asarray(logits.numpy())
+    inputs = checkpoint.info.network_input(torch.from_numpy(images)).to(dtype)
+    return np.asarray(checkpoint.model.forward(params, inputs).numpy())
 
 
 @torch.no_grad()
-def predict_adapted(model: Model, folded: Tensors, images: Array, dtype: torch.dtype) -> Array:
-    """Return the logits [N, ways] under folded weights; other tensors in `folded` are ignored."""
-    params = {name: torch.from_numpy(value).to(dtype) for name, value in folded.items()}
-    logits = model.forward(params, _network_input(model, images).to(dtype))
-    return np.asarray(logits.numpy())
-
-
-def _network_input(model: Model, images: Array) -> torch.Tensor:
-    return model.objective.network_input(torch.from_numpy(images))
+def predict_adapted(
+    checkpoint: Checkpoint, tensors: Tensors, images: Array, dtype: torch.dtype
+) -> Array:
+    """Return the logits [N, ways] under a task's tensors; others among them are ignored."""
+    checkpoint = fold.exportable(checkpoint)
+    given = {name: torch.from_numpy(value).to(dtype) for name, value in tensors.items()}
+    inputs = checkpoint.info.network_input(torch.from_numpy(images)).to(dtype)
+    return np.asarray(fold.predict_adapted(checkpoint.model, given, inputs).numpy())

@@ -5,7 +5,7 @@ written completely or not at all.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -32,7 +32,7 @@ from reptile.models import (
     named_parts,
     unflatten,
 )
-from reptile.objectives import Objective, objective_of
+from reptile.objectives import Objective, as_they_are, objective_of, to_unit
 from reptile.settings import TrainSettings, describe
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -63,6 +63,8 @@ class CheckpointInfo(BaseModel):
     image_shape: tuple[int, ...]
     values: Annotated[int, Field(ge=0)] = 0
     """Values that a regressor predicts; 0 for a classifier."""
+    pixels: bool = True
+    """Whether a classifier's inputs are pixels 0..255, or any numbers."""
     module: str = ""
     """Class of the user's network; empty for the one that `settings.model` names."""
     weights_sha256: str = ""
@@ -97,6 +99,11 @@ class CheckpointInfo(BaseModel):
     def objective(self) -> Objective:
         """Classification or regression."""
         return objective_of(self.values)
+
+    @property
+    def network_input(self) -> Callable[[Tensor], Tensor]:
+        """From what callers give to what the network sees: pixels are scaled to 0..1."""
+        return to_unit if self.pixels and not self.values else as_they_are
 
 
 class Checkpoint(NamedTuple):
@@ -134,7 +141,8 @@ class Checkpoint(NamedTuple):
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
                 "not in closed form"
             )
-        return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
+        learner = ClosedForm.of(self.model, _head(self.model, self.info), self.state)
+        return learner._replace(network_input=self.info.network_input)
 
 
 def build_network(

@@ -33,7 +33,7 @@ from reptile.models import (
     named_parts,
     size,
 )
-from reptile.objectives import CLASSIFICATION
+from reptile.objectives import CLASSIFICATION, to_unit
 from reptile.tasks import Purpose, Targets, Task, random_stream
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -147,6 +147,7 @@ class ClosedForm(NamedTuple):
     head: Head
     params: Params  # the network's weights and the head's numbers
     statistics: Statistics  # what batch norm uses
+    network_input: Callable[[Tensor], Tensor] = to_unit  # from what callers give to what it sees
 
     @classmethod
     def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":
@@ -160,8 +161,9 @@ class ClosedForm(NamedTuple):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Return the features [N, D] of what the network sees, [N, *image_shape]."""
+        params = {name: self.params[name] for name in self.model.shapes}  # without the head's
         parts = [
-            self.model.features(self.params, part, self.statistics or None)
+            self.model.features(params, part, self.statistics or None)
             for part in torch.split(inputs, IMAGES_AT_ONCE)
         ]
         return torch.cat(parts)

@@ -8,6 +8,7 @@ processes and resuming are in `run`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -134,6 +135,7 @@ def untrained(
         settings=settings,
         image_shape=data.image_shape,
         values=data.values,
+        pixels=data.images.dtype == np.uint8,
         dataset=data.name,
         data_sha256=data.content_sha256,
         splits_sha256=data.splits_sha256,

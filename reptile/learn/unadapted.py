@@ -3,16 +3,19 @@
 What a checkpoint is worth without adaptation; trained through a head or not.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from reptile.data.dataset import PreparedData
-from reptile.learn.checkpoint import Checkpoint
+from reptile.errors import InputError
+from reptile.learn.checkpoint import Checkpoint, build_network
 from reptile.learn.engines import make_engine
 from reptile.learn.episodic import ClosedForm, EpisodicState, population_statistics
 from reptile.learn.heads import HEADS
-from reptile.models import unflatten
+from reptile.models import Network, unflatten
 from reptile.settings import OptimizerSettings
 
 HeadName = Literal["prototypes", "ridge"]
@@ -65,3 +68,48 @@ def with_head(learner: ClosedForm, head: HeadName, strength: float | None = None
         numbers["head.strength"] = like.new_tensor(strength).log()
     body = {name: value for name, value in learner.params.items() if name in learner.model.shapes}
     return ClosedForm(learner.model, chosen, body | numbers, learner.statistics)
+
+
+def as_closed_form(
+    checkpoint: Checkpoint, data: PreparedData, head: HeadName, strength: float | None = None
+) -> Checkpoint:
+    """Return `unadapted` as a checkpoint, as if it had been trained through the head.
+
+    Raises:
+        InputError: a module with a head, which cannot be taken off.
+    """
+    learner, settings = unadapted(checkpoint, data, head, strength), checkpoint.info.settings
+    if not isinstance(checkpoint.model, Network) and not settings.closed_form:
+        raise InputError(
+            f"evaluate.learner = {head}: the head of {checkpoint.model.name} cannot be taken off; "
+            f"train with algorithm: {ALGORITHM_OF[head]}, or use evaluate.learner: trained"
+        )
+    settings = settings.model_copy(update={"algorithm": ALGORITHM_OF[head]})
+    info = checkpoint.info.model_copy(update={"settings": settings})
+    model = checkpoint.model if checkpoint.info.settings.closed_form else build_network(info)
+    names = (*model.shapes, *learner.head.shapes)
+    weights = torch.cat([learner.params[name].reshape(-1) for name in names])
+    nothing = torch.zeros_like(weights)
+    return Checkpoint(model, EpisodicState(weights, nothing, nothing, 0, learner.statistics), info)
+
+
+def exported(
+    checkpoint: Checkpoint, data: PreparedData, metrics: Mapping[str, Any] | None
+) -> Checkpoint:
+    """Return the checkpoint that a bundle is made of: with the learner that its evaluation names.
+
+    Args:
+        checkpoint: what was trained and evaluated.
+        data: what it was trained on.
+        metrics: of the evaluation, as in metrics.json; None if there was none. Ridge regression
+            takes its strength at the fewest shots.
+
+    Raises:
+        InputError: see `as_closed_form`.
+    """
+    learner = (metrics or {}).get("learner", "trained")
+    if metrics is None or learner == "trained":
+        return checkpoint
+    strengths = metrics["strengths"].get(learner, {})
+    strength = strengths[min(strengths, key=int)] if strengths else None
+    return as_closed_form(checkpoint, data, learner, strength)

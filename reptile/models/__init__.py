@@ -16,6 +16,7 @@ from reptile.models.base import (
 )
 from reptile.models.build import build_model
 from reptile.models.conv4 import BATCH_NORM_EPSILON, CONV_LAYERS, Conv4
+from reptile.models.masked import OUTPUT_MASK, MaskedNetwork
 from reptile.models.mlp import MLP
 from reptile.models.module import ModuleNetwork
 from reptile.models.towers import Towers
@@ -25,8 +26,10 @@ __all__ = [
     "CONV_LAYERS",
     "MASK_BIAS",
     "MLP",
+    "OUTPUT_MASK",
     "Conv4",
     "LayerStatistics",
+    "MaskedNetwork",
     "Model",
     "ModuleNetwork",
     "Network",

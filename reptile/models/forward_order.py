@@ -61,11 +61,22 @@ class ForwardPass(NamedTuple):
         """
         last = self.last
         names = [each.name for each in self.ran if last is None or each.name != last.name]
-        total = sum(_size(module.get_submodule(name)) for name in names)
+        total = _size(module) - (_size(last.module) if last else 0)
+        opened = {
+            name
+            for name, part in module.named_modules()
+            if type(part) in CONTAINERS
+            or (
+                _size(part) >= DOMINANT * total
+                and any(each.startswith(f"{name}.") for each in names)
+            )
+        }
         blocks: list[list[str]] = []
         for name in names:
-            part = _block_of(module, name, total)
-            if any(part in block for block in blocks):
+            parts = name.split(".")
+            outer = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            part = next((each for each in outer if each not in opened), "")
+            if not part or any(part in block for block in blocks):
                 continue
             if isinstance(module.get_submodule(part), NORMS) and blocks:
                 blocks[-1].append(part)
@@ -114,17 +125,6 @@ def run_once(module: nn.Module, inputs: Tensor, name: str) -> ForwardPass:
     if not isinstance(outputs, Tensor):
         raise InputError(f"{name}: returns {type(outputs).__name__}; it must return a tensor")
     return ForwardPass(outputs, tuple(ran.values()))
-
-
-def _block_of(module: nn.Module, name: str, total: int) -> str:
-    """Return the name of the outermost part around `name` that is a block."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        block = ".".join(parts[:end])
-        part = module.get_submodule(block)
-        if type(part) not in CONTAINERS and _size(part) < DOMINANT * total:
-            return block
-    return name
 
 
 def _size(module: nn.Module) -> int:

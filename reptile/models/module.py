@@ -105,6 +105,12 @@ class ModuleNetwork:
         """See `Model.has_batch_norm`."""
         return bool(self._norms)
 
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the batch norms, in the order of `statistics`."""
+        names = {module: name for name, module in self.module.named_modules()}
+        return tuple(names[norm] for norm in self._norms)
+
     def initialise(self, seed: int) -> Tensor:
         """Return the module's original weights, whatever the seed."""
         return self._initial.clone()

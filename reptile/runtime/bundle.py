@@ -5,6 +5,7 @@ rewrite the manifest too: compare `Bundle.sha256` for that.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,19 @@ from typing import Any
 
 import numpy.typing as npt
 
-from reptile.bundle_format import MANIFEST_FILE, Manifest, TensorType, parse_manifest, show_tensors
+from reptile.bundle_format import (
+    MANIFEST_FILE,
+    MAX_FILE_BYTES,
+    Manifest,
+    TensorType,
+    parse_manifest,
+    show_tensors,
+)
 from reptile.errors import InputError
 from reptile.runtime.constants import with_constants
 from reptile.runtime.provider import open_session
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
 
 
@@ -30,6 +37,11 @@ class Bundle(Manifest):
     folder: Path
     sha256: str  # of manifest.json, which holds the hash of every other file
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images one run takes, which bounds its memory; they are independent."""
+        return max(1, min(256, 2**21 // math.prod(self.image_shape)))
+
     def read(self, name: str) -> bytes:
         """Return the content of one listed file, checked against its hash.
 
@@ -39,7 +51,7 @@ class Bundle(Manifest):
         digest = self.files.get(name)
         if digest is None:
             raise InputError(f"{self.folder}: manifest.json does not list the file {name!r}")
-        content = _read(self.folder, name, _MAX_FILE_BYTES)
+        content = _read(self.folder, name, MAX_FILE_BYTES)
         if hashlib.sha256(content).hexdigest() != digest:
             raise InputError(
                 f"{self.folder / name} does not match its SHA-256 in manifest.json: "

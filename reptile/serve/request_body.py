@@ -160,7 +160,7 @@ async def read_files(request: Request, service: Service) -> list[tuple[str, Arra
                 )
             image = decode(file[:200], content, min(left, settings.max_image_pixels))
             left -= image.width * image.height
-            found.append((name, fit(image, service.model.image_shape)))
+            found.append((name, fit(image, service.model.pixel_shape)))
         return found
 
     return await to_thread.run_sync(decoded, limiter=_few())

@@ -309,7 +309,7 @@ def test_two_nodes_one_of_which_is_killed_give_the_bytes_of_one_process(
     assert (tmp_path / "curves/plots/metrics/loss.tsv").is_file()
     printed = capfd.readouterr().out
     assert "starting again from the latest checkpoint (restart 1 of 3)" in printed
-    assert "eager, 2 processes" in printed, "the log of the job's first pod"
+    assert "eager on cpu, 2 processes" in printed, "the log of the job's first pod"
     assert len(trainer.started) == 2
     assert trainer.job is None, "a finished job is removed"
     assert {path.name for path in work.iterdir()} <= {".lock"}
@@ -329,7 +329,7 @@ def test_the_nodes_are_like_the_pod_that_starts_them(trainer: Trainer, tmp_path:
     (patch,) = spec["runtimePatches"]
     (group,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = group["template"]["spec"]["template"]["spec"]
-    this: dict[str, Any] = POD["spec"]
+    this: Any = POD["spec"]
     assert pod["volumes"] == this["volumes"][:2]
     (container,) = pod["containers"]
     assert container["volumeMounts"] == MOUNTS[:2]

@@ -15,10 +15,10 @@ from reptile.evaluate.comparison import Comparison
 from reptile.evaluate.features import Embedding, embed
 from reptile.evaluate.metrics import read_metrics
 from reptile.evaluate.write import metrics, write_evaluation
-from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.episodic import ClosedForm
 from reptile.learn.run import run_training
-from reptile.learn.unadapted import unadapted
+from reptile.learn.unadapted import HeadName, as_closed_form, unadapted
 from reptile.minibatches import IntArray
 from reptile.models import initialise
 from reptile.settings import EvaluateSettings, TrainSettings
@@ -107,6 +107,23 @@ def test_a_closed_form_learner_answers_in_an_evaluation_as_it_does_alone(
             labels = torch.from_numpy(task.support_targets)
             expected = learner.classifier(support, labels, 5).logits(query)
             np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["prototypes", "ridge"])
+def test_a_learner_without_adaptation_is_a_closed_form_checkpoint(
+    data: PreparedData, checkpoint: Checkpoint, head: HeadName, tmp_path: Path
+) -> None:
+    rows = Comparison(SETTINGS, 3, checkpoint, data, {}, baselines=True)
+    drawn = rows.draw(data.split("test"), 2)
+    made = as_closed_form(checkpoint, data, head, rows.strength(head, 2))
+    alone = Comparison(SETTINGS, 3, made, data, {}, baselines=False)
+    expected = rows.outputs(head, rows.embeddings(data, drawn.tasks, (head,)), drawn)
+    found = alone.outputs("trained", alone.embeddings(data, drawn.tasks, ("trained",)), drawn)
+    scale = 4 if head == "ridge" else 1  # R2D2's, where training starts
+    np.testing.assert_allclose(found, scale * expected, rtol=1e-5, atol=1e-6)
+    assert made.model.outputs == 0
+    save_checkpoint(tmp_path, made)
+    assert load_checkpoint(tmp_path).info.settings.closed_form
 
 
 def test_a_checkpoint_beside_has_the_scores_that_it_has_alone(

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reptile.export.forms import form_of
 from reptile.export.gradient import trace_gradient
 from reptile.export.reference import SupportSet
-from reptile.export.rows import Layout, indices
-from reptile.models import Network, build_model, initialise, unflatten
+from reptile.export.rows import Layout
+from reptile.models import Model, Network, build_model, initialise, unflatten
 from reptile.objectives import to_unit
 from reptile.settings import ModelSettings
 
@@ -36,16 +37,16 @@ MODELS = {
 Gradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def traced_gradient(model: Network) -> Gradient:
+def traced_gradient(model: Model) -> Gradient:
     """The traced graph with weights, images, labels and gradient as autograd has them."""
-    layout = Layout(model)
-    graph = trace_gradient(model, layout)
+    form = form_of(model)
+    graph = trace_gradient(form)
 
     def run(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         share = torch.tensor(1 / len(images))
         targets = F.one_hot(labels, model.outputs).double()
-        gradient, loss = graph(layout.pack(weights), images, targets, share, *indices(model))
-        return layout.unpack(gradient), loss
+        gradient, loss = graph(form.pack(weights), form.fixed(images), targets, share)
+        return form.unpack(gradient), loss
 
     return run
 
@@ -54,7 +55,6 @@ def traced_gradient(model: Network) -> Gradient:
 def test_traced_gradient_equals_autograd(name: str, make_task: Callable[..., SupportSet]) -> None:
     settings, shape = MODELS[name]
     model = build_model(settings, 3, shape)
-    assert isinstance(model, Network)
     traced = traced_gradient(model)
     for size in (1, 2, 7):  # none is the size it was traced with
         task = make_task(shape, size, 0)
@@ -76,7 +76,6 @@ def test_ties_and_dead_units_have_the_gradients_of_autograd(
     downsampling: Literal["stride", "pool"],
 ) -> None:
     model = build_model(ModelSettings(filters=4, downsampling=downsampling), 3, (1, 9, 9))
-    assert isinstance(model, Network)
     traced = traced_gradient(model)
     weights = initialise(model, 0).double().requires_grad_()
     for images in (torch.zeros(6, 1, 9, 9), torch.ones(6, 1, 9, 9)):

@@ -11,6 +11,7 @@ import torch
 
 from reptile.export import reference
 from reptile.export.fold import fold
+from reptile.export.forms import form_of
 from reptile.export.graphs import Adapt, build_graphs
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint
@@ -115,7 +116,7 @@ def test_predicting_equals_the_model_and_few_shot_joins_the_two(
     adapted = case.run("adapt", feeds)
     weights = {name: adapted[name] for name in adapted if name not in ("losses", "finite")}
     logits = case.run("predict_adapted", {"images": pixels} | weights)["logits"]
-    close(logits, reference.predict_adapted(model, weights, images, torch.float64))
+    close(logits, reference.predict_adapted(case.checkpoint, weights, images, torch.float64))
     both = case.run("few_shot", feeds | {"query_images": pixels})
     close(both["logits"], logits)
     close(both["losses"], adapted["losses"])
@@ -224,7 +225,7 @@ def test_bias_corrections_are_exact_for_young_and_old_states(
     for step in (0, 1, 10_000, 2**24 + 1):
         inner = tiny.meta.inner._replace(step=step)
         old = tiny._replace(state=tiny.meta._replace(inner=inner))
-        _, _, weight, *_ = Adapt(old, MAX_STEPS)(*feeds)
+        _, _, weight, *_ = Adapt(old, form_of(old.model), MAX_STEPS)(*feeds)
         close(weight, reference.adapt(old, task, torch.float64)["hidden1.weight"])
 
 

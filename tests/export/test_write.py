@@ -42,7 +42,7 @@ def test_every_file_is_listed_with_its_hash(exported: Path, manifest: dict[str, 
 def test_manifest_describes_task_model_and_inner_loop(
     manifest: dict[str, Any], checkpoint: Checkpoint
 ) -> None:
-    assert manifest["format"] == 2 and manifest["name"] == "patterns"
+    assert manifest["format"] == 3 and manifest["name"] == "patterns"
     assert manifest["task"] == {
         "kind": "classification",
         "ways": 3,
@@ -51,6 +51,7 @@ def test_manifest_describes_task_model_and_inner_loop(
         "pixel_range": [0, 255],
         "dtype": "float32",
     }
+    assert manifest["learner"] == "gradient"
     assert manifest["inner"] == {
         "optimizer": "adam",
         "learning_rate": 0.001,
@@ -158,7 +159,8 @@ def test_model_card_tells_what_it_is_and_how_well_it_does(exported: Path) -> Non
     card = (exported / "MODEL_CARD.md").read_text()
     assert card.startswith("# patterns\n")
     assert "| method | batch norm | patterns 1-shot |" in card
-    assert "| patterns | 1 | frozen | 75.0 ± 1.0 | 25.0 ± 2.0 | 50.0 ± 2.0 |" in card
+    assert "| trained learner |  | 75.0 ± 1.0 |" in card
+    assert "| raw input, nearest mean |  | 50.0 ± 2.0 |" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(code, "card", "exec")
     assert "None" not in card and "{" not in card

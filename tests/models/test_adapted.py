@@ -72,23 +72,33 @@ def test_patterns_name_parameters(resnet: nn.Module) -> None:
         adapted(("layer5.*",), resnet)
 
 
-class Encoder(nn.Module):
-    """Blocks inside a part that is nearly the whole network, and out of their order."""
+class Body(nn.Module):
+    """Nearly the whole network: blocks that run out of their order, and a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.norm = nn.LayerNorm(8)
+        self.position = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        for number in (2, 1, 0):
+            x = torch.relu(self.blocks[number](x))
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
         self.head = nn.Linear(8, 5)
-        self.body = nn.Module()
-        self.body.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
-        self.body.norm = nn.LayerNorm(8)
+        self.body = Body()
         self.embed = nn.Linear(1, 8)
         self.embed.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x.flatten(1)[:, :1])
-        for number in (2, 1, 0):
-            x = torch.relu(self.body.get_submodule(f"blocks.{number}")(x))
-        outputs: Tensor = self.head(self.body.get_submodule("norm")(x))
+        outputs: Tensor = self.head(self.body(self.embed(x.flatten(1)[:, :1])))
         return outputs
 
 

@@ -180,7 +180,7 @@ def test_a_bundled_page_gives_what_python_gives(
     labels = ["a", "b", "c"] * 3
     file = io.BytesIO()
     Image.fromarray(np.kron(images[0, 0] // 2, np.ones((3, 2), np.uint8))).save(file, "PNG")
-    query = fit(decode("query.png", file.getvalue()), model.image_shape)
+    query = fit(decode("query.png", file.getvalue()), model.pixel_shape)
     page = open_page(built, allowed="favicon")
     found = page.evaluate(
         "(values) => classify(...values)",

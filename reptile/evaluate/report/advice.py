@@ -36,7 +36,10 @@ def _chosen(evaluation: Evaluation, choice: Choice) -> str:
         f"{shown_title(evaluation, name)} {_by(evaluation, difference)}"
         for name, difference in choice.differences.items()
     ]
-    return f"{words}; {'; '.join(others)}." if others else f"{words}."
+    clear = [abs(each.mean) > each.interval for each in choice.differences.values()]
+    if others and all(clear):
+        words = f"{words}, measurably better than every other"
+    return f"{words}: {'; '.join(others)}." if others else f"{words}."
 
 
 def _by(evaluation: Evaluation, difference: Score) -> str:
