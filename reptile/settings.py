@@ -68,7 +68,8 @@ class PrepareSettings(Section):
     """From a source of images to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `sinusoid`."""
+    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `photographs`,
+    `sinusoid`."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28

@@ -26,7 +26,7 @@ from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.shares import choose_shares, share_tasks
 from reptile.learn.validate import mean_score
-from reptile.models import Model, Towers
+from reptile.models import Model, Statistics, Towers
 from reptile.objectives import Objective
 from reptile.settings import TrainSettings
 from reptile.tasks import Task, episodes, training_tasks
@@ -131,6 +131,7 @@ class ThroughHead:
     def __init__(self, settings: TrainSettings, head: Head) -> None:
         self.settings = settings
         self.head = head
+        self._fixed: Statistics = ()
 
     def start(self, weights: Tensor) -> EpisodicState:
         """See `Algorithm.start`."""
@@ -142,7 +143,11 @@ class ThroughHead:
         """See `Algorithm.iterate`."""
         drawn = episodes(classes, self.settings, iteration)
         rate = adam_rate(self.settings, iteration)
-        return episodic_step(engine, state, drawn, self.head, rate)
+        if not self._fixed and not engine.model.shapes:
+            # Nothing of the network is trained, so its statistics are those of the end.
+            seed = self.settings.seed
+            self._fixed = population_statistics(engine, state.weights, classes, seed)
+        return episodic_step(engine, state, drawn, self.head, rate, self._fixed or None)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
         """See `Algorithm.finish`: the statistics of batch norm, and the shares of towers."""

@@ -71,16 +71,22 @@ class EpisodicState(NamedTuple):
 
 
 def episodic_step(
-    engine: Engine, state: EpisodicState, episodes: Sequence[Task], head: Head, rate: float
+    engine: Engine,
+    state: EpisodicState,
+    episodes: Sequence[Task],
+    head: Head,
+    rate: float,
+    statistics: Statistics | None = None,
 ) -> tuple[EpisodicState, Tensor]:
     """Take one step of Adam on the mean loss of the episodes' queries.
 
     Args:
-        engine: computes features, on the batch statistics of an episode's images.
+        engine: computes features.
         state: where to start.
         episodes: tasks of equally many classes, with queries.
         head: what the support sets are classified by.
         rate: Adam's step size.
+        statistics: what batch norm uses; None for those of an episode's images.
 
     Returns:
         The state, and each episode's loss before the step [T].
@@ -91,21 +97,27 @@ def episodic_step(
     gradient, losses = torch.zeros_like(state.weights), []
     for part in parts:
         weights = state.weights.detach().requires_grad_()
-        loss = episode_losses(engine, weights, part, head)
+        loss = episode_losses(engine, weights, part, head, statistics)
         gradient += torch.autograd.grad(loss.sum() / len(episodes), weights)[0]
         losses.append(loss.detach())
     return adam(state, gradient, rate), torch.cat(losses)
 
 
-def episode_losses(engine: Engine, weights: Tensor, episodes: Sequence[Task], head: Head) -> Tensor:
+def episode_losses(
+    engine: Engine,
+    weights: Tensor,
+    episodes: Sequence[Task],
+    head: Head,
+    statistics: Statistics | None = None,
+) -> Tensor:
     """Return the loss of each episode's queries [T], a function of the weights [P + H].
 
-    Batch norm uses the statistics of all their images.
+    Batch norm uses the statistics of all their images, or `statistics` if given.
     """
     model = engine.model
     body, numbers = torch.split(weights, [size(model), len(weights) - size(model)])
     rows = np.concatenate([np.concatenate([each.support, each.query]) for each in episodes])
-    features = engine.features(body, rows).view(len(episodes), -1, model.feature_size)
+    features = engine.features(body, rows, statistics).view(len(episodes), -1, model.feature_size)
     sizes = [len(episodes[0].support), len(episodes[0].query)]
     support, queries = torch.split(features, sizes, dim=1)
     params = named_parts(head.shapes, numbers)
