@@ -363,6 +363,11 @@ class BesideSettings(TrainSettings):
         return None if self.algorithm == "none" else TrainSettings(**self.model_dump())
 
 
+def second_learner(algorithm: str) -> str:
+    """Return what an evaluation calls the second learner, of this algorithm."""
+    return f"{algorithm}-trained"
+
+
 class EvaluateSettings(Section):
     """Few-shot evaluation on held-out classes and on cross-domain sources."""
 
