@@ -32,6 +32,7 @@ from reptile.data.dataset import (
 from reptile.data.readers import sinusoid
 from reptile.data.readers.base import Source
 from reptile.data.readers.open import open_source
+from reptile.data.readers.table import is_table
 from reptile.data.splits import assign_splits
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
@@ -63,6 +64,10 @@ def prepare(
     """
     if settings.source == sinusoid.NAME:
         return sinusoid.prepare_sinusoids(settings, folder, progress)
+    if is_table(settings.source):
+        from reptile.data.tables import prepare_table
+
+        return prepare_table(settings, folder, progress)
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))
