@@ -6,6 +6,7 @@
     trained = reptile.train(data, settings, module)         # any torch module, or none
     print(trained.evaluate(data).table())
     trained.save("checkpoint")                              # reptile.load("checkpoint", module)
+    trained.export("bundle", data)                          # adapts inside ONNX Runtime
 
 Importing `reptile` does not change the process and loads no other package; each name below loads
 what it needs on first use. A consumer of a bundle imports `reptile.runtime`, which needs numpy and
@@ -33,15 +34,18 @@ if TYPE_CHECKING:
     from reptile.runtime import FewShotModel, FewShotRegressor
     from reptile.settings import (
         EvaluateSettings,
+        ExportSettings,
         ModelSettings,
         OptimizerSettings,
         TrainSettings,
+        VerifySettings,
     )
 
 __all__ = [
     "ClusterError",
     "DivergedError",
     "EvaluateSettings",
+    "ExportSettings",
     "FewShotModel",
     "FewShotRegressor",
     "GateError",
@@ -54,6 +58,7 @@ __all__ = [
     "ReptileError",
     "TrainSettings",
     "VerificationError",
+    "VerifySettings",
     "from_arrays",
     "from_torch",
     "load",

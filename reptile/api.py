@@ -1,4 +1,4 @@
-"""The library in one place: meta-train a network on tasks, evaluate it, save it, load it.
+"""The library in one place: meta-train a network, evaluate it, save it, load it, export it.
 
 Each function is one call into a package. For bundles see `reptile.runtime`, which needs no torch.
 """
@@ -6,10 +6,12 @@ Each function is one call into a package. For bundles see `reptile.runtime`, whi
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from reptile.data.dataset import PreparedData
+from reptile.errors import VerificationError
 from reptile.evaluate import Metrics, write_evaluation
 from reptile.evaluate import evaluate as evaluate_checkpoint
 from reptile.evaluate.write import metrics
@@ -18,7 +20,7 @@ from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from reptile.learn.run import run_training
 from reptile.learn.train import Progress
 from reptile.models import ModuleNetwork, unflatten
-from reptile.settings import EvaluateSettings, TrainSettings
+from reptile.settings import EvaluateSettings, ExportSettings, TrainSettings, VerifySettings
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,67 @@ class Initialisation:
             with atomic_directory(Path(report)) as folder:
                 write_evaluation(evaluation, folder)
         return metrics(evaluation)
+
+    def export(
+        self,
+        folder: str | Path,
+        data: PreparedData,
+        settings: ExportSettings | None = None,
+        *,
+        metrics: Metrics | None = None,
+        protocol: EvaluateSettings | None = None,
+    ) -> None:
+        """Write the bundle that adapts to new tasks inside ONNX Runtime; see `reptile.runtime`.
+
+        Args:
+            folder: replaced as a whole.
+            data: what it was trained on; its test split gives the bundle's golden tensors.
+            settings: the bundle's name and limits; the gate is not applied here.
+            metrics: what `evaluate` returned, for the model card.
+            protocol: the evaluation's settings; its steps and batch become the bundle's defaults.
+
+        Raises:
+            InputError: other data, a test split without enough classes, or a network with an
+                operator that ONNX does not have.
+        """
+        from reptile.export.write import export_bundle
+
+        self.info.check_data(data)
+        export_bundle(
+            settings or ExportSettings(),
+            self.checkpoint,
+            data,
+            metrics,
+            Path(folder),
+            protocol=protocol or EvaluateSettings(),
+        )
+
+    def verify(
+        self, bundle: str | Path, data: PreparedData, settings: VerifySettings | None = None
+    ) -> dict[str, Any]:
+        """Check that a bundle computes what PyTorch does, and return the checks as a report.
+
+        Args:
+            bundle: what `export` wrote.
+            data: what it was trained on.
+            settings: the tasks of the accuracy check.
+
+        Raises:
+            InputError: other data, or no bundle.
+            VerificationError: a check failed.
+        """
+        from reptile.export.verify import verify_bundle
+
+        self.info.check_data(data)
+        report = verify_bundle(settings or VerifySettings(), Path(bundle), self.checkpoint, data)
+        failed = [
+            f"{check['name']} ({check['measured']} against {check['limit']})"
+            for check in report["checks"]
+            if not check["passed"]
+        ]
+        if failed:
+            raise VerificationError(f"{bundle} failed {'; '.join(failed)}")
+        return report
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint: a folder of safetensors and JSON, complete or not at all."""

@@ -13,11 +13,20 @@ from typing import Any, NamedTuple
 
 from reptile.errors import InputError
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 differs in what `metrics` holds, which no consumer needs."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Formats 1 and 2 have no `learner`: it is `gradient`. Format 1 differs in what `metrics` holds,
+which no consumer needs."""
 KINDS = ("classification", "regression")  # the first where the manifest does not say
-GRAPHS = ("predict", "adapt", "predict_adapted", "few_shot")
+GRAPHS = {
+    "gradient": ("predict", "adapt", "predict_adapted", "few_shot"),
+    "closed_form": ("embed", "fit", "adapt", "predict_adapted", "few_shot"),
+}
+"""The graphs of a bundle, by how it learns.
+
+`adapt`, `predict_adapted` and `few_shot` are the contract of both. `predict` is the network before
+adaptation, which a closed-form learner has none of: without examples it has no head.
+"""
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "MODEL_CARD.md"
 GOLDEN_FOLDER = "golden"
@@ -44,11 +53,14 @@ def bundle_folders(algorithms: Mapping[str, str]) -> dict[str, str]:
     return folders
 
 
+Shape = tuple[int | None, ...]  # None stands for a size that may vary
+
+
 class TensorType(NamedTuple):
-    """What a graph's input or output looks like; None stands for a size that may vary."""
+    """What a graph's input or output looks like."""
 
     dtype: str
-    shape: tuple[int | None, ...]
+    shape: Shape
 
     @classmethod
     def of(cls, dtype: str, shape: Sequence[Any]) -> "TensorType":
@@ -73,18 +85,20 @@ class Manifest:
 
     raw: dict[str, Any] = field(repr=False)
     kind: str  # classification or regression
+    learner: str  # gradient or closed_form
     ways: int  # the most classes of a task; of a regressor 1
     outputs: int  # of the head: ways, or the values predicted for each input
     image_shape: tuple[int, ...]  # channels, height, width of an image
     pixels: bool  # whether inputs are images of pixels 0..255, or any numbers
-    steps: int
+    steps: int  # this and the next four are 0 of a closed-form learner, which has no inner loop
     learning_rate: float
     batch: int
     replacement: bool
     max_steps: int
     max_support: int
+    features: int  # of one image, of a closed-form learner; else 0
     graphs: dict[str, Graph] = field(repr=False)
-    weights: dict[str, tuple[int, ...]] = field(repr=False)  # shapes: what adapt hands to predict
+    weights: dict[str, Shape] = field(repr=False)  # what adapt hands to predict_adapted
     files: dict[str, str] = field(repr=False)  # SHA-256 of each file but manifest.json
 
 
@@ -103,16 +117,11 @@ def manifest_json(
     name: str,
     created_by: str,
     kind: str,
+    learner: Mapping[str, Any],
     outputs: int,
     image_shape: Sequence[int],
     pixels: bool,
     model: Mapping[str, Any],
-    optimizer: str,
-    learning_rate: float,
-    weight_decay: float,
-    steps: int,
-    batch: int,
-    max_steps: int,
     max_support: int,
     graphs: Mapping[str, Mapping[str, list[dict[str, Any]]]],
     metrics: Mapping[str, Any] | None,
@@ -124,16 +133,11 @@ def manifest_json(
         name: the bundle's.
         created_by: program and version.
         kind: classification or regression.
-        outputs: of the head.
+        learner: what `gradient_learner` or `closed_form_learner` returns.
+        outputs: of the head; of a closed-form learner, the most classes of a task.
         image_shape: channels, height and width of an input.
         pixels: whether a classifier's inputs are pixels 0..255, or any numbers.
         model: settings of the network.
-        optimizer: of the inner loop.
-        learning_rate: its default.
-        weight_decay: what weights are multiplied by before each step.
-        steps: inner steps by default.
-        batch: images of a mini-batch by default.
-        max_steps: inner steps beyond this many are not taken.
         max_support: the most images of a support set.
         graphs: for each graph, `inputs` and `outputs` as lists of name, dtype and shape.
         metrics: the evaluation's metrics.json.
@@ -152,6 +156,36 @@ def manifest_json(
         "created_by": created_by,
         "task": task | {"dtype": _DTYPE},
         "model": dict(model),
+        **learner,
+        "limits": {**learner.get("limits", {}), "max_support": max_support},
+        "graphs": {name: {"path": graph_path(name), **graph} for name, graph in graphs.items()},
+        "adapted": {each["name"]: each["shape"] for each in adapted if each["name"] != "images"},
+        "metrics": metrics,
+        "provenance": dict(provenance),
+    }
+
+
+def gradient_learner(
+    *,
+    optimizer: str,
+    learning_rate: float,
+    weight_decay: float,
+    steps: int,
+    batch: int,
+    max_steps: int,
+) -> dict[str, Any]:
+    """Return the manifest's keys of a learner by gradient steps.
+
+    Args:
+        optimizer: of the inner loop.
+        learning_rate: its default.
+        weight_decay: what weights are multiplied by before each step.
+        steps: inner steps by default.
+        batch: images of a mini-batch by default.
+        max_steps: inner steps beyond this many are not taken.
+    """
+    return {
+        "learner": "gradient",
         "inner": {
             "optimizer": optimizer,
             "learning_rate": learning_rate,
@@ -160,12 +194,13 @@ def manifest_json(
             "batch": batch,
             "replacement": False,
         },
-        "limits": {"max_steps": max_steps, "max_support": max_support},
-        "graphs": {name: {"path": graph_path(name), **graph} for name, graph in graphs.items()},
-        "adapted": {each["name"]: each["shape"] for each in adapted if each["name"] != "images"},
-        "metrics": metrics,
-        "provenance": dict(provenance),
+        "limits": {"max_steps": max_steps},
     }
+
+
+def closed_form_learner(head: str) -> dict[str, Any]:
+    """Return the manifest's keys of a closed-form learner, with the name of its head."""
+    return {"learner": "closed_form", "head": head}
 
 
 def parse_manifest(content: bytes | str, where: str) -> Manifest:
@@ -198,17 +233,24 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
     for key, value in fixed.items():
         if _get(manifest, f"task.{key}", type(value), where) != value:
             raise InputError(f"{where}: task.{key} must be {value!r}")
-    rate = _get(manifest, "inner.learning_rate", (int, float), where)
-    if not 0 < rate <= MAX_LEARNING_RATE:
-        raise InputError(f"{where}: inner.learning_rate must be above 0, got {rate}")
+    learner = _get(manifest, "learner", str, where) if version >= 3 else "gradient"
+    if learner not in GRAPHS or (learner == "closed_form" and kind != "classification"):
+        raise InputError(
+            f"{where}: learner must be {' or '.join(GRAPHS)} (of a classifier), got {learner!r}"
+        )
     if kind == "classification":
         outputs = ways = _whole(manifest, "task.ways", where, low=2)
     else:
         outputs, ways = _whole(manifest, "task.outputs", where), 1
     graphs = {name: _graph(manifest, name, where) for name in _get(manifest, "graphs", dict, where)}
-    max_steps = _whole(manifest, "limits.max_steps", where)
-    weights = _adapted_weights(graphs, kind, outputs, shape, where)
-    if _get(manifest, "adapted", dict, where) != {name: [*size] for name, size in weights.items()}:
+    if learner == "gradient":
+        features, weights = 0, _check_gradient(graphs, kind, outputs, shape, where)
+    else:
+        features, weights = _check_closed_form(graphs, shape, where)
+    adapted = _get(manifest, "adapted", dict, where)
+    if not all(isinstance(size, list) for size in adapted.values()) or weights != {
+        name: TensorType.of(_DTYPE, size).shape for name, size in adapted.items()
+    }:
         raise InputError(
             f"{where}: adapted must hold the shapes of predict_adapted's inputs but images: "
             f"{weights}; export the bundle again"
@@ -219,15 +261,13 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
     return Manifest(
         raw=manifest,
         kind=kind,
+        learner=learner,
         ways=ways,
         outputs=outputs,
         image_shape=tuple(shape),
         pixels=pixels,
-        steps=_whole(manifest, "inner.steps", where, low=0, high=max_steps),
-        learning_rate=float(rate),
-        batch=_whole(manifest, "inner.batch", where),
-        replacement=_get(manifest, "inner.replacement", bool, where),
-        max_steps=max_steps,
+        **_inner_loop(manifest, learner, where),
+        features=features,
         max_support=_whole(manifest, "limits.max_support", where),
         graphs=graphs,
         weights=weights,
@@ -326,14 +366,27 @@ def _graph(manifest: Any, name: str, where: str) -> Graph:
     )
 
 
-def _adapted_weights(
+def _inner_loop(manifest: Any, learner: str, where: str) -> dict[str, Any]:
+    """Read the defaults of the inner loop, which a closed-form learner has none of."""
+    if learner != "gradient":
+        return {"steps": 0, "learning_rate": 0.0, "batch": 0, "replacement": False, "max_steps": 0}
+    rate = _get(manifest, "inner.learning_rate", (int, float), where)
+    if not 0 < rate <= MAX_LEARNING_RATE:
+        raise InputError(f"{where}: inner.learning_rate must be above 0, got {rate}")
+    max_steps = _whole(manifest, "limits.max_steps", where)
+    return {
+        "steps": _whole(manifest, "inner.steps", where, low=0, high=max_steps),
+        "learning_rate": float(rate),
+        "batch": _whole(manifest, "inner.batch", where),
+        "replacement": _get(manifest, "inner.replacement", bool, where),
+        "max_steps": max_steps,
+    }
+
+
+def _check_gradient(
     graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, Shape]:
     """Hold the two graphs that the runtime runs to the format; return what passes between them."""
-    for name in ("adapt", "predict_adapted"):
-        if name not in graphs:
-            raise InputError(f"{where}: the graph {name!r} is missing from graphs")
-    adapt, predict = graphs["adapt"], graphs["predict_adapted"]
     images = TensorType("float32", (None, *image_shape))
     support = {
         "support_images": images,
@@ -347,25 +400,69 @@ def _adapted_weights(
     }
     trace = {"losses": TensorType("float32", (None,)), "finite": TensorType("bool", ())}
     logits = {"logits": TensorType("float32", (None, outputs))}
-    weights = {name: tensor for name, tensor in predict.inputs.items() if name != "images"}
-    for title, found, needed in (
-        ("adapt.inputs", adapt.inputs, support),
-        ("adapt.outputs", adapt.outputs, {**trace, **weights}),
-        ("predict_adapted.inputs", predict.inputs, {"images": images, **weights}),
-        ("predict_adapted.outputs", predict.outputs, logits),
-    ):
-        if found != needed:
-            raise InputError(
-                f"{where}: graphs.{title} must be {show_tensors(needed)}, got {show_tensors(found)}"
-            )
-    shapes = {
-        name: tuple(n for n in tensor.shape if n is not None) for name, tensor in weights.items()
-    }
-    if any(tensor != ("float32", shapes[name]) for name, tensor in weights.items()):
+    inputs = graphs["predict_adapted"].inputs if "predict_adapted" in graphs else {}
+    weights = {name: tensor for name, tensor in inputs.items() if name != "images"}
+    _check_tensors(
+        graphs,
+        {
+            "adapt": (support, {**trace, **weights}),
+            "predict_adapted": ({"images": images, **weights}, logits),
+        },
+        where,
+    )
+    if any(dtype != "float32" or None in shape for dtype, shape in weights.values()):
         raise InputError(
             f"{where}: adapted weights must be float32 of fixed shapes, got {show_tensors(weights)}"
         )
-    return shapes
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def _check_closed_form(
+    graphs: dict[str, Graph], image_shape: list[int], where: str
+) -> tuple[int, dict[str, Shape]]:
+    """Hold the graphs that clients run to the format; return D and what passes between them."""
+    found = graphs["embed"].outputs.get("features") if "embed" in graphs else None
+    size = found.shape[1] if found and len(found.shape) == 2 else 0
+    images = TensorType("float32", (None, *image_shape))
+    labels = {"support_labels": TensorType("int64", (None,))}
+    features = {"features": TensorType("float32", (None, size))}
+    weights = {
+        "head.weight": TensorType("float32", (None, size)),
+        "head.bias": TensorType("float32", (None,)),
+    }
+    finite = {"finite": TensorType("bool", ())}
+    _check_tensors(
+        graphs,
+        {
+            "embed": ({"images": images}, features),
+            "fit": ({**features, **labels}, {**weights, **finite}),
+            "adapt": ({"support_images": images, **labels}, {**features, **weights, **finite}),
+            "predict_adapted": (
+                {"images": images, **weights},
+                {"logits": TensorType("float32", (None, None))},
+            ),
+        },
+        where,
+    )
+    if not size:
+        raise InputError(f"{where}: graphs.embed.outputs must have a fixed number of features")
+    return size, {name: tensor.shape for name, tensor in weights.items()}
+
+
+def _check_tensors(
+    graphs: dict[str, Graph],
+    needed: dict[str, tuple[dict[str, TensorType], dict[str, TensorType]]],
+    where: str,
+) -> None:
+    for name, wanted in needed.items():
+        if name not in graphs:
+            raise InputError(f"{where}: the graph {name!r} is missing from graphs")
+        for part, found, want in zip(("inputs", "outputs"), graphs[name][1:], wanted, strict=True):
+            if found != want:
+                raise InputError(
+                    f"{where}: graphs.{name}.{part} must be {show_tensors(want)}, got "
+                    f"{show_tensors(found)}"
+                )
 
 
 def show_tensors(tensors: dict[str, TensorType]) -> str:

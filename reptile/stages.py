@@ -35,8 +35,9 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     """Refuse, before training, what a later stage would refuse after it.
 
     Raises:
-        InputError: the test split cannot make the tasks of `evaluate` and `verify`, or the gate and
-            the bundle need what `evaluate` does not measure.
+        InputError: the test split cannot make the tasks of `evaluate` and `verify`, the gate and
+            the bundle need what `evaluate` does not measure, or the adaptation of the network
+            cannot be written as a graph.
     """
     from reptile.data.dataset import load_prepared
     from reptile.objectives import objective_of
@@ -56,11 +57,17 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
             f"export.gate.shots = {gate.shots}: `reptile evaluate` measures {shots}-shot only; "
             "change export.gate.shots or evaluate.shots"
         )
-    if settings.export.max_steps < evaluation.steps:
+    if not settings.train.closed_form and settings.export.max_steps < evaluation.steps:
         raise InputError(
             f"export.max_steps = {settings.export.max_steps} is below evaluate.steps = "
             f"{evaluation.steps}; raise one or lower the other"
         )
+    if settings.train.model.is_module and not settings.train.closed_form:
+        from reptile.export.check import check_export
+        from reptile.learn.train import untrained
+
+        if problems := check_export(untrained(settings.train, data).model):
+            raise InputError("; ".join(problems))
 
 
 def prepare(

@@ -41,6 +41,28 @@ def exported(
     return folder
 
 
+@pytest.fixture(scope="session")
+def closed_form_checkpoint(data: PreparedData) -> "Checkpoint":
+    """A conv4 for ridge, not trained, with population statistics of the patterns."""
+    from bundles import make_closed_form_checkpoint
+
+    return make_closed_form_checkpoint(data, "ridge")
+
+
+@pytest.fixture(scope="session")
+def closed_form_bundle(
+    closed_form_checkpoint: "Checkpoint",
+    data: PreparedData,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The closed-form checkpoint's bundle, not to be changed."""
+    from bundles import write_bundle
+
+    folder = tmp_path_factory.mktemp("closed-form") / "bundle"
+    write_bundle(folder, data, closed_form_checkpoint)
+    return folder
+
+
 @pytest.fixture
 def root() -> Path:
     """The project's root folder."""

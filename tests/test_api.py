@@ -126,7 +126,7 @@ def test_the_example_of_the_readme_runs_on_both_engines(
     section = (root / "README.md").read_text().split("## Train your own network", 1)[1]
     code = section.split("```python\n", 1)[1].split("```", 1)[0]
     lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 12
+    assert len(lines) <= 15
     monkeypatch.chdir(tmp_path)
     patterns = make_data(classes={"train": 60})
     images = torch.from_numpy(np.array(patterns.images)).float() / 255
@@ -139,11 +139,44 @@ def test_the_example_of_the_readme_runs_on_both_engines(
         changed = code.replace("meta_iterations=1000", "meta_iterations=4, checkpoint_every=2")
         changed = changed.replace("ways=5", f"ways=5, device='cpu', engine={engine!r}")
         changed = changed.replace("tasks=600", "tasks=4")
+        export = '("my-bundle", data)'
+        changed = changed.replace(f"again.verify{export}", "").replace(f"again.export{export}", "")
+        changed = changed.replace('model = reptile.FewShotModel.load("my-bundle")', "")
         assert changed.count(engine) == 1 and "tasks=4" in changed
         exec(compile(changed, "README.md", "exec"), names)
         losses.append([point.loss for point in names["trained"].info.curve])
         assert names["again"].info == names["trained"].info
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_the_example_of_the_readme_ends_in_a_bundle_that_was_verified(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (root / "README.md").read_text().split("## Train your own network", 1)[1]
+    code = section.split("```python\n", 1)[1].split("```", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    patterns = make_data(classes={"train": 60})
+    images = torch.from_numpy(np.array(patterns.images)).float() / 255
+    rows = np.repeat(np.arange(len(patterns.classes)), [c.count for c in patterns.classes])
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"dataset": torch.utils.data.TensorDataset(images, torch.tensor(rows))}
+    changed = code.replace("meta_iterations=1000", "meta_iterations=20, device='cpu'")
+    changed = changed.replace("tasks=600", "tasks=4")
+    quick = "verify('my-bundle', data, reptile.VerifySettings(tasks=20))"
+    changed = changed.replace('again.verify("my-bundle", data)', f"report = again.{quick}")
+    assert "report" in changed and "tasks=4" in changed and "device" in changed
+    exec(compile(changed, "README.md", "exec"), names)
+    assert names["report"]["passed"] and len(names["report"]["checks"]) >= 46
+    data, model = names["data"], names["model"]
+    manifest = model.manifest
+    assert "pixel_range" not in manifest["task"]
+    classes = data.split("test")
+    support = np.concatenate([data.images[start : start + 5] for start in classes.starts[:5]])
+    queries = np.stack([data.images[start + 6] for start in classes.starts[:5]])
+    adapted = model.adapt(support, np.repeat(list("abcde"), 5))
+    assert np.mean(np.array(adapted.predict(queries).labels) == list("abcde")) >= 0.6
+    with pytest.raises(reptile.InputError, match="that are no images"):
+        _ = model.pixel_shape
 
 
 def test_every_public_name_exists_and_is_listed() -> None:

@@ -9,8 +9,10 @@ import jsonschema_rs
 import pytest
 from bundles import METRICS
 from schemas import (
+    CLOSED_FORM,
     DISAGREEMENTS,
     GOLDEN,
+    GONE,
     MANIFEST,
     SCHEMAS,
     schema,
@@ -86,6 +88,29 @@ def test_a_manifest_is_refused_by_schema_and_reader(manifest: Any, path: str, va
         parse_manifest(json.dumps(spoiled), "here")
 
 
+@titles(CLOSED_FORM)
+def test_a_closed_form_manifest_is_refused_by_schema_and_reader(
+    closed_form_bundle: Path, path: str, value: Any
+) -> None:
+    manifest = json.loads((closed_form_bundle / "manifest.json").read_text())
+    validator("manifest").validate(manifest)
+    assert parse_manifest(json.dumps(manifest), "here").weights["head.bias"] == (None,)
+    spoiled = spoil(manifest, path, value)
+    assert not validator("manifest").is_valid(spoiled)
+    with pytest.raises(InputError, match=r"^here: "):
+        parse_manifest(json.dumps(spoiled), "here")
+
+
+def test_without_a_pixel_range_inputs_are_numbers_of_any_shape(manifest: Any) -> None:
+    assert parse_manifest(json.dumps(manifest), "here").pixels
+    numbers = spoil(manifest, "task/pixel_range", GONE)
+    assert not parse_manifest(json.dumps(numbers), "here").pixels
+    text = json.dumps(spoil(numbers, "task/layout", GONE)).replace("1, 12, 12]", "144]")
+    flat = json.loads(text)
+    validator("manifest").validate(flat)
+    assert parse_manifest(text, "here").image_shape == (144,)
+
+
 @titles(DISAGREEMENTS)
 def test_a_manifest_that_contradicts_itself_is_refused_by_the_reader(
     manifest: Any, path: str, value: Any
@@ -121,18 +146,21 @@ def test_metrics_are_refused_by_schema_and_reader(path: str, value: Any) -> None
         Metrics.model_validate(spoiled)
 
 
-def test_a_manifest_of_format_1_is_read(manifest: Any) -> None:
+def test_manifests_of_formats_1_and_2_are_read(manifest: Any) -> None:
     first = manifest | {"format": 1, "metrics": FORMAT_1_METRICS}
-    assert not validator("manifest").is_valid(first)
-    now, then = (vars(parse_manifest(json.dumps(each), "here")) for each in (manifest, first))
-    assert now.pop("raw") == manifest
-    assert then.pop("raw") == first
-    assert now == then
+    second = manifest | {"format": 2}
+    for old in (first, second):
+        del old["learner"]
+        assert not validator("manifest").is_valid(old)
+        now, then = (vars(parse_manifest(json.dumps(each), "here")) for each in (manifest, old))
+        assert now.pop("raw") == manifest
+        assert then.pop("raw") == old
+        assert now == then
     assert upgrade(first["metrics"], first["task"]["ways"], "patterns") == METRICS
 
 
 def test_a_manifest_without_a_kind_of_task_is_a_classifiers(manifest: Any) -> None:
-    del (old := spoil(manifest, "format", 2))["task"]["kind"]
+    del (old := spoil(manifest, "format", 3))["task"]["kind"]
     validator("manifest").validate(old)
     assert parse_manifest(json.dumps(old), "here").kind == "classification"
 

@@ -98,8 +98,6 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "dvc repro": "tests/test_clone.py::test_the_gate_reruns_export",
     "dvc exp run --queue": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
     "dvc exp run --run-all": "tests/test_clone.py::test_a_queued_experiment_runs_its_own_code",
-    "dvc exp show": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
-    "dvc exp apply": "tests/pipeline/test_sweep.py::test_queued_experiments_are_one_table",
     "dvc exp run -S": "tests/experiments/test_presets.py::test_dvc_exp_run_takes_the_printed_line",
     "dvc exp show": (
         "tests/pipeline/test_sweep.py::"
@@ -148,15 +146,6 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     ),
     "python -m pipeline run-local": (
         "tests/pipeline/test_run_local.py::test_all_stages_run_and_leave_a_bundle_that_works"
-    ),
-    "python -m pipeline sweep --local": (
-        "tests/pipeline/test_sweep.py::test_the_best_by_validation_is_evaluated_once_and_delivered"
-    ),
-    "python -m pipeline sweep --wait": (
-        "tests/pipeline/test_sweep.py::test_a_sweep_is_one_run_of_the_compiled_sweep"
-    ),
-    "python -m pipeline check": (
-        "tests/pipeline/test_check.py::test_where_nothing_is_wrong_each_thing_is_named"
     ),
     "python -m pipeline submit": "tests/pipeline/test_cluster.py::test_a_run_is_what_was_asked_for",
     "export KF_PIPELINES_ENDPOINT": (

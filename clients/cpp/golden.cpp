@@ -23,14 +23,19 @@ struct Task {
 };
 
 Task read_support(const std::filesystem::path& folder) {
-  const auto batches = npy::read<std::int64_t>(folder / "batches.npy");
-  return {folder.filename().string(),
-          npy::read<float>(folder / "support_images.npy").values,
-          npy::read<std::int64_t>(folder / "support_labels.npy").values,
-          {batches.values, batches.shape.at(0), batches.shape.at(1)},
-          npy::read<float>(folder / "learning_rate.npy").values.at(0),
-          {},
-          {}};
+  Task task{folder.filename().string(),
+            npy::read<float>(folder / "support_images.npy").values,
+            npy::read<std::int64_t>(folder / "support_labels.npy").values,
+            {},
+            0,
+            {},
+            {}};
+  if (std::filesystem::exists(folder / "batches.npy")) {  // of a gradient learner
+    const auto batches = npy::read<std::int64_t>(folder / "batches.npy");
+    task.batches = {batches.values, batches.shape.at(0), batches.shape.at(1)};
+    task.learning_rate = npy::read<float>(folder / "learning_rate.npy").values.at(0);
+  }
+  return task;
 }
 
 Task read(const std::filesystem::path& folder) {
@@ -40,10 +45,15 @@ Task read(const std::filesystem::path& folder) {
   return task;
 }
 
+few_shot::Adapted adapt(const few_shot::Model& model, const Task& task,
+                        const few_shot::MiniBatches& batches) {
+  if (model.closed_form()) return model.adapt(task.images, task.labels);
+  return model.adapt(task.images, task.labels, batches, task.learning_rate);
+}
+
 // Prints one line; returns whether all logits are within the tolerance.
 bool check(const few_shot::Model& model, const Task& task) {
-  const auto adapted = model.adapt(task.images, task.labels, task.batches, task.learning_rate);
-  const auto logits = adapted.predict(task.queries);
+  const auto logits = adapt(model, task, task.batches).predict(task.queries);
   bool right = logits.size() == task.expected.size();
   float largest = 0;
   for (std::size_t i = 0; right && i < logits.size(); ++i) {
@@ -70,11 +80,13 @@ bool check_refusal(const few_shot::Model& model, const Task& task) {
 
 // Adapts to the task again, with mini-batches drawn here, and classifies its support set.
 void adapt_again(const few_shot::Model& model, const Task& task) {
-  const auto batches =
-      few_shot::mini_batches(task.labels.size(), task.batches.batch, task.batches.steps);
-  const auto logits =
-      model.adapt(task.images, task.labels, batches, task.learning_rate).predict(task.images);
-  const auto ways = model.ways();
+  few_shot::MiniBatches batches;
+  if (!model.closed_form()) {
+    batches = few_shot::mini_batches(task.labels.size(), task.batches.batch, task.batches.steps);
+  }
+  const auto adapted = adapt(model, task, batches);
+  const auto logits = adapted.predict(task.images);
+  const auto ways = adapted.ways();
   std::size_t right = 0;
   for (std::size_t i = 0; i < task.labels.size(); ++i) {
     const auto row = logits.begin() + static_cast<std::ptrdiff_t>(i) * ways;

@@ -45,24 +45,33 @@ class FewShotModel:
             for name, graph in self.manifest["graphs"].items()
         }
 
-    def adapt(
-        self, images: Array, labels: Array, batches: Array, learning_rate: float
-    ) -> dict[str, Array]:
-        """Adapt to a task: float32 images [N, C, H, W] in 0..255, int64 labels [N] → weights."""
-        feeds = {
-            "support_images": images,
-            "support_labels": labels,
-            "batches": batches,
-            "learning_rate": np.array(learning_rate, dtype=np.float32),
-        }
+    def adapt(self, images: Array, labels: Array, **steps: Array) -> dict[str, Array]:
+        """Adapt to a task: float32 images [N, C, H, W] in 0..255, int64 labels [N] → weights.
+
+        `steps` are what a bundle that learns by gradient steps needs besides: `gradient_steps`.
+        """
+        feeds = {"support_images": images, "support_labels": labels, **steps}
         names = ["finite", *self.manifest["adapted"]]
         finite, *weights = self.sessions["adapt"].run(names, feeds)
         if not finite:
-            raise ValueError("adaptation diverged: use a lower learning rate or fewer steps")
+            raise ValueError("the adaptation gave no finite numbers: fewer steps, a lower rate?")
         return dict(zip(names[1:], weights, strict=True))
 
+    def gradient_steps(self, rng: np.random.Generator, support: int) -> dict[str, Array]:
+        """Return the inputs of gradient steps; none if the bundle fits in closed form."""
+        inner = self.manifest.get("inner")
+        if inner is None:
+            return {}
+        return {
+            "batches": mini_batches(rng, support, inner),
+            "learning_rate": np.array(inner["learning_rate"], dtype=np.float32),
+        }
+
     def predict(self, weights: dict[str, Array], images: Array) -> Array:
-        """Return logits [N, ways]; drop the outputs of unused classes before a softmax."""
+        """Return logits [N, ways]; drop the outputs of unused classes before a softmax.
+
+        Of a closed-form bundle `ways` is the largest label + 1.
+        """
         logits: Array = self.sessions["predict_adapted"].run(
             ["logits"], {"images": images, **weights}
         )[0]
@@ -72,6 +81,11 @@ class FewShotModel:
         """Adapt and predict in one call, as a stateless server does."""
         logits: Array = self.sessions["few_shot"].run(["logits"], feeds)[0]
         return logits
+
+
+def _steps(feeds: dict[str, Array]) -> dict[str, Array]:
+    """Return the inputs of gradient steps, if there are any."""
+    return {name: feeds[name] for name in ("batches", "learning_rate") if name in feeds}
 
 
 def main(bundle: Path) -> int:
@@ -85,7 +99,8 @@ def main(bundle: Path) -> int:
         feeds = {name: np.load(golden / file) for name, file in case["inputs"].items()}
         if case["graph"] == "adapt" and not np.load(golden / case["outputs"]["finite"]):
             try:
-                model.adapt(*feeds.values())
+                images, labels = feeds["support_images"], feeds["support_labels"]
+                model.adapt(images, labels, **_steps(feeds))
                 failed += 1
                 print(f"{'refused':10} ADAPTED, AND SHOULD NOT HAVE")
             except ValueError:
@@ -93,8 +108,10 @@ def main(bundle: Path) -> int:
         if case["graph"] != "few_shot":
             continue
         expected = np.load(golden / case["outputs"]["logits"])
-        images, labels, batches, rate, queries = feeds.values()
-        weights = model.adapt(images, labels, batches, rate)
+        queries = feeds["query_images"]
+        images, labels, steps = feeds["support_images"], feeds["support_labels"], _steps(feeds)
+        count = len(steps.get("batches", ()))
+        weights = model.adapt(images, labels, **steps)
         for graphs, logits in (
             ("adapt, predict_adapted", model.predict(weights, queries)),
             ("few_shot", model.few_shot(feeds)),
@@ -103,14 +120,14 @@ def main(bundle: Path) -> int:
             right = bool((deviation <= case["atol"] + case["rtol"] * np.abs(expected)).all())
             failed += not right
             print(
-                f"{Path(case['outputs']['logits']).parent.name:10} {len(batches):5} "
+                f"{Path(case['outputs']['logits']).parent.name:10} {count:5} "
                 f"{len(images):7}  {graphs:23}  {deviation.max():9.1e}  "
                 + ("ok" if right else "BEYOND THE TOLERANCE")
             )
-    # And with mini-batches drawn here, as for a new task.
-    inner = model.manifest["inner"]
-    batches = mini_batches(np.random.default_rng(0), len(images), inner)
-    weights = model.adapt(images, labels, batches, inner["learning_rate"])
+    # And with mini-batches drawn here, if there are any, as for a new task.
+    weights = model.adapt(
+        images, labels, **model.gradient_steps(np.random.default_rng(0), len(images))
+    )
     predicted = model.predict(weights, images)[:, : labels.max() + 1].argmax(axis=1)
     right = (predicted == labels).sum()
     print(f"adapted again: {right} of {len(labels)} support images classified correctly")

@@ -179,7 +179,7 @@ def check_model_command(
     changes: SetOption = None,
     artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
-    """Show what the network of the settings is and costs; refuse one that cannot train.
+    """Show what the network of the settings is and costs; refuse one that cannot train or export.
 
     Inputs are those of the prepared data, or without any of the settings of `prepare`.
 
@@ -187,6 +187,7 @@ def check_model_command(
     """
     settings = read_settings(params, preset, changes)
     from reptile.data.dataset import INDEX_FILE, load_prepared
+    from reptile.export.check import check_export
     from reptile.learn.check_model import check_model
 
     size, values = settings.prepare.image_size, 0
@@ -197,10 +198,13 @@ def check_model_command(
         image_shape, values = data.image_shape, data.values
     with console.status("checking"):
         result = check_model(settings.train, image_shape, values)
+        problems = [] if settings.train.closed_form else check_export(result.model)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in result.rows():
         table.add_row(name, escape(value))
     console.print(table)
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 @app.command()
@@ -388,7 +392,10 @@ def classify(
     save: Annotated[
         Path | None, typer.Option(help="File for the adapted task, to use with --task.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Inner steps; the bundle's by default.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Inner steps; the bundle's by default. Not for closed-form bundles."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the mini-batches; 0 by default.")
     ] = None,
@@ -425,7 +432,7 @@ def classify(
     if as_json:
         typer.echo(json.dumps(report(paths, adapted, prediction), indent=2, allow_nan=False))
         return
-    if len(losses := adapted.losses):
+    if len(losses := adapted.losses):  # none of a closed-form bundle
         learnt += f" in {len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"
     console.print(learnt, markup=False, highlight=False, soft_wrap=True)
     if paths:

@@ -23,9 +23,22 @@ ALGORITHMS = {
     "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+    "protonet": "nearest prototype: Snell, Swersky, Zemel: arXiv 1703.05175",
+    "ridge": "ridge regression: Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136",
 }
 
 
+CLOSED_FORM = """\
+A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of any
+number of classes it has never seen (up to {ways}); it fits a linear classifier to their features in
+closed form, without gradient steps, and then classifies further images of these classes. A class is
+added or removed later without the other classes' images. Its network was trained through the same
+head ({algorithm}).
+
+| | |
+|---|---|
+| images | {channels} x {height} x {width} (channels, height, width), pixels 0..255 |
+| classes at once | up to {ways} |"""
 CLASSIFIER = """\
 A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of up
 to {ways} classes it has never seen; it adapts to them in {steps} small optimiser
@@ -56,6 +69,23 @@ REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy a
 model = FewShotRegressor.load("path/to/this/folder")
 adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
+CLOSED_FORM_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
+
+model = FewShotModel.load("path/to/this/folder")
+adapted = model.adapt(images, labels)  # uint8 [N, {channels}, {height}, {width}], one name each
+names, probabilities = adapted.predict(more_images)
+adapted = adapted.add(images_of_a_new_class, new_labels)"""
+CLOSED_FORM_LIMITS = """\
+- For classifying images like those it was trained on, from one to {max_support} labelled examples
+  in all.
+- It always predicts one of the classes of the support set, also for an image of none of them.
+- The probabilities are not calibrated.
+- Accuracy may be low on images unlike the training data (see below); measure it first.
+- Not for decisions about people.
+- The given examples determine what is learnt; `finite` is false where an image was no number.\
+"""
+CLOSED_FORM_MEASURED = """\
+Accuracy in % on new tasks of held-out classes and on other data, with 95 % intervals."""
 CLASSIFIER_LIMITS = """\
 - For classifying images of a few classes like those it was trained on, from one to
   {max_support} labelled examples in all; at most {max_steps} steps.
@@ -88,32 +118,68 @@ class _Texts(NamedTuple):
     limits: str
     measured: str
     items: str  # unit of a class's examples
+    graphs: str
 
 
+GRADIENT_GRAPHS = """\
+Without that package, run the graphs with any ONNX Runtime: `adapt` turns a support set into
+weights, `predict_adapted` takes these weights and images, `few_shot` does both in one call, and
+`predict` is the model before any adaptation."""
+CLOSED_FORM_GRAPHS = """\
+Without that package, run the graphs with any ONNX Runtime: `adapt` turns a support set into
+features and a classifier, `predict_adapted` takes this classifier and images, `few_shot` does both
+in one call. `embed` and `fit` are the two halves of `adapt`: to add a class, embed its images,
+append the features to the kept ones, and fit."""
 TEXTS = {
     CLASSIFICATION: _Texts(
-        CLASSIFIER, CLASSIFIER_USE, CLASSIFIER_LIMITS, CLASSIFIER_MEASURED, "classes x {} images"
+        CLASSIFIER,
+        CLASSIFIER_USE,
+        CLASSIFIER_LIMITS,
+        CLASSIFIER_MEASURED,
+        "classes x {} images",
+        GRADIENT_GRAPHS,
     ),
     REGRESSION: _Texts(
-        REGRESSOR, REGRESSOR_USE, REGRESSOR_LIMITS, REGRESSOR_MEASURED, "function x {} points"
+        REGRESSOR,
+        REGRESSOR_USE,
+        REGRESSOR_LIMITS,
+        REGRESSOR_MEASURED,
+        "function x {} points",
+        GRADIENT_GRAPHS,
     ),
 }
+CLOSED_FORM_TEXTS = _Texts(
+    CLOSED_FORM,
+    CLOSED_FORM_USE,
+    CLOSED_FORM_LIMITS,
+    CLOSED_FORM_MEASURED,
+    "classes x {} images",
+    CLOSED_FORM_GRAPHS,
+)
 
 
 def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metrics | None) -> str:
     """Return the card as Markdown."""
-    task, inner, limits = manifest["task"], manifest["inner"], manifest["limits"]
+    task, inner, limits = manifest["task"], manifest.get("inner", {}), manifest["limits"]
     sizes = [str(size) for size in task["image_shape"]]
     form = {"inputs": f"inputs | {' x '.join(sizes)}, numbers as they are", "dtype": "float32"}
     if "pixel_range" in task:
         form["inputs"] = f"images | {' x '.join(sizes)} (channels, height, width), pixels 0..255"
         form["dtype"] = "uint8"
     training = info.settings
-    texts = TEXTS[info.objective]
+    closed_form = training.closed_form
+    texts = CLOSED_FORM_TEXTS if closed_form else TEXTS[info.objective]
     values = form | {"shape": ", ".join(sizes)} | task | inner | limits
     values["dtype"] = form["dtype"]
     head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **values)
-    architecture = _architecture(info)
+    settings_rows = (
+        ""
+        if closed_form
+        else f"""\
+| inner optimiser | {inner["optimizer"]}, learning rate {inner["learning_rate"]:g} |
+| by default | {inner["steps"]} steps on batches of {inner["batch"]} |
+"""
+    )
     provenance = manifest["provenance"]
     hashes = "\n".join(
         f"| {name.removesuffix('_sha256')} | `{value}` |"
@@ -124,10 +190,8 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
     return f"""# {manifest["name"]}
 
 {head}
-| network | {architecture} |
-| inner optimiser | {inner["optimizer"]}, learning rate {inner["learning_rate"]:g} |
-| by default | {inner["steps"]} steps on batches of {inner["batch"]} |
-| made by | {manifest["created_by"]} |
+| network | {_architecture(info)} |
+{settings_rows}| made by | {manifest["created_by"]} |
 
 ## Use
 
@@ -136,10 +200,9 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
 adapted.save("my-task.safetensors")
 ```
 
-Without that package, run the graphs with any ONNX Runtime: `adapt` turns a support set into
-weights, `predict_adapted` takes these weights and images, `few_shot` does both in one call, and
-`predict` is the model before any adaptation. `manifest.json` describes every tensor; the cases in
-`golden/` check that a machine computes what was exported.
+{texts.graphs}
+`manifest.json` describes every tensor; the cases in `golden/` check that a machine computes what
+was exported.
 
 ## Intended use and limits
 
@@ -147,10 +210,7 @@ weights, `predict_adapted` takes these weights and images, `few_shot` does both 
 
 ## Data and training
 
-Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
-{training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
-{training.inner_steps} inner steps on batches of {training.inner_batch}. The classes of the test
-split took no part.
+{_training(info, texts)} The classes of the test split took no part.
 
 ## Evaluation
 
@@ -172,18 +232,35 @@ def _architecture(info: CheckpointInfo) -> str:
     model = info.settings.model
     if info.module or model.name not in ARCHITECTURES:
         return f"`{info.module or model.name}`, adapted: {_adapted(info.settings.adapt)}"
-    return ARCHITECTURES[model.name].format(
+    text = ARCHITECTURES[model.name].format(
         filters=model.filters,
         downsampling=DOWNSAMPLING[model.downsampling],
         hidden=", ".join(map(str, model.hidden)),
         activation=ACTIVATIONS[model.activation],
     )
+    return text.removesuffix(", and a linear head") if info.settings.closed_form else text
 
 
 def _adapted(adapt: Adapt) -> str:
     if isinstance(adapt, LastBlocks):
         return f"the last {adapt.last} blocks and the head"
     return adapt if isinstance(adapt, str) else ", ".join(adapt)
+
+
+def _training(info: CheckpointInfo, texts: _Texts) -> str:
+    """Describe the training in a sentence."""
+    training = info.settings
+    if training.closed_form:
+        episode = training.episode
+        items = texts.items.format(" or ".join(map(str, episode.shots)))
+        return f"""\
+Trained on the training split of **{info.dataset}**: {info.iteration} steps of
+{training.meta_batch} episodes, {training.ways} {items} an episode, and {episode.queries} queries
+a class."""
+    return f"""\
+Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
+{training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
+{training.inner_steps} inner steps on batches of {training.inner_batch}."""
 
 
 def _table(metrics: Metrics | None) -> str:

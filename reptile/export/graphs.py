@@ -1,6 +1,6 @@
 """The bundle's four graphs: predict, adapt, predict_adapted and few_shot.
 
-Each is a torch module; torch's exporter converts it to ONNX, and `_tidy` makes it portable. For the
+Each is a torch module; torch's exporter converts it to ONNX, and `tidy` makes it portable. For the
 folder see `write`.
 """
 
@@ -70,16 +70,16 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     images = {"images": _images(model, "images")}
     logits = {"logits": Spec(torch.float32, ("images", model.outputs))}
     graphs = {
-        "predict": _to_onnx("predict", Predict(checkpoint, form), images, logits),
-        "adapt": _to_onnx("adapt", Adapt(checkpoint, form, max_steps), task, trace | weights),
-        "predict_adapted": _to_onnx(
+        "predict": to_onnx("predict", Predict(checkpoint, form), images, logits),
+        "adapt": to_onnx("adapt", Adapt(checkpoint, form, max_steps), task, trace | weights),
+        "predict_adapted": to_onnx(
             "predict_adapted", PredictAdapted(checkpoint, form), images | weights, logits
         ),
     }
     queries = {"query_images": _images(model, "queries")}
     answers = trace | {"logits": Spec(torch.float32, ("queries", model.outputs))}
     joined = _join(graphs["adapt"], graphs["predict_adapted"], list(weights))
-    return graphs | {"few_shot": _tidy("few_shot", joined, task | queries, answers)}
+    return graphs | {"few_shot": tidy("few_shot", joined, task | queries, answers)}
 
 
 def describe(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
@@ -256,7 +256,8 @@ def _images(model: Model, count: str) -> Spec:
     return Spec(torch.float32, (count, *model.image_shape))
 
 
-def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+    """Export a module of tensors in and out to a portable graph."""
     free = {size for spec in inputs.values() for size in spec.shape if isinstance(size, str)}
     dims = {size: torch.export.Dim(size) for size in sorted(free)}
     dynamic = [
@@ -281,7 +282,7 @@ def _to_onnx(name: str, module: nn.Module, inputs: Specs, outputs: Specs) -> onn
             verbose=False,
         )
     assert exported is not None
-    return _tidy(name, exported.model_proto, inputs, outputs)
+    return tidy(name, exported.model_proto, inputs, outputs)
 
 
 def _join(
@@ -295,7 +296,7 @@ def _join(
     return joined
 
 
-def _tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
+def tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
     """Drop what is the exporter's and this machine's; name the free sizes."""
     graph.graph.name, graph.ir_version = name, IR_VERSION
     graph.producer_name, graph.producer_version = "reptile", __version__

@@ -82,8 +82,9 @@ def adapt(
         losses.append(loss)
     with torch.no_grad():
         tensors = fold.adapted_tensors(model, unflatten(model, weights), inputs)
-    adapted = {"losses": torch.cat(losses)} | tensors
-    return {name: value.numpy() for name, value in adapted.items()}
+    return {
+        name: value.numpy() for name, value in ({"losses": torch.cat(losses)} | tensors).items()
+    }
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 For building graphs see `graphs`; whether a checkpoint may be exported is decided in `stages`.
 """
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,11 @@ import torch
 from reptile import __version__
 from reptile.bundle_format import (
     CARD_FILE,
-    GOLDEN_FILE,
     GOLDEN_FOLDER,
     MANIFEST_FILE,
-    GoldenCase,
     bundle_folders,
-    golden_json,
+    closed_form_learner,
+    gradient_learner,
     graph_path,
     manifest_json,
 )
@@ -30,8 +28,11 @@ from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
+from reptile.export.closed_form import MAX_RIDGE_SUPPORT, build_closed_form_graphs
+from reptile.export.closed_form_golden import write_closed_form_golden
+from reptile.export.golden import Golden
 from reptile.export.graphs import build_graphs, describe
-from reptile.export.reference import Array, SupportSet, Tensors
+from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
 from reptile.objectives import objective_named
@@ -45,9 +46,7 @@ from reptile.tasks import (
 )
 
 GOLDEN_STEPS = (0, 5, 50)
-ATOL, RTOL = 1e-4, 1e-4  # well above float32 rounding, well below any fault's effect
 _PRECISIONS = (torch.float32, torch.float64)
-MAX_TOLERANCE = 1e-2  # a tolerance this wide says nothing
 
 
 def export_bundle(
@@ -70,20 +69,25 @@ def export_bundle(
         protocol: the evaluation's settings, whose steps and batch become the bundle's defaults.
 
     Raises:
-        InputError: max_steps below the protocol's steps, or a test split without enough classes.
+        InputError: max_steps below the protocol's steps, max_support beyond what ridge can solve,
+            or a test split without enough classes.
     """
-    if settings.max_steps < protocol.steps:
+    closed_form = checkpoint.info.settings.closed_form
+    if not closed_form and settings.max_steps < protocol.steps:
         raise InputError(
             f"export.max_steps = {settings.max_steps} is below evaluate.steps = {protocol.steps}, "
             "the number of steps that the bundle takes by default; raise one or lower the other"
         )
-    graphs = build_graphs(checkpoint, settings.max_steps)
+    graphs = _graphs(settings, checkpoint)
     with atomic_directory(folder) as temporary:
         for name, graph in graphs.items():
             path = temporary / graph_path(name)
             path.parent.mkdir(parents=True)
             path.write_bytes(graph.SerializeToString(deterministic=True))
-        _write_golden(temporary / GOLDEN_FOLDER, checkpoint, data, settings, protocol)
+        if closed_form:
+            write_closed_form_golden(temporary / GOLDEN_FOLDER, checkpoint, data)
+        else:
+            _write_golden(temporary / GOLDEN_FOLDER, checkpoint, data, settings, protocol)
         manifest = _manifest(settings, checkpoint, metrics, protocol, graphs)
         card = model_card(manifest, checkpoint.info, metrics)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
@@ -136,6 +140,18 @@ def export_bundles(
         shutil.copytree(folder / names[chosen], temporary, dirs_exist_ok=True)
 
 
+def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.ModelProto]:
+    if not checkpoint.info.settings.closed_form:
+        return build_graphs(checkpoint, settings.max_steps)
+    if checkpoint.info.settings.algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
+        raise InputError(
+            f"export.max_support = {settings.max_support}: ridge solves a system of as many "
+            f"equations, at most {MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
+        )
+    # As many classes as examples: each needs one.
+    return build_closed_form_graphs(checkpoint, settings.max_support)
+
+
 def _manifest(
     settings: ExportSettings,
     checkpoint: Checkpoint,
@@ -144,21 +160,27 @@ def _manifest(
     graphs: Mapping[str, onnx.ModelProto],
 ) -> dict[str, Any]:
     model, _, info = checkpoint
-    optimizer = info.settings.optimizer
+    optimizer, closed_form = info.settings.optimizer, info.settings.closed_form
+    if closed_form:
+        learner = closed_form_learner(info.settings.algorithm)
+    else:
+        learner = gradient_learner(
+            optimizer=optimizer.name,
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            steps=protocol.steps,
+            batch=protocol.batch,
+            max_steps=settings.max_steps,
+        )
     return manifest_json(
         name=settings.name,
         created_by=f"reptile {__version__}",
         kind=info.objective.name,
-        outputs=model.outputs,
+        learner=learner,
+        outputs=settings.max_support if closed_form else model.outputs,
         image_shape=model.image_shape,
         model=_network(checkpoint),
         pixels=info.pixels,
-        optimizer=optimizer.name,
-        learning_rate=optimizer.learning_rate,
-        weight_decay=optimizer.weight_decay,
-        steps=protocol.steps,
-        batch=protocol.batch,
-        max_steps=settings.max_steps,
         max_support=settings.max_support,
         graphs={
             name: {
@@ -198,9 +220,8 @@ def _write_golden(
     `adapt` has as many classes as the head, and is run for 0, 5 and 50 steps. `crossing` has no
     images of label 0, and mini-batches that go on from one shuffle of the support set in the next.
 
-    The outputs are eager PyTorch's in float64. Each case's tolerance is ten times what eager
-    float32 deviates from them, so it allows rounding and no more; a trajectory so unstable that
-    this says nothing (a cold Adam takes the sign of gradients that are only noise) is left out.
+    A trajectory so unstable that a comparison says nothing (a cold Adam takes the sign of gradients
+    that are only noise) is left out.
 
     `refused` is a step with an infinite learning rate, for which `adapt` must say `finite` = false.
     """
@@ -218,7 +239,7 @@ def _write_golden(
     crossing = held_out_task(rng, classes, few._replace(batch=few.ways * each - 1))
     crossing = crossing._replace(support_targets=crossing.support_targets + absent)
 
-    golden = _Golden(folder)
+    golden = Golden(folder)
     images = np.asarray(data.images[task.query])
     logits = [{"logits": reference.predict(checkpoint, images, dtype)} for dtype in _PRECISIONS]
     golden.add("predict", "predict", {"images": images.astype(np.float32)}, *logits)
@@ -237,7 +258,7 @@ def _write_golden(
 
 
 def _add_adaptation(
-    golden: "_Golden", folder: str, checkpoint: Checkpoint, support: SupportSet, images: Array
+    golden: Golden, folder: str, checkpoint: Checkpoint, support: SupportSet, images: Array
 ) -> None:
     """Add a case of each graph that adapts or predicts with adapted weights."""
     queries = images.astype(np.float32)
@@ -247,7 +268,8 @@ def _add_adaptation(
         for tensors, dtype in zip(adapted, _PRECISIONS, strict=True)
     ]
     feeds = support.feeds(checkpoint)
-    golden.add("adapt", folder, feeds, *adapted)
+    finite = {"finite": np.array(True)}
+    golden.add("adapt", folder, feeds, adapted[0], adapted[1] | finite)
     weights = {name: value for name, value in adapted[1].items() if name != "losses"}
     golden.add("predict_adapted", folder, {"images": queries} | weights, *predicted)
     losses = [{"losses": tensors["losses"]} for tensors in adapted]
@@ -256,43 +278,5 @@ def _add_adaptation(
         folder,
         feeds | {"query_images": queries},
         predicted[0] | losses[0],
-        predicted[1] | losses[1],
+        predicted[1] | losses[1] | finite,
     )
-
-
-class _Golden:
-    """Collects golden cases; a tensor used twice is stored once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._cases: list[GoldenCase] = []
-
-    def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
-        # Relative where values are large, as masked outputs are: there `rtol` allows for rounding.
-        deviation = max(
-            float((np.abs(single[key] - want) / np.maximum(1, np.abs(want))).max(initial=0))
-            for key, want in double.items()
-        )
-        tolerance = max(ATOL, 10.0 ** math.ceil(math.log10(10 * deviation + 1e-30)))
-        if tolerance > MAX_TOLERANCE:
-            return
-        outputs = double | ({"finite": np.array(True)} if "losses" in double else {})
-        inputs = self._store(name, feeds)
-        case = GoldenCase(graph, inputs, self._store(name, outputs), tolerance, RTOL)
-        self._cases.append(case)
-
-    def refuse(self, graph: str, name: str, feeds: Tensors) -> None:
-        """Add a case whose only output is that the numbers are not finite."""
-        outputs = self._store(name, {"finite": np.array(False)})
-        self._cases.append(GoldenCase(graph, self._store(name, feeds), outputs, ATOL, RTOL))
-
-    def close(self) -> None:
-        write_json(self._folder / GOLDEN_FILE, golden_json(self._cases))
-
-    def _store(self, name: str, tensors: Tensors) -> dict[str, str]:
-        files = {key: f"{name}/{key}.npy" for key in tensors}
-        for key, value in tensors.items():
-            path = self._folder / files[key]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, value.astype(np.float32) if value.dtype == np.float64 else value)
-        return files

@@ -138,7 +138,8 @@ class Checkpoint(NamedTuple):
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks by gradient steps, "
                 "not in closed form"
             )
-        return ClosedForm.of(self.model, _head(self.model, self.info), self.state)
+        learner = ClosedForm.of(self.model, _head(self.model, self.info), self.state)
+        return learner._replace(network_input=self.info.network_input)
 
 
 def build_network(

@@ -33,7 +33,7 @@ from reptile.models import (
     size,
     unflatten,
 )
-from reptile.objectives import CLASSIFICATION
+from reptile.objectives import CLASSIFICATION, to_unit
 from reptile.tasks import Purpose, Targets, Task, random_stream
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -145,6 +145,7 @@ class ClosedForm(NamedTuple):
     head: Head
     params: Params  # the network's weights and the head's numbers
     statistics: Statistics  # what batch norm uses
+    network_input: Callable[[Tensor], Tensor] = to_unit  # from what callers give to what it sees
 
     @classmethod
     def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":

@@ -141,7 +141,7 @@ class RidgeHead(ClassifierHead):
     ) -> Classifier:
         """See `ClassifierHead.fit`."""
         strength = params["head.strength"].exp()
-        identity = torch.eye(len(features), dtype=features.dtype, device=features.device)
+        identity = torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
         kernel = features @ features.T + 1 + strength * identity  # 1: of the column of ones
         dual = params["head.scale"].exp() * solve(kernel, labels)
         return Classifier(dual.T @ features, dual.sum(0))

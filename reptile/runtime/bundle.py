@@ -5,6 +5,7 @@ rewrite the manifest too: compare `Bundle.sha256` for that.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Bundle(Manifest):
 
     folder: Path
     sha256: str  # of manifest.json, which holds the hash of every other file
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images one run takes, which bounds its memory; they are independent."""
+        return max(1, min(256, 2**21 // math.prod(self.image_shape)))
 
     def read(self, name: str) -> bytes:
         """Return the content of one listed file, checked against its hash.

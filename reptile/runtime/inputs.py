@@ -5,13 +5,13 @@ For files see `bundle` and `saved`. Every error names the value and the way out.
 
 import math
 import reprlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from reptile.bundle_format import MAX_LEARNING_RATE
+from reptile.bundle_format import MAX_LEARNING_RATE, Manifest
 from reptile.errors import InputError
 
 
@@ -107,21 +107,33 @@ def check_points(
 
 
 def check_labels(
-    labels: Iterable[Hashable], images: int, ways: int
+    labels: Iterable[Hashable], images: int, bundle: Manifest
 ) -> tuple[tuple[Hashable, ...], npt.NDArray[np.int64]]:
-    """Return the distinct names in order of first appearance, and each label's place among them.
+    """Return the distinct names of a task, and each label's place among them; see `check_names`.
+
+    Raises:
+        InputError: as `check_names` and `check_ways`.
+    """
+    names, targets = check_names(labels, images)
+    check_ways(names, bundle)
+    return names, targets
+
+
+def check_names(
+    labels: Iterable[Hashable], images: int, known: tuple[Hashable, ...] = ()
+) -> tuple[tuple[Hashable, ...], npt.NDArray[np.int64]]:
+    """Return the known names with the new ones in order of appearance, and each label's place.
 
     Arrays and their scalars count as the Python values they hold.
 
     Raises:
-        InputError: not one label an image, an unhashable or NaN label, fewer than two names or
-            more than the head has ways.
+        InputError: not one label an image, or an unhashable or NaN label.
     """
     if isinstance(labels, str | bytes):
         raise InputError(f"labels must be a list with one name an image, got {labels!r}")
     try:
         listed = [_plain(label) for label in _plain(labels)]
-        places = {name: i for i, name in enumerate(dict.fromkeys(listed))}
+        places = {name: i for i, name in enumerate(dict.fromkeys([*known, *listed]))}
     except TypeError as error:
         raise InputError(
             f"labels must be hashable names, one an image, not one-hot rows or lists: {error}"
@@ -130,15 +142,22 @@ def check_labels(
         raise InputError(f"{images} images but {len(listed)} labels: give each image one label")
     if any(name != name for name in places):  # only NaN differs from itself
         raise InputError("a label is NaN: drop the unlabelled images")
-    if not 2 <= len(places) <= ways:
-        names = reprlib.repr(list(places))
-        way_out = (
-            "with one name there is nothing to tell apart, add images of another"
-            if len(places) < 2
-            else f"this bundle's head has {ways} ways, use fewer or a bundle with more"
-        )
-        raise InputError(f"labels have {len(places)} distinct names, {names}: {way_out}")
     return tuple(places), np.array([places[name] for name in listed], dtype=np.int64)
+
+
+def check_ways(names: Sequence[Hashable], bundle: Manifest) -> None:
+    """Refuse fewer than two names, or more than the bundle takes."""
+    if 2 <= len(names) <= bundle.ways:
+        return
+    if len(names) < 2:
+        way_out = "with one name there is nothing to tell apart, add images of another"
+    elif bundle.learner == "closed_form":
+        way_out = f"this bundle takes at most {bundle.ways}, use fewer"
+    else:
+        way_out = f"this bundle's head has {bundle.ways} ways, use fewer or a bundle with more"
+    raise InputError(
+        f"labels have {len(names)} distinct names, {reprlib.repr(list(names))}: {way_out}"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -15,11 +15,23 @@ import numpy.typing as npt
 from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle
-from reptile.runtime.inputs import check_images, check_labels, check_points
+from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
+from reptile.runtime.inputs import (
+    check_images,
+    check_labels,
+    check_names,
+    check_points,
+    check_ways,
+)
 from reptile.runtime.opened import OpenedBundle
-from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
-
-_CHUNK = 256  # images per run: bounds memory; queries are independent
+from reptile.runtime.saved import (
+    AdaptedState,
+    Examples,
+    FloatArray,
+    IntArray,
+    read_adapted,
+    write_adapted,
+)
 
 
 class Prediction(NamedTuple):
@@ -38,7 +50,7 @@ class AdaptedModel:
 
     bundle: Bundle
     state: AdaptedState
-    _session: Any
+    _sessions: Mapping[str, Any]
     _fed: Mapping[str, FloatArray]  # weights, inputs of every run
     _options: dict[str, Any]
 
@@ -52,7 +64,10 @@ class AdaptedModel:
 
     @property
     def losses(self) -> FloatArray:
-        """The loss of each inner step's mini-batch before that step, float32 [steps]."""
+        """The loss of each inner step's mini-batch before that step, float32 [steps].
+
+        Empty where a classifier is fitted in closed form.
+        """
         return self.state.losses
 
     def predict(self, images: npt.ArrayLike) -> Prediction:
@@ -78,11 +93,13 @@ class AdaptedModel:
         """
         array = _inputs(images, self.bundle)
         logits = np.empty((len(array), len(self.state.labels)), dtype=np.float32)
-        for start in range(0, len(array), _CHUNK):
-            chunk = np.ascontiguousarray(array[start : start + _CHUNK], dtype=np.float32)
-            (output,) = self._session.run(["logits"], {"images": chunk, **self._fed})
+        session = self._sessions["predict_adapted"]
+        for start in range(0, len(array), self.bundle.images_at_once):
+            part = slice(start, start + self.bundle.images_at_once)
+            chunk = np.ascontiguousarray(array[part], dtype=np.float32)
+            (output,) = session.run(["logits"], {"images": chunk, **self._fed})
             # Outputs without a class are dropped.
-            logits[start : start + _CHUNK] = output[:, : logits.shape[1]]
+            logits[part] = output[:, : logits.shape[1]]
         return logits
 
     def specialized(self) -> "AdaptedModel":
@@ -90,13 +107,80 @@ class AdaptedModel:
 
         ONNX Runtime then packs them for the processor, and predicts two to three times as fast on a
         CPU; the logits are the same except for rounding. Takes some milliseconds, a few times the
-        task's memory, and the package onnx. Useful from about a hundred images on.
+        task's memory, and the package onnx. Useful from about a hundred images on. A closed-form
+        bundle's network is constant already; its tasks are returned as they are.
 
         Raises:
             InputError: no package onnx, or the bundle's files have changed since it was opened.
         """
+        if self.bundle.learner == "closed_form":
+            return self
         session = self.bundle.open_with("predict_adapted", self.state.weights, **self._options)
-        return replace(self, _session=session, _fed={})
+        return replace(self, _sessions={**self._sessions, "predict_adapted": session}, _fed={})
+
+    def add(
+        self, images: npt.ArrayLike, labels: Iterable[Hashable], *, timeout: float | None = None
+    ) -> "AdaptedModel":
+        """Return the task with more examples, of its classes or of new ones.
+
+        Only the new images are run through the network; the result equals adapting to all examples
+        again. This task stays as it is.
+
+        Args:
+            images: as in `FewShotModel.adapt`.
+            labels: a name for each image; new names become classes.
+            timeout: seconds after which to give up; None means no limit.
+
+        Raises:
+            InputError: a bundle that learns by gradient steps, or an argument that cannot be used.
+            TimeoutError: not done in time.
+        """
+        old, names = self._examples(), self.state.labels
+        array = check_images(images, self.bundle.image_shape)
+        names, targets = check_names(labels, len(array), names)
+        check_ways(names, self.bundle)
+        check_support(len(old.targets) + len(array), self.bundle, "images")
+        until = deadline(timeout)
+        features = embed(self._sessions["embed"], self.bundle, array, until)
+        examples = Examples(
+            np.concatenate([old.features, features]), np.concatenate([old.targets, targets])
+        )
+        return self._fitted(names, examples, until)
+
+    def remove(self, label: Hashable, *, timeout: float | None = None) -> "AdaptedModel":
+        """Return the task without one of its classes.
+
+        The result equals adapting to the other classes' examples. This task stays as it is.
+
+        Raises:
+            InputError: a bundle that learns by gradient steps, no such class, or one of only two.
+            TimeoutError: not done in time.
+        """
+        old, names = self._examples(), self.state.labels
+        if label not in names:
+            raise InputError(f"no class {label!r}: the task has {reprlib.repr(list(names))}")
+        place = names.index(label)
+        rest = (*names[:place], *names[place + 1 :])
+        check_ways(rest, self.bundle)
+        kept = old.targets != place
+        targets = old.targets[kept]
+        examples = Examples(old.features[kept], targets - (targets > place))
+        return self._fitted(rest, examples, deadline(timeout))
+
+    def _examples(self) -> Examples:
+        if self.state.examples is None:
+            raise InputError(
+                "this bundle learns by gradient steps, which need every example: adapt again with "
+                "all images"
+            )
+        return self.state.examples
+
+    def _fitted(
+        self, names: tuple[Hashable, ...], examples: Examples, until: float | None
+    ) -> "AdaptedModel":
+        weights = fit(self._sessions["fit"], self.bundle, examples, until)
+        state = self.state._replace(labels=names, weights=weights, examples=examples)
+        return replace(self, state=state, _fed=weights)
 
     def save(self, path: str | Path) -> None:
         """Write the adapted task to one file (safetensors format) for `load_adapted`.
@@ -184,6 +268,8 @@ class FewShotModel(OpenedBundle):
             seed: chooses the mini-batches.
             timeout: seconds after which to give up; None means no limit.
 
+        A closed-form bundle has no inner steps: steps, learning_rate and seed are refused.
+
         Raises:
             InputError: an argument that cannot be used, or an adaptation that diverged.
             TimeoutError: not done in time.
@@ -191,11 +277,28 @@ class FewShotModel(OpenedBundle):
         bundle = self.bundle
         array = _inputs(images, bundle)
         check_support(len(array), bundle, "images")
-        names, targets = check_labels(labels, len(array), bundle.ways)
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        names, targets = check_labels(labels, len(array), bundle)
         inner = InnerLoop(steps, learning_rate, seed, timeout)
-        losses, weights = adapt(bundle, self._adapt, array, targets, inner)
+        if bundle.learner == "closed_form":
+            check_no_steps(inner)
+            return self._closed_form(names, array, targets, timeout)
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        losses, weights = adapt(bundle, self._sessions["adapt"], array, targets, inner)
         return self._adapted(AdaptedState(names, losses, weights))
+
+    def _closed_form(
+        self,
+        names: tuple[Hashable, ...],
+        images: npt.NDArray[Any],
+        targets: IntArray,
+        timeout: float | None,
+    ) -> AdaptedModel:
+        until = deadline(timeout)
+        features = embed(self._sessions["embed"], self.bundle, images, until)
+        examples = Examples(features, targets)
+        weights = fit(self._sessions["fit"], self.bundle, examples, until)
+        losses = np.empty(0, dtype=np.float32)
+        return self._adapted(AdaptedState(names, losses, weights, examples))
 
     def load_adapted(self, path: str | Path) -> AdaptedModel:
         """Read a task that `AdaptedModel.save` wrote for this bundle.
@@ -206,4 +309,4 @@ class FewShotModel(OpenedBundle):
         return self._adapted(read_adapted(Path(path), self.bundle))
 
     def _adapted(self, state: AdaptedState) -> AdaptedModel:
-        return AdaptedModel(self.bundle, state, self._predict, state.weights, self._options)
+        return AdaptedModel(self.bundle, state, self._sessions, state.weights, self._options)

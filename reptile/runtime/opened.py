@@ -3,7 +3,7 @@
 Tasks and their results are in `model` and `regressor`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,14 +12,18 @@ from reptile.errors import InputError
 from reptile.runtime.bundle import Bundle, open_bundle
 from reptile.runtime.golden import check_golden
 
+_RUN = {
+    "gradient": ("adapt", "predict_adapted"),
+    "closed_form": ("embed", "fit", "predict_adapted"),  # not `adapt`: its halves take any number
+}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OpenedBundle:
     """A bundle opened in ONNX Runtime; immutable, and threads may share it."""
 
     bundle: Bundle
-    _adapt: Any
-    _predict: Any
+    _sessions: Mapping[str, Any]  # of its graphs, by name
     _options: dict[str, Any]
 
     kind: ClassVar[str]
@@ -47,12 +51,8 @@ class OpenedBundle:
         if opened.kind != cls.kind:
             raise InputError(f"{bundle} {cls.others}.load")
         options: dict[str, Any] = {"threads": threads, "providers": providers}
-        return cls(
-            opened,
-            opened.open("adapt", **options),
-            opened.open("predict_adapted", **options),
-            options,
-        )
+        sessions = {graph: opened.open(graph, **options) for graph in _RUN[opened.learner]}
+        return cls(opened, sessions, options)
 
     @property
     def manifest(self) -> dict[str, Any]:

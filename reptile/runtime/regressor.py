@@ -117,8 +117,8 @@ class FewShotRegressor(OpenedBundle):
         if len(inputs) != len(values):
             raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
         inner = InnerLoop(steps, learning_rate, seed, timeout)
-        losses, weights = adapt(self.bundle, self._adapt, inputs, values, inner)
-        return AdaptedRegressor(self.bundle, AdaptedState((), losses, weights), self._predict)
+        losses, weights = adapt(self.bundle, self._sessions["adapt"], inputs, values, inner)
+        return self._adapted(AdaptedState((), losses, weights))
 
     def load_adapted(self, path: str | Path) -> AdaptedRegressor:
         """Read a function that `AdaptedRegressor.save` wrote for this bundle.
@@ -126,4 +126,7 @@ class FewShotRegressor(OpenedBundle):
         Raises:
             InputError: a missing or damaged file, or one of another bundle.
         """
-        return AdaptedRegressor(self.bundle, read_adapted(Path(path), self.bundle), self._predict)
+        return self._adapted(read_adapted(Path(path), self.bundle))
+
+    def _adapted(self, state: AdaptedState) -> AdaptedRegressor:
+        return AdaptedRegressor(self.bundle, state, self._sessions["predict_adapted"])

@@ -1,7 +1,7 @@
 """One adapted task in one file: the safetensors format, which is a JSON header and raw numbers.
 
 Not for bundles. Any safetensors reader opens these files. They contain no code, and their
-size is limited by the bundle's weights, so an untrusted file can at worst predict badly.
+size is limited by the bundle's limits, so an untrusted file can at worst predict badly.
 """
 
 import json
@@ -19,10 +19,19 @@ from reptile.errors import InputError
 from reptile.files import atomic_file
 from reptile.runtime.bundle import Bundle
 
-FORMAT = "reptile-adapted/1"
+FORMAT = "reptile-adapted/1.1"
+READABLE = ("reptile-adapted/1", FORMAT)  # 1.1 has the features of a closed-form learner's examples
 _MAX_HEADER_BYTES = 1 << 20
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+class Examples(NamedTuple):
+    """What a closed-form learner keeps of a support set, so that classes can come and go."""
+
+    features: FloatArray  # [S, D]
+    targets: IntArray  # [S], places among the task's labels
 
 
 class AdaptedState(NamedTuple):
@@ -31,6 +40,13 @@ class AdaptedState(NamedTuple):
     labels: tuple[Hashable, ...]  # the name of each head output in use; none of a regressor
     losses: FloatArray  # [steps]
     weights: Mapping[str, FloatArray]
+    examples: Examples | None = None  # of a closed-form learner
+
+    @property
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """All of its arrays, by the names and in the order that they have in a file."""
+        examples = self.examples._asdict() if self.examples else {}
+        return {**examples, **self.weights, "losses": self.losses}
 
 
 def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
@@ -50,7 +66,7 @@ def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
     except ValueError as error:
         raise InputError(f"labels cannot be saved as JSON: {error}") from error
     metadata = {"format": FORMAT, "bundle_sha256": bundle.sha256, "labels": labels}
-    tensors = {**state.weights, "losses": state.losses}
+    tensors = state.tensors
     layout = _layout({name: tensor.shape for name, tensor in tensors.items()})
     header = json.dumps({"__metadata__": metadata, **layout}).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the numbers to 8 bytes
@@ -59,8 +75,8 @@ def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            for tensor in tensors.values():
-                file.write(tensor.astype("<f4", copy=False).tobytes())
+            for name, tensor in tensors.items():
+                file.write(tensor.astype(_dtype(name), copy=False).tobytes())
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -77,33 +93,86 @@ def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
             if header_size > _MAX_HEADER_BYTES:
                 raise InputError(f"{path} is not a file that AdaptedModel.save wrote")
             header = parse_json(file.read(header_size), f"the header of {path}")
-            body = file.read(4 * (_numbers(bundle) + bundle.max_steps) + 1)
+            labels = _read_metadata(header, bundle, path)
+            shapes = _shapes(header, len(labels), bundle)
+            if header != _layout(shapes):
+                raise _damaged(path, "its tensors are not those of this bundle")
+            size = sum(_bytes(name, shape) for name, shape in shapes.items())
+            body = file.read(size + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if len(body) != size:
+        raise _damaged(path, "its tensors are not those of this bundle")
+    tensors, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + _bytes(name, shape)
+        tensors[name] = np.frombuffer(body[start:end], _dtype(name)).reshape(shape)
+        start = end
+    if not all(np.isfinite(values).all() for values in tensors.values()):
+        raise _damaged(path, "it holds NaN or infinite numbers")
+    losses = tensors.pop("losses")
+    if bundle.learner == "gradient":
+        return AdaptedState(labels, losses, tensors)
+    examples = Examples(tensors.pop("features"), tensors.pop("targets"))
+    if set(examples.targets.tolist()) != set(range(len(labels))):
+        raise _damaged(path, "its examples are not of its labels")
+    return AdaptedState(labels, losses, tensors, examples)
+
+
+def _read_metadata(header: Any, bundle: Bundle, path: Path) -> tuple[Hashable, ...]:
+    """Take the metadata out of the header, check it, and return the labels."""
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise InputError(f"{path} is not a file that AdaptedModel.save wrote (format {FORMAT})")
+    if not isinstance(metadata, dict) or metadata.get("format") not in READABLE:
+        raise InputError(
+            f"{path} is not a file that AdaptedModel.save wrote (format {' or '.join(READABLE)})"
+        )
     if metadata.get("bundle_sha256") != bundle.sha256:
         raise InputError(
             f"{path} was adapted from another bundle than {bundle.folder} "
             "(the hash of its manifest differs): load it with that bundle, or adapt again"
         )
-    return AdaptedState(
-        _labels(str(metadata.get("labels")), bundle, path),
-        *_tensors(header, body, bundle, path),
-    )
+    return _labels(str(metadata.get("labels")), bundle, path)
 
 
-def _numbers(bundle: Bundle) -> int:
-    return sum(math.prod(shape) for shape in bundle.weights.values())
+def _shapes(header: Any, ways: int, bundle: Bundle) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a task's tensors have, by the one size that the header decides."""
+    weights = {
+        name: tuple(ways if size is None else size for size in shape)
+        for name, shape in bundle.weights.items()
+    }
+    if bundle.learner == "gradient":
+        return {**weights, "losses": (_length(header, "losses", bundle.max_steps),)}
+    size = _length(header, "targets", bundle.max_support)
+    return {"features": (size, bundle.features), "targets": (size,), **weights, "losses": (0,)}
+
+
+def _length(header: Any, name: str, most: int) -> int:
+    """Return the length of a vector, or 0 for what cannot be one."""
+    entry = header.get(name)
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
+    return size if type(size) is int and 0 <= size <= most else 0
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     layout, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        layout[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + _bytes(name, shape)
+        dtype = "I64" if name == "targets" else "F32"
+        layout[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return layout
+
+
+def _dtype(name: str) -> str:
+    return "<i8" if name == "targets" else "<f4"
+
+
+def _bytes(name: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(_dtype(name)).itemsize
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is damaged: {reason}; save it again")
 
 
 def _labels(content: str, bundle: Bundle, path: Path) -> tuple[Hashable, ...]:
@@ -119,22 +188,3 @@ def _labels(content: str, bundle: Bundle, path: Path) -> tuple[Hashable, ...]:
             f"{path}: labels must be a list of 2..{ways} distinct names; save it again"
         )
     return tuple(labels)
-
-
-def _tensors(
-    header: Any, body: bytes, bundle: Bundle, path: Path
-) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Split the body by this bundle's shapes; the header must agree."""
-    steps = len(body) // 4 - _numbers(bundle)
-    shapes = {**bundle.weights, "losses": (steps,)}
-    if len(body) % 4 or not 0 <= steps <= bundle.max_steps or header != _layout(shapes):
-        raise InputError(
-            f"{path} is damaged: its tensors are not those of this bundle; save it again"
-        )
-    values = np.frombuffer(body, "<f4").astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        raise InputError(f"{path} is damaged: it holds NaN or infinite numbers; save it again")
-    tensors, start = {}, 0
-    for name, shape in shapes.items():
-        tensors[name] = values[start : (start := start + math.prod(shape))].reshape(shape)
-    return tensors.pop("losses"), tensors

@@ -47,7 +47,9 @@ def exception_handlers(
         return answer(429, str(error), **{"retry-after": str(error.seconds)})
 
     async def late(request: Request, error: TimeoutError) -> Response:
-        return answer(503, f"{error}; ask for fewer steps", **{"retry-after": "1"})
+        return answer(
+            503, f"{error}; ask for fewer steps or give fewer images", **{"retry-after": "1"}
+        )
 
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})

@@ -26,7 +26,7 @@ from reptile.serve.request_body import (
     unless_disconnected,
     whole_body,
 )
-from reptile.serve.service import GRAPHS, Service
+from reptile.serve.service import Service
 
 Array = npt.NDArray[Any]
 
@@ -70,7 +70,7 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
             return wanted, read_inputs(wanted, inputs, memoryview(body)[size:])
 
         wanted, feeds = await in_thread_if_large(len(body), read)
-        if model in GRAPHS:
+        if model in service.graphs:
             outputs = await unless_disconnected(request, service.run_graph(model, feeds))
         else:
             outputs = await service.predict(model, feeds["images"])

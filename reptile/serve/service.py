@@ -19,7 +19,8 @@ from reptile.serve.workers import Adapter, Predictor
 
 Array = npt.NDArray[Any]
 
-GRAPHS = ("few_shot", "predict")
+GRAPHS = {"gradient": ("few_shot", "predict"), "closed_form": ("few_shot", "embed")}
+"""The graphs that are served as models, by how the bundle learns."""
 IMAGES = {"images", "support_images", "query_images"}  # inputs that hold pixels
 TASK = "task-"  # prefix of the model name of an adapted task; its id follows
 
@@ -43,14 +44,16 @@ class Service:
         self.adapter = Adapter(settings)
         self.predictor = Predictor(settings)
         self.ready = False
+        self.graphs = GRAPHS[model.bundle.learner]
         self._sessions = {
-            name: model.bundle.open(name, threads=1, providers=None) for name in GRAPHS
+            name: model.bundle.open(name, threads=1, providers=None) for name in self.graphs
         }
 
     async def start(self) -> None:
         """Run every graph once, so that no request pays for it."""
         images = np.zeros((2, *self.model.pixel_shape), dtype=np.uint8)
-        adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=1))
+        steps = 1 if self.model.bundle.learner == "gradient" else None
+        adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=steps))
         await self.adapter.run(lambda _: adapted.specialized())
         await self.predictor.predict(adapted, images)
         self.ready = True
@@ -117,7 +120,7 @@ class Service:
         Raises:
             UnknownError: there is no such model.
         """
-        if name in GRAPHS:
+        if name in self.graphs:
             graph = self.model.bundle.graphs[name]
             return graph.inputs, graph.outputs
         adapted = self._adapted(name)
@@ -138,7 +141,7 @@ class Service:
         return named._asdict()
 
     async def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Run one of `GRAPHS` on tensors of its types and shapes.
+        """Run one of `graphs` on tensors of its types and shapes.
 
         Raises:
             BusyError, TimeoutError, DivergedError, InputError: see there.
@@ -153,9 +156,13 @@ class Service:
         )
         results = dict(zip(outputs, found, strict=True))
         if not all(np.isfinite(array).all() for array in results.values()):
-            raise DivergedError(
-                "the adaptation diverged: its numbers are no longer finite; "
+            way_out = (
                 "lower learning_rate or give fewer steps"
+                if self.model.bundle.learner == "gradient"
+                else "check the images"
+            )
+            raise DivergedError(
+                f"the adaptation diverged: its numbers are no longer finite; {way_out}"
             )
         return results
 
@@ -163,12 +170,13 @@ class Service:
         if name.startswith(TASK):
             return self.task(name.removeprefix(TASK)).model
         raise UnknownError(
-            f"no model {name[:50]!r}: there are {', '.join(GRAPHS)}, and {TASK}ID for each task"
+            f"no model {name[:50]!r}: there are {', '.join(self.graphs)}, and {TASK}ID for each "
+            "task"
         )
 
     def _check_adaptation(self, feeds: Mapping[str, Array]) -> None:
         """Hold the graph's inputs to what it needs, as ONNX Runtime does not."""
-        bundle, labels, batches = self.model.bundle, feeds["support_labels"], feeds["batches"]
+        bundle, labels = self.model.bundle, feeds["support_labels"]
         support = len(feeds["support_images"])
         if len(labels) != support:
             raise InputError(f"{support} support images but {len(labels)} support_labels")
@@ -176,6 +184,9 @@ class Service:
             raise InputError(f"{support} support images: at most {bundle.max_support}")
         if labels.min() < 0 or labels.max() >= bundle.ways:
             raise InputError(f"support_labels must lie in 0..{bundle.ways - 1}")
+        if bundle.learner == "closed_form":
+            return
+        batches = feeds["batches"]
         steps, batch = batches.shape
         if steps > bundle.max_steps or not 1 <= batch <= bundle.max_support:
             raise InputError(

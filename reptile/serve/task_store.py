@@ -108,7 +108,7 @@ class TaskStore:
             StorageError: the folder cannot be written to.
         """
         name, most = str(uuid.uuid4()), self._settings.max_task_bytes
-        size = sum(array.nbytes for array in adapted.state.weights.values())
+        size = sum(array.nbytes for array in adapted.state.tensors.values())
         if path := self._path(name):
             try:
                 adapted.save(path)

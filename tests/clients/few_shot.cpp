@@ -1,4 +1,5 @@
-// What few_shot.hpp promises beyond right logits; run by test_cpp_example.py with a 3-way bundle.
+// What few_shot.hpp promises beyond right logits; run by test_cpp_example.py with a 3-way bundle and
+// one in closed form.
 #include "few_shot.hpp"
 
 #include <cstdio>
@@ -113,6 +114,31 @@ void threads_share_a_model(const Model& model, const Task& task) {
   for (const auto& logits : found) expect(logits == expected, "every thread finds the same");
 }
 
+bool close(const std::vector<float>& a, const std::vector<float>& b) {
+  bool same = a.size() == b.size();
+  for (std::size_t i = 0; same && i < a.size(); ++i) same = std::abs(a[i] - b[i]) < 1e-4f;
+  return same;
+}
+
+void classes_come_and_go_in_closed_form(const Model& model, const Task& task) {
+  expect(model.closed_form(), "the bundle is in closed form");
+  const auto middle = task.images.begin() + static_cast<std::ptrdiff_t>(task.images.size() / 2);
+  const std::vector<float> half(task.images.begin(), middle), rest(middle, task.images.end());
+  const auto all = model.adapt(task.images, {0, 1, 0, 2, 3, 2});
+  const auto two = model.adapt(half, {0, 1, 0});
+  const auto grown = two.add(rest, {2, 3, 2});
+  expect(two.ways() == 2 && grown.ways() == 4, "as many logits as classes");
+  expect(close(grown.predict(half), all.predict(half)), "adding equals adapting to all");
+  const auto shrunk = grown.remove(3).remove(2);
+  expect(close(shrunk.predict(half), two.predict(half)), "removing equals adapting to the rest");
+  expect(grown.remove(1).predict(half)[1] < -1e8f, "a label that is gone is masked");
+  expect_refusal<std::invalid_argument>([&] { two.remove(5); }, "a class that is not there");
+  expect_refusal<std::invalid_argument>([&] { two.add(half, {1}); }, "a label too few");
+  expect_refusal<std::invalid_argument>([&] { two.add(half, {1, -1, 0}); }, "a negative label");
+  expect_refusal<std::invalid_argument>(
+      [&] { model.adapt(half, {0, 1, 0}, mini_batches(3, 2, 1), 0.1f); }, "mini-batches");
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -123,4 +149,6 @@ int main(int, char** argv) {
   bad_input_is_refused(model, task);
   what_was_adapted_outlives_its_model_and_may_be_copied(argv[1], task);
   threads_share_a_model(model, task);
+  expect_refusal<std::invalid_argument>([&] { model.adapt(task.images, task.labels); }, "no steps");
+  classes_come_and_go_in_closed_form(Model(argv[2]), task);
 }

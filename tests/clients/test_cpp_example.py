@@ -107,6 +107,15 @@ def test_what_cannot_be_read_is_one_line(damage: str, golden: Run, adapted_bundl
     assert done.stderr.count("\n") == 1
 
 
-def test_the_header_keeps_its_word(built: Path, exported: Path) -> None:
-    done = call(built / "few_shot", exported)
+def test_it_gives_pytorchs_golden_logits_in_closed_form(
+    golden: Run, closed_form_bundle: Path, deviations: Deviations
+) -> None:
+    done = golden(closed_form_bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(found := deviations(done.stdout)) == 3
+    assert max(found) < 1e-4
+
+
+def test_the_header_keeps_its_word(built: Path, exported: Path, closed_form_bundle: Path) -> None:
+    done = call(built / "few_shot", exported, closed_form_bundle)
     assert done.returncode == 0, done.stderr

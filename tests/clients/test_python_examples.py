@@ -46,6 +46,19 @@ def test_onnxruntime_alone_gives_the_runtimes_logits(
     assert int(again[1]) >= 7, "by chance four"
 
 
+def test_both_examples_run_a_closed_form_bundle(
+    root: Path, closed_form_bundle: Path, deviations: Deviations
+) -> None:
+    done = run(root, PLAIN, closed_form_bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(found := deviations(done.stdout)) == 6
+    assert max(found) < 1e-4
+    done = run(root, "with_reptile.py", closed_form_bundle)
+    assert done.returncode == 0, done.stderr
+    assert "loss" not in done.stdout
+    assert re.search(r"^class \d +\d+\.\d%$", done.stdout, re.MULTILINE)
+
+
 def test_a_deviation_fails_the_plain_example(root: Path, spoilt: Path) -> None:
     done = run(root, PLAIN, spoilt)
     assert done.returncode == 1

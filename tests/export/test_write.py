@@ -42,7 +42,7 @@ def test_every_file_is_listed_with_its_hash(exported: Path, manifest: dict[str, 
 def test_manifest_describes_task_model_and_inner_loop(
     manifest: dict[str, Any], checkpoint: Checkpoint
 ) -> None:
-    assert manifest["format"] == 2 and manifest["name"] == "patterns"
+    assert manifest["format"] == 3 and manifest["name"] == "patterns"
     assert manifest["task"] == {
         "kind": "classification",
         "ways": 3,
@@ -51,6 +51,7 @@ def test_manifest_describes_task_model_and_inner_loop(
         "pixel_range": [0, 255],
         "dtype": "float32",
     }
+    assert manifest["learner"] == "gradient"
     assert manifest["inner"] == {
         "optimizer": "adam",
         "learning_rate": 0.001,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from schemas import DISAGREEMENTS, MANIFEST, spoil
+from schemas import CLOSED_FORM, DISAGREEMENTS, MANIFEST, spoil
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
 
@@ -31,12 +31,16 @@ def manifest(exported: Path) -> Any:
     return json.loads((exported / "manifest.json").read_text())
 
 
-def test_it_reads_both_formats(node: Callable[..., Any], manifest: Any) -> None:
+def test_it_reads_every_format(
+    node: Callable[..., Any], manifest: Any, closed_form_bundle: Path
+) -> None:
+    closed_form = json.loads((closed_form_bundle / "manifest.json").read_text())
     metrics = {"patterns": {"1-shot": {"frozen": {"accuracy": 0.75, "interval": 0.01}}}}
     first = manifest | {"format": 1, "metrics": metrics}
+    del first["learner"]
     kindless = spoil(first, "task", {**first["task"]})
     del kindless["task"]["kind"]
-    assert node(READ, [manifest, first, kindless]) == [["read", True]] * 3
+    assert node(READ, [manifest, first, kindless, closed_form]) == [["read", True]] * 4
 
 
 def test_it_refuses_what_the_schema_or_python_refuses(
@@ -45,6 +49,16 @@ def test_it_refuses_what_the_schema_or_python_refuses(
     spoiled = MANIFEST + DISAGREEMENTS
     answers = node(READ, [spoil(manifest, path, value) for _, path, value in spoiled])
     for (name, message), (title, *_) in zip(answers, spoiled, strict=True):
+        assert name == "InputError", (title, message)
+        assert message.startswith("manifest.json"), (title, message)
+
+
+def test_it_refuses_a_closed_form_manifest_that_the_schema_refuses(
+    node: Callable[..., Any], closed_form_bundle: Path
+) -> None:
+    manifest = json.loads((closed_form_bundle / "manifest.json").read_text())
+    answers = node(READ, [spoil(manifest, path, value) for _, path, value in CLOSED_FORM])
+    for (name, message), (title, *_) in zip(answers, CLOSED_FORM, strict=True):
         assert name == "InputError", (title, message)
         assert message.startswith("manifest.json"), (title, message)
 

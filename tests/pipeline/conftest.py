@@ -41,6 +41,7 @@ SMALL = {
         "checkpoint_every": 3,
         "validation_tasks": 2,
     },
+    "beside": {"algorithm": "none"},
     "evaluate": {"tasks": 6, "shots": [1, 2], "steps": 5},
     # `insist`: so little training is worse than simpler methods.
     "export": {"gate": {"accuracy": 0.0, "above_random": -1.0, "insist": True}},

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from reptile.errors import DivergedError, InputError
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotModel
-from reptile.runtime.model import _CHUNK
 
 FOUR = ["ox", "ox", "hen", "hen", "cat", "cat", "dog", "dog"]
 
@@ -57,7 +56,7 @@ def test_a_specialized_task_predicts_the_same_with_its_own_weights_inside(
     first, second = (model.adapt(images, FOUR, seed=seed) for seed in (0, 1))
     for task in (first, second):
         own = task.specialized()
-        assert [node.name for node in own._session.get_inputs()] == ["images"]
+        assert [node.name for node in own._sessions["predict_adapted"].get_inputs()] == ["images"]
         np.testing.assert_allclose(own.logits(images), task.logits(images), rtol=1e-4, atol=1e-5)
         own.save(tmp_path / "task")
         again = model.load_adapted(tmp_path / "task")
@@ -104,10 +103,11 @@ def test_spare_outputs_of_the_head_never_win(model: FewShotModel, images: np.nda
 
 def test_queries_do_not_depend_on_one_another(model: FewShotModel, images: np.ndarray) -> None:
     adapted = model.adapt(images, FOUR)
-    together = adapted.predict(np.tile(images, (_CHUNK // 4, 1, 1, 1))).probabilities
-    assert len(together) == 2 * _CHUNK  # more than one run
+    many = model.bundle.images_at_once
+    together = adapted.predict(np.tile(images, (many // 4, 1, 1, 1))).probabilities
+    assert len(together) == 2 * many  # more than one run
     alone = np.concatenate([adapted.predict(image[None]).probabilities for image in images])
-    np.testing.assert_allclose(together, np.tile(alone, (_CHUNK // 4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(together, np.tile(alone, (many // 4, 1)), rtol=1e-5)
 
 
 def test_no_images_give_an_empty_answer(model: FewShotModel, images: np.ndarray) -> None:
@@ -303,7 +303,7 @@ def test_a_diverged_adaptation_says_to_lower_the_rate(
         def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
             return [np.array(False), *[np.zeros(1, np.float32)] * (len(names) - 1)]
 
-    object.__setattr__(model, "_adapt", Diverges())
+    object.__setattr__(model, "_sessions", {**model._sessions, "adapt": Diverges()})
     with pytest.raises(DivergedError, match=r"diverged.*lower learning_rate.*made for 0\.5"):
         model.adapt(images, FOUR)
 

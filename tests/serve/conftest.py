@@ -20,8 +20,8 @@ def serve(exported: Path) -> Iterator[Serve]:
     """Start applications with changed bounds; all are stopped in the end."""
     running: list[TestClient] = []
 
-    def start(token: str | None = None, **bounds: object) -> TestClient:
-        app = make_app(FewShotModel.load(exported), ServeSettings.model_validate(bounds), token)
+    def start(token: str | None = None, bundle: Path = exported, **bounds: object) -> TestClient:
+        app = make_app(FewShotModel.load(bundle), ServeSettings.model_validate(bounds), token)
         client = TestClient(app, "http://127.0.0.1")
         running.append(client.__enter__())
         return running[-1]

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from reptile.data.dataset import PreparedData
 from reptile.evaluate.metrics import Metrics
 from reptile.export.write import export_bundle
-from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, build_network
 from reptile.learn.engines import EagerEngine
+from reptile.learn.episodic import EpisodicState, population_statistics
+from reptile.learn.heads import HEADS
 from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState, meta_step
 from reptile.models import build_model, initialise, size
@@ -82,7 +85,23 @@ def trained_checkpoint(data: PreparedData) -> Checkpoint:
     return start._replace(state=state)
 
 
+def make_closed_form_checkpoint(
+    data: PreparedData, algorithm: str, module: nn.Module | None = None
+) -> Checkpoint:
+    """A checkpoint of random weights, with the statistics of the training images."""
+    start = make_checkpoint(ModelSettings(filters=FILTERS), data.image_shape)
+    settings = start.info.settings.model_copy(update={"algorithm": algorithm, "ways": WAYS})
+    name = f"{type(module).__module__}.{type(module).__qualname__}" if module else ""
+    info = start.info.model_copy(update={"settings": settings, "module": name})
+    network = build_network(info, module)
+    state = EpisodicState.start(initialise(network, 0), HEADS[algorithm])
+    measured = population_statistics(
+        network, state.weights, data.images, data.split("train"), settings.seed
+    )
+    return Checkpoint(network, state._replace(statistics=measured), info)
+
+
 def write_bundle(folder: Path, data: PreparedData, checkpoint: Checkpoint) -> None:
-    """Export the checkpoint to a 3-way bundle."""
+    """Export the checkpoint, to a 3-way bundle if it learns by gradient steps."""
     settings = ExportSettings(name="patterns", max_steps=MAX_STEPS, max_support=50)
     export_bundle(settings, checkpoint, data, METRICS, folder, protocol=PROTOCOL)

@@ -58,7 +58,6 @@ MANIFEST: Spoiled = [
             "task/image_shape",
             "task/layout",
             "task/dtype",
-            "task/pixel_range",
             "inner",
             "inner/steps",
             "inner/batch",
@@ -83,7 +82,10 @@ MANIFEST: Spoiled = [
     ),
     ("format as text", "format", "2"),
     ("an older format", "format", 0),
-    ("a newer format", "format", 3),
+    ("a newer format", "format", 4),
+    ("no learner", "learner", GONE),
+    ("an unknown learner", "learner", "bayes"),
+    ("a learner of other graphs", "learner", "closed_form"),
     ("another kind of task", "task/kind", "ranking"),
     ("ways as text", "task/ways", "3"),
     ("ways true", "task/ways", True),
@@ -127,6 +129,30 @@ MANIFEST: Spoiled = [
     ("adapted of no shape", "adapted/head.bias", 3),
     ("files as a list", "files", []),
     ("a hash as a number", "files/MODEL_CARD.md", 0),
+]
+CLOSED_FORM: Spoiled = [
+    ("no learner", "learner", GONE),
+    ("a learner of other graphs", "learner", "gradient"),
+    ("a regressor", "task/kind", "regression"),
+    ("no support at all", "limits/max_support", 0),
+    *(
+        (f"no {path}", path, GONE)
+        for path in (
+            "graphs/embed",
+            "graphs/fit",
+            "graphs/adapt",
+            "graphs/predict_adapted",
+            "graphs/adapt/outputs/0",
+            "graphs/fit/inputs/1",
+            "adapted/head.bias",
+        )
+    ),
+    ("features of a free size", "graphs/embed/outputs/0/shape/1", "features"),
+    ("a fixed number of classes", "graphs/fit/outputs/0/shape/0", 5),
+    ("logits of a fixed number of classes", "graphs/predict_adapted/outputs/0/shape/1", 5),
+    ("labels of another dtype", "graphs/fit/inputs/1/dtype", "float32"),
+    ("an input of a gradient learner", "graphs/adapt/inputs/1/name", "batches"),
+    ("a fixed number of classes in adapted", "adapted/head.bias", [5]),
 ]
 DISAGREEMENTS: Spoiled = [
     ("more steps than the graph takes", "inner/steps", 61),

@@ -18,6 +18,8 @@ from reptile.export.graphs import IR_VERSION, OPSET, describe
 from reptile.files import sha256_file
 from reptile.learn.optimizer import EPSILON
 
+CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}  # what WebGPU and tract lack
+
 
 class Check(NamedTuple):
     """One claim about a bundle: `measured` (None where it is not finite) against `limit`."""
@@ -68,6 +70,9 @@ def check_graph(name: str, path: Path, manifest: Manifest, adam: bool) -> Iterat
     actual = {"inputs": describe(graph.input), "outputs": describe(graph.output)}
     problems = [f"{kind} differ" for kind, tensors in actual.items() if entry[kind] != tensors]
     yield Check.none_of(f"{name}: tensors as in the manifest", problems)
+    if manifest.learner == "closed_form":
+        control = sorted({node.op_type for node in graph.node} & CONTROL_FLOW)
+        yield Check.none_of(f"{name}: no control flow", [f"has {each}" for each in control])
     if adam and any(node.op_type == "Loop" for node in graph.node):
         yield Check.none_of(f"{name}: Adam's epsilon is there", _epsilon_problems(graph))
 

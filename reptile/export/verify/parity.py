@@ -4,40 +4,41 @@ Sessions are plain onnxruntime's, independent of `reptile.runtime`; one check lo
 that runtime too. `conformance` checks the form of the files.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from reptile.bundle_format import (
-    GOLDEN_FILE,
-    GOLDEN_FOLDER,
     GRAPHS,
-    MANIFEST_FILE,
     Manifest,
-    parse_golden,
-    parse_manifest,
 )
 from reptile.data.dataset import PreparedData
-from reptile.errors import InputError
 from reptile.export import reference
 from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.verify.running import (
+    ROUNDING,
+    SETTINGS,
+    Session,
+    Sessions,
+    check_golden,
+    read_manifest,
+    run_checks,
+    setting,
+)
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import EagerEngine
 from reptile.learn.validate import adapted_in_chunks
 from reptile.minibatches import mini_batches
 from reptile.models import MASK_BIAS
 from reptile.objectives import CLASSIFICATION, Objective
-from reptile.provenance import versions
 from reptile.runtime import FewShotModel, FewShotRegressor
 from reptile.settings import VerifySettings
 from reptile.tasks import (
@@ -51,9 +52,7 @@ from reptile.tasks import (
 
 STEPS = (0, 1, 5, 50)
 SUPPORT_SIZES = (1, 2, 5, 25, 17)  # some with fewer classes than outputs
-SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
 
-ROUNDING = 10  # times the error of eager float32, both measured against float64
 # Beyond rounding: a ReLU that flips on a rounding error in one of the two and not in the other.
 WARM_TOLERANCE = 1e-3
 # One float32 run is one draw of rounding errors, and flips are rare and large: 1 of 50 runs of a
@@ -82,43 +81,9 @@ def verify_bundle(
     ways = checkpoint.info.settings.ways
     needed = settings.shots + checkpoint.info.objective.validation.queries
     check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
-    try:
-        manifest = parse_manifest(
-            (bundle / MANIFEST_FILE).read_bytes(), str(bundle / MANIFEST_FILE)
-        )
-    except OSError as error:
-        raise InputError(f"{bundle}: no manifest ({error}); run `reptile export` first") from None
-    subject = _Subject(settings, bundle, manifest, checkpoint, data)
-    checks: list[Check] = []
-    for group in GROUPS:
-        try:
-            checks += group(subject)
-        except Exception as error:  # an exception in a check is a failure
-            name = group.__name__.strip("_").replace("_", " ")
-            checks.append(Check.none_of(f"{name} can be checked", [repr(error)]))
-    return {
-        "passed": all(check.passed for check in checks),
-        "checks": [check._asdict() for check in checks],
-        "versions": versions("torch", "onnx") | {"onnxruntime": ort.__version__},
-    }
-
-
-class _Session:
-    """An onnxruntime session that runs by names."""
-
-    def __init__(self, path: Path, optimised: bool, threads: int) -> None:
-        options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
-        options.graph_optimization_level = (
-            levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-        )
-        options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(
-            path.read_bytes(), options, providers=["CPUExecutionProvider"]
-        )
-
-    def __call__(self, feeds: Tensors) -> Tensors:
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+    manifest = read_manifest(bundle)
+    sessions = Sessions(bundle, manifest)
+    return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
 @dataclass(frozen=True)
@@ -128,9 +93,9 @@ class _Subject:
     settings: VerifySettings
     folder: Path
     manifest: Manifest
+    session: Sessions
     checkpoint: Checkpoint
     data: PreparedData
-    _sessions: dict[tuple[str, bool, int], _Session] = field(default_factory=dict)
 
     @property
     def adam(self) -> bool:
@@ -147,15 +112,6 @@ class _Subject:
 
     def allowed(self, steps: int) -> int:
         return min(steps, self.manifest.max_steps)
-
-    def path(self, graph: str) -> Path:
-        return self.folder / self.manifest.graphs[graph].path
-
-    def session(self, graph: str, optimised: bool = True, threads: int = 1) -> _Session:
-        key = graph, optimised, threads
-        if key not in self._sessions:
-            self._sessions[key] = _Session(self.path(graph), optimised, threads)
-        return self._sessions[key]
 
     def task(self, size: int, steps: int, number: int = 0) -> SupportSet:
         """Draw a support set of `size` images of the test split, cycling through its classes."""
@@ -244,8 +200,8 @@ def _logit_error(actual: Array, wanted: Array) -> float:
 
 def _conformance(subject: _Subject) -> Iterator[Check]:
     yield from check_files(subject.folder, subject.manifest)
-    for graph in GRAPHS:
-        yield from check_graph(graph, subject.path(graph), subject.manifest, subject.adam)
+    for graph in GRAPHS["gradient"]:
+        yield from check_graph(graph, subject.session.path(graph), subject.manifest, subject.adam)
 
 
 def _adapt(subject: _Subject) -> Iterator[Check]:
@@ -267,6 +223,7 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
     for name, images in degenerate.items():
         oracles.append(_Oracle.of(name, subject, some._replace(images=images)))
     for optimised, threads in SETTINGS:
+        where = setting(optimised, threads)
         session = subject.session("adapt", optimised, threads)
         outcomes = []
         for oracle in oracles:
@@ -275,9 +232,8 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
             limit = oracle.limit(error, subject.tolerance)
             outcomes.append((error <= limit, -error / limit, error, limit, oracle.name))
         _, _, error, limit, name = min(outcomes)
-        setting = f"optimisation {'on' if optimised else 'off'}, {threads} threads"
         detail = f"worst of {len(oracles)}: {name}"
-        yield Check.at_most(f"adapt equals eager PyTorch, {setting}", error, limit, detail)
+        yield Check.at_most(f"adapt equals eager PyTorch, {where}", error, limit, detail)
 
 
 def _adapt_depends(subject: _Subject) -> Iterator[Check]:
@@ -330,7 +286,7 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
     yield Check.none_of("adapt guards its inputs", problems)
 
 
-def _accepts(session: _Session, feeds: Tensors) -> bool:
+def _accepts(session: Session, feeds: Tensors) -> bool:
     """Return whether `finite` is true; what ONNX Runtime itself refuses is not accepted."""
     try:
         return bool(session(feeds)["finite"])
@@ -349,10 +305,10 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
     task = subject.task(5, 5)
     feeds = task.feeds(checkpoint)
     for optimised, threads in SETTINGS:
-        setting = f"optimisation {'on' if optimised else 'off'}, {threads} threads"
+        where = setting(optimised, threads)
         actual = subject.session("predict", optimised, threads)({"images": pixels})["logits"]
         error = _logit_error(actual, wanted)
-        yield Check.at_most(f"predict equals eager PyTorch, {setting}", error, limit)
+        yield Check.at_most(f"predict equals eager PyTorch, {where}", error, limit)
 
         adapted = subject.session("adapt", optimised, threads)(feeds)
         weights = {name: adapted[name] for name in subject.manifest.weights}
@@ -360,18 +316,18 @@ def _prediction(subject: _Subject) -> Iterator[Check]:
         logits = session({"images": pixels} | weights)["logits"]
         expected = reference.predict_adapted(checkpoint, weights, images, double)
         error = _logit_error(logits, expected)
-        yield Check.at_most(f"predict_adapted equals eager PyTorch, {setting}", error, 1e-4)
+        yield Check.at_most(f"predict_adapted equals eager PyTorch, {where}", error, 1e-4)
 
         alone = [session({"images": image[None]} | weights)["logits"] for image in pixels]
         error = _logit_error(np.concatenate(alone), logits)
-        yield Check.at_most(f"queries are independent, {setting}", error, 1e-5)
+        yield Check.at_most(f"queries are independent, {where}", error, 1e-5)
 
         session = subject.session("few_shot", optimised, threads)
         both = session(feeds | {"query_images": pixels})
         error = np.maximum(
             _logit_error(both["logits"], logits), _logit_error(both["losses"], adapted["losses"])
         )
-        name = f"few_shot equals adapt and predict_adapted, {setting}"
+        name = f"few_shot equals adapt and predict_adapted, {where}"
         yield Check.at_most(name, float(error), 1e-4)
 
 
@@ -421,25 +377,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
 
 
 def _golden(subject: _Subject) -> Iterator[Check]:
-    """The golden tensors in plain onnxruntime, as any consumer would run them."""
-    folder = subject.folder / GOLDEN_FOLDER
-    cases = parse_golden((folder / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
-    missing = [f"no case of {name}" for name in GRAPHS if name not in {c.graph for c in cases}]
-    yield Check.none_of("golden tensors cover every graph", missing)
-    worst, refusals = 0.0, 0
-    for case in cases:
-        feeds = {name: np.load(folder / file) for name, file in case.inputs.items()}
-        actual = subject.session(case.graph)(feeds)
-        refusals += not actual.get("finite", True)
-        for name, file in case.outputs.items():
-            wanted = np.load(folder / file).astype(np.float64)
-            allowed = case.atol + case.rtol * np.abs(wanted)
-            excess = np.abs(actual[name] - wanted) / allowed
-            worst = float(np.maximum(worst, excess.max(initial=0)))
-    detail = "deviation as a share of the stated tolerance"
-    yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
-    none = [] if refusals else ["no case in which adapt gives finite = false"]
-    yield Check.none_of("golden tensors hold a refused input", none)
+    yield from check_golden(subject.folder, subject.manifest, subject.session)
 
 
 def _runtime(subject: _Subject) -> Iterator[Check]:

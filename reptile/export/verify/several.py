@@ -7,8 +7,8 @@ from typing import Any
 from reptile.bundle_format import MANIFEST_FILE, bundle_folders, parse_manifest
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
+from reptile.export.verify.bundle import verify_bundle
 from reptile.export.verify.conformance import Check, check_files
-from reptile.export.verify.parity import verify_bundle
 from reptile.learn.checkpoint import Checkpoint
 from reptile.settings import VerifySettings
 

@@ -71,7 +71,7 @@ function build() {
   const [channels, height, width] = shape;
   $("about").textContent =
     `${manifest.name}: up to ${ways} symbols, pictures of ${width} × ${height} pixels` +
-    `${channels === 3 ? " in colour" : ""}, ${manifest.inner.steps} steps of learning.`;
+    `${channels === 3 ? " in colour" : ""}${inSteps(", ", " of learning")}.`;
 }
 
 function addSymbol() {
@@ -136,14 +136,19 @@ async function learn() {
     const model = await openModel(place);
     const images = drawn.flatMap(({ examples }) => examples);
     const labels = drawn.flatMap(({ name, examples }) => examples.map(() => name));
-    say(`Learning from ${images.length} examples in ${manifest.inner.steps} steps …`);
+    say(`Learning from ${images.length} examples${inSteps(" in ", "")} …`);
     const began = performance.now();
     const learnt = await model.adapt(images, labels);
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     task?.forget().catch(() => {});
     task = learnt;
-    drawCurve($("curve"), task.losses);
-    say(`Learnt from ${images.length} examples in ${seconds} s. ${curveInWords(task.losses)}`);
+    const curve = task.losses.length > 0; // none in closed form
+    $("curve").hidden = !curve;
+    if (curve) {
+      drawCurve($("curve"), task.losses);
+    }
+    const words = curve ? ` ${curveInWords(task.losses)}` : "";
+    say(`Learnt from ${images.length} examples in ${seconds} s.${words}`);
     query.begin(task);
     $("query").scrollIntoView({ block: "nearest" });
   } catch (error) {
@@ -152,6 +157,11 @@ async function learn() {
   } finally {
     busy(false);
   }
+}
+
+/** Say how many steps learning takes, if it takes any. */
+function inSteps(before, after) {
+  return manifest.inner ? `${before}${manifest.inner.steps} steps${after}` : "";
 }
 
 function openModel(place) {

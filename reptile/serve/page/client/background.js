@@ -62,9 +62,18 @@ export class BackgroundModel {
   /** As `FewShotModel.adapt`. */
   async adapt(images, labels, options = {}) {
     const task = ++this.#calls;
-    const learnt = await this.#call("adapt", { task, images, labels, options });
+    return this.#task(task, await this.#call("adapt", { task, images, labels, options }));
+  }
+
+  #task(task, learnt) {
+    const change = async (call, values) => {
+      const grown = ++this.#calls;
+      return this.#task(grown, await this.#call(call, { task, grown, ...values }));
+    };
     return {
       ...learnt,
+      add: (images, labels) => change("add", { images, labels }),
+      remove: (label) => change("remove", { label }),
       predict: (queries) => this.#call("predict", { task, images: queries }),
       logits: (queries) => this.#call("logits", { task, images: queries }),
       forget: () => this.#call("forget", { task }),

@@ -12,9 +12,10 @@
 
 import { miniBatches } from "./minibatches.js";
 
-const FORMATS = [1, 2]; // they differ in the metrics alone
+const FORMATS = [1, 2, 3]; // the first two have no learner: it is "gradient"
 const MAX_LEARNING_RATE = 100; // as in the Python runtime
-const CHUNK = 256; // images a run: bounds memory; queries do not depend on one another
+const PIXELS_AT_ONCE = 2 ** 21; // of the images of one run: bounds memory; they are independent
+const RUN = { gradient: ["adapt", "predict_adapted"], closed_form: ["embed", "fit"] };
 
 /** Something the caller can mend; the message names the value, the limit and the way out. */
 export class InputError extends Error {
@@ -25,14 +26,12 @@ export class InputError extends Error {
 export class FewShotModel {
   #ort;
   #sessions;
-  #weights;
 
   /** Use `FewShotModel.load`. */
   constructor(manifest, ort, sessions) {
     this.manifest = manifest;
     this.#ort = ort;
     this.#sessions = sessions;
-    this.#weights = Object.keys(manifest.adapted);
   }
 
   /**
@@ -46,14 +45,18 @@ export class FewShotModel {
    */
   static async load(bundle, ort, options = {}) {
     const files = await openBundle(bundle);
-    const open = async (graph) => {
-      const content = await files.read(files.manifest.graphs[graph].path);
-      return ort.InferenceSession.create(content, options);
-    };
+    const sessions = {};
     // One after the other: onnxruntime-web does not start twice at a time.
-    const adapt = await open("adapt");
-    const predict = await open("predict_adapted");
-    return new FewShotModel(files.manifest, ort, { adapt, predict });
+    for (const graph of RUN[learnerOf(files.manifest)]) {
+      const content = await files.read(files.manifest.graphs[graph].path);
+      sessions[graph] = await ort.InferenceSession.create(content, options);
+    }
+    return new FewShotModel(files.manifest, ort, sessions);
+  }
+
+  /** Whether tasks are learnt in closed form, without gradient steps. */
+  get closedForm() {
+    return learnerOf(this.manifest) === "closed_form";
   }
 
   /** The most names one task may have. */
@@ -72,7 +75,7 @@ export class FewShotModel {
    * @param {ArrayLike<ArrayLike<number>>} images the support set: for each image its C*H*W pixels
    *     0..255, row by row, channel after channel.
    * @param {Array} labels a name for each image; 2 to `ways` distinct ones.
-   * @param {object} options
+   * @param {object} options none of a bundle in closed form, which has no inner steps.
    * @param {number} [options.steps] inner steps; the bundle's if left out.
    * @param {number} [options.learningRate] of the inner steps; the bundle's if left out.
    * @param {number} [options.seed] chooses the mini-batches.
@@ -81,16 +84,26 @@ export class FewShotModel {
    * @returns {Promise<AdaptedModel>}
    * @throws {InputError} an argument that cannot be used, or an adaptation that diverged.
    */
-  async adapt(images, labels, { steps, learningRate, seed = 0, batches } = {}) {
-    const { inner, limits } = this.manifest;
+  async adapt(images, labels, options = {}) {
     const pixels = checkImages(images, this.imageShape);
-    const count = images.length;
-    if (count < 1 || count > limits.max_support) {
+    checkSupport(images.length, this.manifest);
+    const { names, targets } = checkLabels(labels, images.length);
+    checkWays(names, this);
+    if (!this.closedForm) {
+      return this.#takeSteps(pixels, names, targets, options);
+    }
+    if (Object.values(options).some((value) => value !== undefined)) {
       throw new InputError(
-        `the support set has ${count} images: this bundle adapts to 1..${limits.max_support}`,
+        "this bundle fits a classifier in closed form, without gradient steps: leave out steps, " +
+          "learningRate, seed and batches",
       );
     }
-    const { names, targets } = checkLabels(labels, count, this.ways);
+    return this.#fit(names, await this.#embed(pixels), targets);
+  }
+
+  async #takeSteps(pixels, names, targets, { steps, learningRate, seed = 0, batches }) {
+    const { inner, limits, adapted } = this.manifest;
+    const count = targets.length;
     const rate = checkLearningRate(learningRate ?? inner.learning_rate);
     let rows = batches;
     if (rows === undefined) {
@@ -103,13 +116,11 @@ export class FewShotModel {
     } else {
       checkBatches(rows, count, limits.max_steps);
     }
-    const { Tensor } = this.#ort;
-    const int64 = (values, dims) => new Tensor("int64", BigInt64Array.from(values, BigInt), dims);
     const outputs = await this.#sessions.adapt.run({
-      support_images: new Tensor("float32", pixels, [count, ...this.imageShape]),
-      support_labels: int64(targets, [count]),
-      batches: int64(rows.flatMap((row) => [...row]), [rows.length, rows[0]?.length ?? 1]),
-      learning_rate: new Tensor("float32", Float32Array.of(rate), []),
+      support_images: this.#images(pixels),
+      support_labels: this.#int64(targets, [count]),
+      batches: this.#int64(rows.flatMap((row) => [...row]), [rows.length, rows[0]?.length ?? 1]),
+      learning_rate: this.#float32(Float32Array.of(rate), []),
     });
     if (!outputs.finite.data[0]) {
       throw new InputError(
@@ -118,19 +129,92 @@ export class FewShotModel {
           `${inner.learning_rate}) or steps`,
       );
     }
-    const weights = Object.fromEntries(this.#weights.map((name) => [name, outputs[name]]));
+    const weights = Object.fromEntries(Object.keys(adapted).map((name) => [name, outputs[name]]));
     const losses = Float32Array.from(outputs.losses.data);
-    return new AdaptedModel(this, names, losses, (chunk) => {
-      const shape = [chunk.length / size(this.imageShape), ...this.imageShape];
-      const feeds = { images: new Tensor("float32", chunk, shape), ...weights };
-      return this.#sessions.predict.run(feeds);
+    return new AdaptedModel(this, names, losses, async (chunk) => {
+      const feeds = { images: this.#images(chunk), ...weights };
+      const { logits } = await this.#sessions.predict_adapted.run(feeds);
+      return cut(logits.data, this.ways);
     });
+  }
+
+  /** Return the features of each image, from the pixels of all. */
+  async #embed(pixels) {
+    const features = [];
+    for (const chunk of chunks(pixels, this.imageShape)) {
+      const outputs = await this.#sessions.embed.run({ images: this.#images(chunk) });
+      const { data, dims } = outputs.features;
+      features.push(...cut(data, dims[1]));
+    }
+    return features;
+  }
+
+  /** Return the task of these examples: a linear classifier of their features. */
+  async #fit(names, features, targets) {
+    const { data: weight, dims, bias, finite } = await this.#classifier(features, targets);
+    if (!finite) {
+      throw new InputError(
+        "the classifier of these images is not finite: run checkGolden on this machine",
+      );
+    }
+    const rows = cut(weight, dims[1]);
+    const predict = async (chunk) => {
+      const queries = await this.#embed(chunk);
+      return queries.map((query) => Float32Array.from(rows, (row, i) => bias[i] + dot(row, query)));
+    };
+    const change = {
+      add: async (images, labels) => {
+        const pixels = checkImages(images, this.imageShape);
+        const added = checkLabels(labels, images.length, names);
+        checkWays(added.names, this);
+        checkSupport(features.length + images.length, this.manifest);
+        const all = [...features, ...(await this.#embed(pixels))];
+        return this.#fit(added.names, all, [...targets, ...added.targets]);
+      },
+      remove: async (name) => {
+        const place = names.indexOf(name);
+        if (place < 0) {
+          throw new InputError(`no class ${name}: the task has ${names.join(", ")}`);
+        }
+        const rest = names.filter((_, i) => i !== place);
+        checkWays(rest, this);
+        const kept = targets.flatMap((target, i) => (target === place ? [] : [i]));
+        const places = kept.map((i) => targets[i] - (targets[i] > place ? 1 : 0));
+        return this.#fit(rest, kept.map((i) => features[i]), places);
+      },
+    };
+    return new AdaptedModel(this, names, new Float32Array(), predict, change);
+  }
+
+  async #classifier(features, targets) {
+    const count = features.length;
+    const flat = new Float32Array(count * features[0].length);
+    features.forEach((row, i) => flat.set(row, i * row.length));
+    const outputs = await this.#sessions.fit.run({
+      features: this.#float32(flat, [count, features[0].length]),
+      support_labels: this.#int64(targets, [count]),
+    });
+    const { data, dims } = outputs["head.weight"];
+    return { data, dims, bias: outputs["head.bias"].data, finite: outputs.finite.data[0] };
+  }
+
+  #float32(values, dims) {
+    return new this.#ort.Tensor("float32", values, dims);
+  }
+
+  #int64(values, dims) {
+    return new this.#ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
+  }
+
+  #images(pixels) {
+    return this.#float32(pixels, [pixels.length / size(this.imageShape), ...this.imageShape]);
   }
 
   /** Free the sessions' memory; nothing adapted from this model can predict after that. */
   async release() {
-    await this.#sessions.adapt.release();
-    await this.#sessions.predict.release();
+    for (const session of Object.values(this.#sessions)) {
+      await session.release();
+    }
   }
 }
 
@@ -138,14 +222,43 @@ export class FewShotModel {
 export class AdaptedModel {
   #model;
   #run;
+  #change;
 
-  constructor(model, labels, losses, run) {
+  constructor(model, labels, losses, run, change) {
     /** The task's names, in the order of the columns of probabilities. */
     this.labels = labels;
-    /** The loss of each inner step's mini-batch before that step. */
+    /** The loss of each inner step's mini-batch before that step; none in closed form. */
     this.losses = losses;
     this.#model = model;
     this.#run = run;
+    this.#change = change;
+  }
+
+  /**
+   * Return the task with more examples, of its classes or of new ones; of closed-form bundles.
+   *
+   * Only the new images run through the network; the result equals adapting to all again.
+   *
+   * @param images, labels as in `FewShotModel.adapt`.
+   * @returns {Promise<AdaptedModel>}
+   * @throws {InputError} an argument that cannot be used, or a bundle that takes gradient steps.
+   */
+  async add(images, labels) {
+    return this.#changes().add(images, labels);
+  }
+
+  /** Return the task without one of its classes; of closed-form bundles, as `add`. */
+  async remove(label) {
+    return this.#changes().remove(label);
+  }
+
+  #changes() {
+    if (this.#change === undefined) {
+      throw new InputError(
+        "this bundle learns by gradient steps, which need every example: adapt again with all",
+      );
+    }
+    return this.#change;
   }
 
   /**
@@ -163,16 +276,12 @@ export class AdaptedModel {
     return { labels, probabilities };
   }
 
-  /** The head's raw outputs for each image, its spare ones included: `ways` numbers each. */
+  /** The head's raw outputs for each image, also those of labels that a task does not use. */
   async logits(images) {
     const pixels = checkImages(images, this.#model.imageShape);
-    const step = CHUNK * size(this.#model.imageShape);
     const rows = [];
-    for (let start = 0; start < pixels.length; start += step) {
-      const { logits } = await this.#run(pixels.subarray(start, start + step));
-      for (let i = 0; i < logits.data.length; i += this.#model.ways) {
-        rows.push(Float32Array.from(logits.data.subarray(i, i + this.#model.ways)));
-      }
+    for (const chunk of chunks(pixels, this.#model.imageShape)) {
+      rows.push(...(await this.#run(chunk)));
     }
     return rows;
   }
@@ -253,7 +362,7 @@ async function sha256(bytes) {
 function checkManifest(manifest) {
   if (!FORMATS.includes(manifest?.format)) {
     throw new InputError(
-      `manifest.json: format ${manifest?.format} is not a format this version reads (1 and 2): ` +
+      `manifest.json: format ${manifest?.format} is not a format this version reads (1 to 3): ` +
         "update this module or export the bundle again",
     );
   }
@@ -273,14 +382,19 @@ function checkManifest(manifest) {
   }
 }
 
+/** How a bundle learns: by gradient steps before format 3. */
+function learnerOf({ format, learner }) {
+  return format < 3 ? "gradient" : learner;
+}
+
+const whole = (value, low, high = 1e6) =>
+  Number.isSafeInteger(value) && value >= low && value <= high;
+const sizes = (shape) => Array.isArray(shape) && shape.every((n) => whole(n, 1));
+
 /** Say whether a manifest's parts are what schemas/manifest.schema.json asks for, and agree. */
-function isSound({ task, inner, limits, graphs, adapted, files }) {
-  const whole = (value, low, high = 1e6) =>
-    Number.isSafeInteger(value) && value >= low && value <= high;
-  const sizes = (shape) => Array.isArray(shape) && shape.every((n) => whole(n, 1));
-  const weights = Object.entries(adapted).map(([name, shape]) => [name, "float32", shape]);
-  const { adapt, predict_adapted: predict } = graphs;
-  const images = [null, ...task.image_shape];
+function isSound(manifest) {
+  const { task, limits, files } = manifest;
+  const learns = { gradient: takesSteps, closed_form: fitsInClosedForm }[learnerOf(manifest)];
   return (
     (task.kind ?? "classification") === "classification" &&
     task.layout === "NCHW" &&
@@ -289,8 +403,19 @@ function isSound({ task, inner, limits, graphs, adapted, files }) {
     whole(task.ways, 2) &&
     task.image_shape.length === 3 &&
     sizes(task.image_shape) &&
-    whole(limits.max_steps, 1) &&
     whole(limits.max_support, 1) &&
+    learns(manifest) &&
+    !Array.isArray(files) &&
+    Object.values(files).every((digest) => typeof digest === "string")
+  );
+}
+
+function takesSteps({ task, inner, limits, graphs, adapted }) {
+  const weights = Object.entries(adapted).map(([name, shape]) => [name, "float32", shape]);
+  const { adapt, predict_adapted: predict } = graphs;
+  const images = [null, ...task.image_shape];
+  return (
+    whole(limits.max_steps, 1) &&
     whole(inner.steps, 0, limits.max_steps) &&
     whole(inner.batch, 1) &&
     typeof inner.learning_rate === "number" &&
@@ -307,9 +432,34 @@ function isSound({ task, inner, limits, graphs, adapted, files }) {
     ]) &&
     areTensors(adapt.outputs, [["losses", "float32", [null]], ["finite", "bool", []], ...weights]) &&
     areTensors(predict.inputs, [["images", "float32", images], ...weights]) &&
-    areTensors(predict.outputs, [["logits", "float32", [null, task.ways]]]) &&
-    !Array.isArray(files) &&
-    Object.values(files).every((digest) => typeof digest === "string")
+    areTensors(predict.outputs, [["logits", "float32", [null, task.ways]]])
+  );
+}
+
+function fitsInClosedForm({ task, graphs, adapted }) {
+  const { embed, fit, adapt, predict_adapted: predict } = graphs;
+  const width = embed.outputs[0].shape[1];
+  const images = [null, ...task.image_shape];
+  const labels = ["support_labels", "int64", [null]];
+  const features = ["features", "float32", [null, width]];
+  const weights = [
+    ["head.weight", "float32", [null, width]],
+    ["head.bias", "float32", [null]],
+  ];
+  const finite = ["finite", "bool", []];
+  const listed = Object.entries(adapted).map(([name, shape]) => ({ name, dtype: "float32", shape }));
+  return (
+    whole(width, 1) &&
+    areTensors(listed, weights) &&
+    [embed, fit, adapt, predict].every(({ path }) => typeof path === "string") &&
+    areTensors(embed.inputs, [["images", "float32", images]]) &&
+    areTensors(embed.outputs, [features]) &&
+    areTensors(fit.inputs, [features, labels]) &&
+    areTensors(fit.outputs, [...weights, finite]) &&
+    areTensors(adapt.inputs, [["support_images", "float32", images], labels]) &&
+    areTensors(adapt.outputs, [features, ...weights, finite]) &&
+    areTensors(predict.inputs, [["images", "float32", images], ...weights]) &&
+    areTensors(predict.outputs, [["logits", "float32", [null, null]]])
   );
 }
 
@@ -322,6 +472,37 @@ function areTensors(tensors, expected) {
 }
 
 const size = (shape) => shape.reduce((product, n) => product * n, 1);
+
+/** Cut the pixels of images into those of one run after another. */
+function chunks(pixels, shape) {
+  const each = size(shape);
+  return cut(pixels, each * Math.max(1, Math.min(256, Math.floor(PIXELS_AT_ONCE / each))));
+}
+
+/** Cut an array into rows of so many numbers; the last may be shorter. */
+function cut(values, width) {
+  const rows = [];
+  for (let start = 0; start < values.length; start += width) {
+    rows.push(values.slice(start, start + width));
+  }
+  return rows;
+}
+
+function dot(row, other) {
+  let sum = 0;
+  for (let i = 0; i < row.length; i++) {
+    sum += row[i] * other[i];
+  }
+  return sum;
+}
+
+function checkSupport(count, { limits }) {
+  if (count < 1 || count > limits.max_support) {
+    throw new InputError(
+      `the support set has ${count} images: this bundle adapts to 1..${limits.max_support}`,
+    );
+  }
+}
 
 /** Return all pixels in one Float32Array: ONNX Runtime itself checks next to nothing. */
 function checkImages(images, shape) {
@@ -358,23 +539,28 @@ function checkImages(images, shape) {
   return pixels;
 }
 
-/** Return the distinct names in order of first appearance, and each label's place among them. */
-function checkLabels(labels, images, ways) {
+/** Return the known names with the new ones in order of appearance, and each label's place. */
+function checkLabels(labels, images, known = []) {
   if (!Array.isArray(labels) || labels.length !== images) {
     throw new InputError(`${images} images but ${labels?.length} labels: give each image one`);
   }
   if (labels.some((label) => label === undefined || label === null || Number.isNaN(label))) {
     throw new InputError("a label is missing or NaN: drop the unlabelled images");
   }
-  const names = [...new Set(labels)];
-  if (names.length < 2 || names.length > ways) {
-    const wayOut =
-      names.length < 2
-        ? "with one name there is nothing to tell apart, add images of another"
-        : `this bundle's head has ${ways} ways, use fewer or a bundle with more`;
-    throw new InputError(`labels have ${names.length} distinct names: ${wayOut}`);
-  }
+  const names = [...new Set([...known, ...labels])];
   return { names, targets: labels.map((label) => names.indexOf(label)) };
+}
+
+function checkWays(names, { ways, closedForm }) {
+  if (names.length >= 2 && names.length <= ways) {
+    return;
+  }
+  const most = closedForm
+    ? `this bundle takes at most ${ways}, use fewer`
+    : `this bundle's head has ${ways} ways, use fewer or a bundle with more`;
+  const wayOut =
+    names.length < 2 ? "with one name there is nothing to tell apart, add images of another" : most;
+  throw new InputError(`labels have ${names.length} distinct names: ${wayOut}`);
 }
 
 function checkBatches(rows, images, maxSteps) {

@@ -18,6 +18,16 @@ const calls = {
     tasks.set(task, adapted);
     return { labels: adapted.labels, losses: adapted.losses };
   },
+  async add({ task, grown, images, labels }) {
+    const adapted = await tasks.get(task).add(images, labels);
+    tasks.set(grown, adapted);
+    return { labels: adapted.labels, losses: adapted.losses };
+  },
+  async remove({ task, grown, label }) {
+    const adapted = await tasks.get(task).remove(label);
+    tasks.set(grown, adapted);
+    return { labels: adapted.labels, losses: adapted.losses };
+  },
   predict: ({ task, images }) => tasks.get(task).predict(images),
   logits: ({ task, images }) => tasks.get(task).logits(images),
   forget: ({ task }) => tasks.delete(task),
