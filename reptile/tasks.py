@@ -147,9 +147,7 @@ def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> li
         shots, steps = settings.train_shots, settings.inner_steps
         batch = min(settings.inner_batch, settings.ways * shots)
     protocol = FewShotProtocol(settings.ways, shots, episode.queries, steps, batch)
-    return [
-        held_out_task(rng, classes, protocol, any_cut=True) for _ in range(settings.meta_batch)
-    ]
+    return [held_out_task(rng, classes, protocol, any_cut=True) for _ in range(settings.meta_batch)]
 
 
 class FewShotProtocol(NamedTuple):

@@ -256,6 +256,10 @@ class _Reader:
                     f"line {line} has {found} columns, the header {expected}; put values that "
                     "hold the separator into quotation marks"
                 )
+            elif "invalid state" in str(error):
+                reason = (
+                    "its lines end in several ways (CR LF and LF), or it is no text; save it anew"
+                )
             else:
                 reason = f"cannot be read ({_first_line(error)})"
             raise InputError(f"{self.source}: {reason}") from None
