@@ -32,7 +32,7 @@ from reptile.data.dataset import (
 from reptile.data.names import can_be_shown
 from reptile.data.readers.base import Source, SourceClass
 from reptile.data.readers.table import Kind, Table, open_table
-from reptile.data.splits import assign_splits
+from reptile.data.splits import assign_splits, groups_or_classes
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.settings import PrepareSettings
@@ -62,13 +62,6 @@ def prepare_table(
     Raises:
         InputError: the table or the settings cannot be used; `folder` is as it was before.
     """
-    if settings.cross_domain:
-        raise InputError(
-            f"cross_domain = {list(settings.cross_domain)}: a table has no other domain; set "
-            "prepare.cross_domain to []"
-        )
-    if settings.windows:
-        raise InputError("prepare.windows: only recordings in arrays are cut; leave it out")
     order = settings.order if isinstance(settings.order, str) else ""
     with (
         atomic_directory(folder) as temporary,
@@ -121,9 +114,7 @@ def _classes(table: Table, settings: PrepareSettings) -> tuple[PreparedClass, ..
         _unread,
         no_split="a table tells no split",
     )
-    if settings.held_out == "groups" and not all(c.group for c in source.classes):
-        settings = settings.model_copy(update={"held_out": "classes"})
-    splits = assign_splits(source, settings)
+    splits = assign_splits(source, groups_or_classes(source, settings))
     starts = np.cumsum([0, *(count for *_, count in kept)])
     return tuple(
         PreparedClass(
