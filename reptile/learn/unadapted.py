@@ -14,7 +14,7 @@ from reptile.errors import InputError
 from reptile.learn.checkpoint import Checkpoint, build_network
 from reptile.learn.episodic import ClosedForm, EpisodicState, population_statistics
 from reptile.learn.heads import HEADS
-from reptile.models import Network, unflatten
+from reptile.models import Network, size, unflatten
 
 HeadName = Literal["prototypes", "ridge"]
 ALGORITHM_OF: dict[HeadName, str] = {"prototypes": "protonet", "ridge": "ridge"}
@@ -84,8 +84,8 @@ def as_closed_form(
     model = checkpoint.model if checkpoint.info.settings.closed_form else build_network(info)
     names = (*model.shapes, *learner.head.shapes)
     weights = torch.cat([learner.params[name].reshape(-1) for name in names])
-    nothing = torch.zeros_like(weights)
-    return Checkpoint(model, EpisodicState(weights, nothing, nothing, 0, learner.statistics), info)
+    state = EpisodicState.start(weights[: size(model)], learner.head)
+    return Checkpoint(model, state._replace(weights=weights, statistics=learner.statistics), info)
 
 
 def exported(
