@@ -202,7 +202,6 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
     "make images": "needs a container engine and a package index",
-    "dvc exp apply": "DVC's own; the experiments are tested",
     "dvc metrics show": "DVC's own view of files that are tested",
     "dvc plots show": "DVC's own view of files that are tested",
     "dvc pull bundle.dvc": "needs the team's remote",
