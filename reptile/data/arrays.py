@@ -128,6 +128,7 @@ def collect(
         content_sha256=content_digest(images, table, values),
         splits_sha256=splits_digest(table),
         settings=settings,
+        dtype="uint8" if images.dtype == np.uint8 else "float32",
         values=0 if values is None else values.shape[1],
         ordered=ordered,
     )

@@ -68,6 +68,8 @@ class DatasetIndex(BaseModel):
     content_sha256: str
     splits_sha256: str
     settings: dict[str, object]
+    dtype: Literal["uint8", "float32"] = "uint8"
+    """Of the inputs: pixels, or any numbers. In older data those with values are float32 too."""
     values: Annotated[int, Field(ge=0)] = 0
     """How many values there are to predict for each input; 0 for classes, and in older data."""
     coding: Coding | None = None
@@ -178,12 +180,12 @@ def load_prepared(folder: Path) -> PreparedData:
         raise InputError(f"{folder}: damaged ({error}); {again}") from None
     if targets is None and index.values:
         raise InputError(f"{path}: no such file; {again}")
-    allowed = [np.dtype(np.float32)] if targets is not None else [np.dtype("u1"), np.dtype("f4")]
-    if images.dtype not in allowed or images.shape[1:] != index.image_shape:
+    expected = np.dtype(index.dtype if targets is None else np.float32)
+    if images.dtype != expected or images.shape[1:] != index.image_shape:
         shape = ", ".join(map(str, ("N", *index.image_shape)))
         raise InputError(
-            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected "
-            f"{' or '.join(map(str, allowed))} of shape ({shape}); {again}"
+            f"{folder / IMAGES_FILE}: {images.dtype} of shape {images.shape}, expected {expected} "
+            f"of shape ({shape}); {again}"
         )
     if targets is not None and (
         targets.dtype != np.float32 or targets.ndim != 2 or len(targets) != len(images)

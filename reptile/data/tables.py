@@ -244,6 +244,7 @@ def _write(
         content_sha256=digest.hexdigest(),
         splits_sha256=splits_digest(classes),
         settings=settings.model_dump(mode="json"),
+        dtype="float32",
         values=len(coding.targets),
         coding=coding,
         ordered=bool(settings.order),
