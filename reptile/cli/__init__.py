@@ -39,7 +39,7 @@ from rich.text import Text
 from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
-from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings
+from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings, second_learner
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -276,7 +276,7 @@ def evaluate(
 
     others = dict(map(_named_folder, beside or ()))
     if not beside and (second := _second_checkpoint(settings, artifacts)):
-        others = {"beside": second}
+        others = {second_learner(settings.beside.algorithm): second}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:

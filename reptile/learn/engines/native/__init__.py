@@ -301,6 +301,11 @@ class NativeEngine:
         features: Tensor = _NativeFeatures.apply(weights, rows.astype(np.int64), self)
         return features
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """See `Engine.statistics`; by torch."""
+        images = self.images(rows).to(weights.dtype)
+        return self.model.statistics(unflatten(self.model, weights), images)
+
     def _features(self, weights: Tensor, rows: IntArray) -> Tensor:
         weights, _ = self._checked(weights, None, "weights")
         features = torch.empty(len(rows), self.model.feature_size)
