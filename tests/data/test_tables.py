@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ import duckdb
 import numpy as np
 import pytest
 
+from reptile.data.coding import NumberCoding
 from reptile.data.dataset import PreparedData, load_prepared
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
@@ -169,6 +171,37 @@ def test_the_form_of_the_file_does_not_matter(
     other = prepare(settings_of(path, table, order="when"), tmp_path / "other")
     assert other.content_sha256 == data.content_sha256
     assert other.index.coding == data.index.coding
+
+
+@pytest.mark.parametrize("form", ["text", "parquet"])
+def test_a_moment_is_the_same_in_every_offset_and_on_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    offsets = ["", "Z", "+00:00", "+02:00", "-05:30"]
+    rows = [
+        [row[0], f"{row[1]}T{number % 24:02}:30:00{offsets[number % 5]}", *row[2:]]
+        for number, row in enumerate(rows_of())
+    ]
+    path = write(tmp_path / "doses.csv", rows)
+    if form == "parquet":
+        path = path.with_suffix(".parquet")
+        duckdb.sql(
+            "SET TimeZone = 'UTC'; "
+            f'COPY (SELECT person, "when"::TIMESTAMPTZ AS "when", dose, kind, result FROM '
+            f"read_csv('{tmp_path / 'doses.csv'}', all_varchar = true)) TO '{path}'; "
+        )
+    data = prepare(settings_of(path), tmp_path / "out")
+    monkeypatch.undo()
+    time.tzset()
+    assert data.index.coding is not None
+    coding = data.index.coding.inputs[0]
+    assert isinstance(coding, NumberCoding) and coding.kind == "date"
+    moments = [datetime.fromisoformat(row[1]) for row in sorted(rows, key=lambda row: row[0])]
+    seconds = [(each if each.tzinfo else each.replace(tzinfo=UTC)).timestamp() for each in moments]
+    restored = data.images[:, 0].astype(np.float64) * coding.deviation + coding.mean
+    assert np.allclose(restored, seconds, rtol=0, atol=0.2)
 
 
 def test_what_is_missing_is_filled_or_left_out_if_the_settings_say_so(tmp_path: Path) -> None:

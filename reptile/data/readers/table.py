@@ -82,6 +82,7 @@ def open_table(source: str, settings: TableSettings, order: str, folder: Path) -
         },
     )
     try:
+        database.execute("SET TimeZone = 'UTC'")  # what a time without an offset is taken for
         yield _Reader(source, settings, order, database, folder).read()
     except duckdb.Error as error:
         raise InputError(f"{source}: {_first_line(error)}") from None
@@ -364,5 +365,5 @@ class _Reader:
 
 
 def _seconds(column: str) -> str:
-    moment = f"TRY_CAST({column} AS TIMESTAMP)"
+    moment = f"TRY_CAST({column} AS TIMESTAMPTZ)"  # a TIMESTAMP would drop the offset
     return f"CASE WHEN isfinite({moment}) THEN epoch({moment}) END"
