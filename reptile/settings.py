@@ -441,7 +441,8 @@ class EvaluateSettings(Section):
 
     def task_ways(self, training: TrainSettings, classes: int) -> int:
         """Return the classes of a task, for a learner trained so and a split of so many classes."""
-        return self.ways or (min(5, classes) if training.closed_form else training.ways)
+        any_number = training.closed_form and training.algorithm != "bayes"
+        return self.ways or (min(5, classes) if any_number else training.ways)
 
 
 class GateSettings(Section):
