@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 SMALLER = {
     "train": {"model": {"filters": 8}, "meta_iterations": 200, "checkpoint_every": 100},
     "evaluate": {"tasks": 20, "steps": 10},
-    "export": {"gate": {"accuracy": 0.0, "above_random": -1.0}},
+    "export": {"gate": {"accuracy": 0.0, "above_random": -1.0, "insist": True}},
     "verify": {"tasks": 60, "steps": 5},
 }
 ROOT = Path(__file__).parent.parent

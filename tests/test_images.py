@@ -31,7 +31,7 @@ SMALL = (
     *("-S", "train.checkpoint_every=2", "-S", "train.validation_tasks=2"),
     *("-S", "train.model={name: conv4, filters: 8, downsampling: stride}"),
     *("-S", "evaluate.tasks=6", "-S", "evaluate.steps=5"),
-    *("-S", "export.gate={accuracy: 0.0, above_random: -1.0}"),
+    *("-S", "export.gate={accuracy: 0.0, above_random: -1.0, insist: true}"),
     *("-S", "verify.tasks=40", "-S", "verify.steps=5"),
 )
 

@@ -23,17 +23,17 @@ ALGORITHMS = {
     "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
-    "protonet": "nearest prototype: Snell, Swersky, Zemel: arXiv 1703.05175",
-    "ridge": "ridge regression: Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136",
+    "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",
+    "ridge": "ridge regression (Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136)",
 }
 
 
 CLOSED_FORM = """\
-A few-shot image classifier that learns inside ONNX Runtime. Give it a few labelled images of any
+A few-shot classifier that learns inside ONNX Runtime. Give it a few labelled examples of any
 number of classes it has never seen (up to {ways}); it fits a linear classifier to their features in
-closed form, without gradient steps, and then classifies further images of these classes. A class is
-added or removed later without the other classes' images. Its network was trained through the same
-head ({algorithm}).
+closed form, without gradient steps, and then classifies further examples of these classes. A class
+is added or removed later without the other classes' examples. Its network was trained through the
+same head: {algorithm}.
 
 | | |
 |---|---|
@@ -229,22 +229,18 @@ was exported.
 
 
 def _architecture(info: CheckpointInfo) -> str:
-    model = info.settings.model
+    """Describe the network in words."""
+    model, closed_form = info.settings.model, info.settings.closed_form
     if info.module or model.name not in ARCHITECTURES:
-        return f"`{info.module or model.name}`, adapted: {_adapted(info.settings.adapt)}"
+        name = f"`{info.module or model.name}`"
+        return name if closed_form else f"{name}, adapted: {_adapted(info.settings.adapt)}"
     text = ARCHITECTURES[model.name].format(
         filters=model.filters,
         downsampling=DOWNSAMPLING[model.downsampling],
         hidden=", ".join(map(str, model.hidden)),
         activation=ACTIVATIONS[model.activation],
     )
-    return text.removesuffix(", and a linear head") if info.settings.closed_form else text
-
-
-def _adapted(adapt: Adapt) -> str:
-    if isinstance(adapt, LastBlocks):
-        return f"the last {adapt.last} blocks and the head"
-    return adapt if isinstance(adapt, str) else ", ".join(adapt)
+    return text.removesuffix(", and a linear head") if closed_form else text
 
 
 def _training(info: CheckpointInfo, texts: _Texts) -> str:
@@ -261,6 +257,12 @@ a class."""
 Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
 {training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
 {training.inner_steps} inner steps on batches of {training.inner_batch}."""
+
+
+def _adapted(adapt: Adapt) -> str:
+    if isinstance(adapt, LastBlocks):
+        return f"the last {adapt.last} blocks and the head"
+    return adapt if isinstance(adapt, str) else ", ".join(adapt)
 
 
 def _table(metrics: Metrics | None) -> str:

@@ -136,7 +136,7 @@ class AdaptedModel:
             TimeoutError: not done in time.
         """
         old, names = self._examples(), self.state.labels
-        array = check_images(images, self.bundle.image_shape)
+        array = _inputs(images, self.bundle)
         names, targets = check_names(labels, len(array), names)
         check_ways(names, self.bundle)
         check_support(len(old.targets) + len(array), self.bundle, "images")

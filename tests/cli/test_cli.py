@@ -27,6 +27,7 @@ train:
   checkpoint_every: 3
   validation_tasks: 2
 evaluate: {{tasks: 6, shots: [1, 2], steps: 5}}
+export: {{gate: {{insist: true}}}}
 verify: {{tasks: 40, steps: 5}}
 """
 
@@ -312,3 +313,24 @@ def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -
     assert code == 2
     assert "in use by another process" in err
     assert run("train")[0] == 0
+
+
+def test_another_checkpoint_is_measured_beside(here: Path, run: Run) -> None:
+    code, out, err = run("evaluate", "--beside", "again=artifacts/checkpoint")
+    assert code == 0, err
+    assert "again, frozen" in out
+    metrics = json.loads((here / "artifacts/evaluation/metrics.json").read_text())
+    assert metrics["beside"] == ["again"]
+    assert {
+        score["mean"] for score in metrics["differences"]["letters"]["1"]["again"].values()
+    } == {0}
+    code, _, err = run("evaluate", "--beside", "artifacts/checkpoint")
+    assert code == 2
+    assert "write it as NAME=FOLDER" in err
+
+
+def test_the_gate_asks_simpler_methods_unless_it_is_told_to_insist(here: Path, run: Run) -> None:
+    code, _, err = run("export", "-S", "export.gate.insist=false")
+    assert code == 3
+    assert "a simpler method is better on the same tasks" in err
+    assert run("export", "-S", "export.gate.insist=true")[0] == 0

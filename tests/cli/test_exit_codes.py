@@ -27,6 +27,7 @@ train:
   checkpoint_every: 3
   validation_tasks: 2
 evaluate: {tasks: 6, shots: [1], steps: 5}
+export: {gate: {insist: true}}
 verify: {tasks: 10, steps: 5}
 """
 

@@ -285,7 +285,7 @@ def test_summary_table_has_a_row_for_each_mode(evaluation: Evaluation) -> None:
     with console.capture() as captured:
         console.print(summary_table(metrics(evaluation)))
     text = captured.get()
-    for word in ("patterns", "other", "non-transductive", "frozen", "trained", "linear probe", "±"):
+    for word in ("patterns", "other", "non-transductive", "frozen", "trained", "linear_probe", "±"):
         assert word in text
 
 

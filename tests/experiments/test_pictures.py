@@ -27,6 +27,7 @@ SMALL_SINUSOIDS = (
     "evaluate.queries=10",
     "export.gate.mean_squared_error=1000",
     "export.gate.above_random=-1",
+    "export.gate.insist=true",
 )
 DOCUMENTS = ("README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")))
 

@@ -4,7 +4,6 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics
 from reptile.objectives import objective_named
 
@@ -19,21 +18,10 @@ def summary_table(metrics: Metrics) -> Table:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    rows = list(metrics.table())
-    several = any(mode != "none" for _, mode, _ in rows)
-    table.add_column("method")
-    if several:
-        table.add_column("batch norm", no_wrap=True)
+    table.add_column("method", no_wrap=True)
     for dataset, shots in metrics.columns:
-        table.add_column(f"{escape(dataset)} {shots}-shot", justify="right", no_wrap=True)
-    shown = ""
-    for method, mode, cells in rows:
-        bold = method == metrics.learner
-        words = [
-            escape(title(method)) if method != shown else "",
-            *([mode.replace("_", "-") if mode != "none" else ""] if several else []),
-            *cells,
-        ]
-        table.add_row(*words, style="bold" if bold else None)
-        shown = method
+        table.add_column(f"{escape(dataset)} {shots}-shot", justify="right")
+    for method, mode, cells in metrics.table():
+        label = method if mode == "none" else f"{method}, {mode.replace('_', '-')}"
+        table.add_row(escape(label), *cells, style="bold" if method == metrics.learner else None)
     return table
