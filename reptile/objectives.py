@@ -58,10 +58,11 @@ class Objective:
 
     def show(self, mean: float, interval: float) -> str:
         """Write a score with its 95 % interval for people, without its unit."""
+        digits = 3 if max(abs(mean), interval) >= 0.05 else 5
         text = (
             f"{100 * mean:.1f} ± {100 * interval:.1f}"
             if self.unit == "%"
-            else f"{mean:.3f} ± {interval:.3f}"
+            else f"{mean:.{digits}f} ± {interval:.{digits}f}"
         )
         return text.replace("-", "\N{MINUS SIGN}")
 

@@ -64,12 +64,64 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+class TableSettings(Section):
+    """The columns of a table, by their names in its header."""
+
+    task: str = ""
+    """The column that tells tasks apart: patient, device, user. With classes: their group, or
+    empty."""
+    inputs: tuple[str, ...] = ()
+    """Columns of numbers, categories (any text) or dates (ISO 8601)."""
+    targets: tuple[str, ...] = ()
+    """What is to be predicted: columns of numbers, or the column of the class."""
+    kind: Literal["values", "classes"] = "values"
+    categories: tuple[str, ...] = ()
+    """Those inputs whose numbers are codes of categories."""
+    decimal: Literal[".", ","] = "."
+    """The decimal mark of a text file."""
+    missing: Literal["refuse", "fill"] = "refuse"
+    """A missing input is an error, or becomes the training split's mean (a category: `other`). Rows
+    without a task, target or place in the order are an error, or left out."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "TableSettings":
+        named = [each for each in (self.task, *self.inputs, *self.targets) if each]
+        for each in named:
+            if named.count(each) > 1:
+                if each in self.inputs and each in self.targets:
+                    raise ValueError(f"the target {each!r} is among the inputs; remove it there")
+                raise ValueError(
+                    f"column {each!r} is named twice in task, inputs and targets; keep one"
+                )
+        if unknown := set(self.categories) - set(self.inputs):
+            raise ValueError(f"categories: {min(unknown)!r} is none of the inputs")
+        if self.kind == "classes" and len(self.targets) > 1:
+            raise ValueError("targets: kind = classes takes one column, the class")
+        return self
+
+
+class WindowSettings(Section):
+    """Cut recordings [..., time] into windows, each an example of its own."""
+
+    length: Positive
+    """Of a window, in samples."""
+    step: Positive
+    """Samples from the start of a window to that of the next."""
+
+
 class PrepareSettings(Section):
-    """From a source of images to one prepared dataset with fixed splits."""
+    """From a source to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
     """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `photographs`,
-    `sinusoid`."""
+    `sinusoid`; a table (.csv, .tsv, .parquet); or arrays (.npz, .safetensors, or a folder with
+    inputs.npy)."""
+    table: TableSettings = TableSettings()
+    windows: WindowSettings | None = None
+    """Arrays: cut each example along its last axis."""
+    order: bool | str = False
+    """Whether the rows of each task have an order, so that a support set is always older than its
+    queries. A table: the column to sort by (a number or date). `true`: the order of the rows."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
@@ -86,7 +138,8 @@ class PrepareSettings(Section):
     rotations: bool = True
     """Turn each training class by 90, 180 and 270 degrees into three more classes."""
     images_per_class: Positive = 20
-    """The minimum number of images of a class: shots + queries, or the train-shots."""
+    """The minimum number of images of a class (shots + queries, or the train-shots); or of rows of
+    a table's task, where those with fewer are left out."""
 
     @field_validator("held_out")
     @classmethod
@@ -388,7 +441,8 @@ class EvaluateSettings(Section):
 
     def task_ways(self, training: TrainSettings, classes: int) -> int:
         """Return the classes of a task, for a learner trained so and a split of so many classes."""
-        return self.ways or (min(5, classes) if training.closed_form else training.ways)
+        any_number = training.closed_form and training.algorithm != "bayes"
+        return self.ways or (min(5, classes) if any_number else training.ways)
 
 
 class GateSettings(Section):

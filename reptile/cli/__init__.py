@@ -111,7 +111,8 @@ def prepare(
     with _counting("preparing") as count:
         data = stages.prepare(settings.prepare, folder, count)
     sizes = {split: len(data.split(split).starts) for split in ("train", "validation", "test")}
-    what = "points" if data.values else f"images of {data.image_shape}"
+    inputs = "images" if data.images.dtype == "uint8" else "inputs"
+    what = "points" if data.values else f"{inputs} of {data.image_shape}"
     console.print(
         f"{data.name}: {len(data.images):,} {what} in {folder}; classes: "
         + ", ".join(f"{count} {split}" for split, count in sizes.items()),

@@ -30,15 +30,17 @@ from reptile.evaluate.heads import (
     prototype_steps,
     prototypes,
     ridge,
+    variances,
 )
 from reptile.evaluate.metrics import Choice, Score
+from reptile.learn import heads as learnt
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.learn.unadapted import ALGORITHM_OF, frozen_features
-from reptile.models import Network, initialise
+from reptile.models import Network, Params, initialise
 from reptile.objectives import CLASSIFICATION
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
 from reptile.tasks import (
@@ -62,6 +64,13 @@ class Row(NamedTuple):
 
     network: str
     head: Head | None  # None: ridge regression, its strength chosen on validation tasks
+    variances: Head | None = None  # of the outputs, where the head has them
+
+    @classmethod
+    def of(cls, network: str, head: learnt.Head, params: Params) -> "Row":
+        """Return the row of a head that networks are trained through."""
+        spread = variances(head, params) if isinstance(head, learnt.BayesHead) else None
+        return cls(network, closed_form(head, params), spread)
 
 
 class Drawn(NamedTuple):
@@ -114,7 +123,7 @@ class Comparison:
         if isinstance(checkpoint.state, EpisodicState):
             learner = checkpoint.closed_form
             self._networks[name] = learner
-            self.rows[name] = Row(name, closed_form(learner.head, learner.params))
+            self.rows[name] = Row.of(name, learner.head, learner.params)
         else:
             self.adapted[name] = GradientLearner(checkpoint, checkpoint.state)
 
@@ -130,7 +139,7 @@ class Comparison:
         self._networks[before] = frozen_features(checkpoint, weights, self._data)
         if settings.closed_form:
             head = checkpoint.closed_form.head
-            self.rows["random"] = Row(before, closed_form(head, head.initial))
+            self.rows["random"] = Row.of(before, head, head.initial)
 
     @property
     def _has_training_split(self) -> bool:
@@ -209,6 +218,23 @@ class Comparison:
         row = self.rows[name]
         head = row.head or ridge(self._strengths[name, drawn.shots])
         return apply(head, embeddings[row.network], drawn.tasks, drawn.ways, self.objective)
+
+    def coverage(
+        self, name: str, embeddings: Mapping[str, Embedding], drawn: Drawn, outputs: FloatArray
+    ) -> FloatArray | None:
+        """Return the share of each task's values [T] that lie in their 95 % intervals.
+
+        None for a row without variances.
+        """
+        row = self.rows[name]
+        if row.variances is None:
+            return None
+        spread = apply(
+            row.variances, embeddings[row.network], drawn.tasks, drawn.ways, self.objective
+        )
+        targets = np.stack([task.query_targets for task in drawn.tasks]).reshape(outputs.shape)
+        inside = np.abs(targets - outputs) <= 1.96 * np.sqrt(spread)
+        return np.asarray(inside.mean((-2, -1)))
 
     def strength(self, name: str, shots: int) -> float | None:
         """Return the strength of a row of ridge regression; None for other rows."""

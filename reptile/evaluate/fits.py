@@ -1,4 +1,4 @@
-"""Functions of one number, as the adapted network computes them: curves for the report.
+"""Functions of one number, as the trained learner predicts them: curves for the report.
 
 Not for scores, which use the tasks' query points: see `measure`.
 """
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from reptile.data.dataset import PreparedData
+from reptile.learn.engines.base import gather
+from reptile.learn.episodic import ClosedForm
 from reptile.models import Model, unflatten
 from reptile.tasks import Task
 
@@ -33,7 +35,8 @@ class Fit(NamedTuple):
     shown: Points
     queries: Points
     x: Array  # [GRID]
-    by_step: Mapping[int, Array]  # [GRID] after so many steps
+    by_step: Mapping[int, Array]  # [GRID] after so many steps; in closed form 0 and 1
+    deviation: Array | None = None  # standard deviation of the last, [GRID], where there is one
 
 
 @torch.no_grad()
@@ -48,7 +51,7 @@ def fit_curves(
         tasks: T tasks.
         along: weights [T, P] by the number of steps that led to them.
     """
-    x = np.linspace(float(data.images.min()), float(data.images.max()), GRID)
+    x = _grid(data)
     fits = []
     for number, task in enumerate(tasks):
         curves = {}
@@ -60,6 +63,33 @@ def fit_curves(
         shown = _points(data, task.support, task.support_targets)
         fits.append(Fit(shown, _points(data, task.query, task.query_targets), x, curves))
     return tuple(fits)
+
+
+@torch.no_grad()
+def fit_posteriors(
+    learner: ClosedForm, data: PreparedData, tasks: Sequence[Task]
+) -> tuple[Fit, ...]:
+    """Return a Bayesian learner's predictions before and after it has seen the support set."""
+    x, device = _grid(data), learner.params["head.mean"].device
+    grid = learner.features(torch.from_numpy(x).float().to(device).view(-1, 1, 1, 1))
+    fits = []
+    for task in tasks:
+        shown = _points(data, task.support, task.support_targets)
+        support = learner.features(gather(data.images, task.support, device))
+        values = torch.from_numpy(task.support_targets).to(device)
+        posteriors = (
+            learner.posterior(support[:0], values[:0]),
+            learner.posterior(support, values),
+        )
+        (before, _), (after, variance) = (each.predict(grid) for each in posteriors)
+        curves = {0: before[:, 0].cpu().numpy(), 1: after[:, 0].cpu().numpy()}
+        queries = _points(data, task.query, task.query_targets)
+        fits.append(Fit(shown, queries, x, curves, variance[:, 0].sqrt().cpu().numpy()))
+    return tuple(fits)
+
+
+def _grid(data: PreparedData) -> Array:
+    return np.linspace(float(data.images.min()), float(data.images.max()), GRID)
 
 
 def _points(

@@ -51,6 +51,22 @@ def closed_form(head: learnt.Head, params: Params) -> Head:
     return outputs
 
 
+def variances(head: learnt.BayesHead, params: Params) -> Head:
+    """Return a head whose outputs are the variances of the queries' values."""
+    numbers = {name: params[name].double().cpu() for name in head.shapes}
+
+    def one(support: Tensor, targets: Tensor, query: Tensor) -> Tensor:
+        return head.fit(numbers, support, targets).predict(query)[1]
+
+    each = torch.vmap(one)
+
+    def outputs(shown: Shown) -> Tensor:
+        result: Tensor = each(shown.support, shown.targets, shown.query)
+        return result
+
+    return outputs
+
+
 def prototypes(shown: Shown) -> Tensor:
     """Return the negative squared distance to each class's mean, up to what classes share."""
     head = learnt.HEADS["protonet"]

@@ -12,14 +12,13 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.evaluate.adapting import (
     FloatArray,
-    GradientLearner,
     adapt_along,
     check_ways,
     engine_on,
     path_to,
 )
 from reptile.evaluate.comparison import Comparison, Drawn
-from reptile.evaluate.fits import Fit, fit_curves
+from reptile.evaluate.fits import Fit, fit_curves, fit_posteriors
 from reptile.evaluate.methods import METHODS, in_order
 from reptile.evaluate.metrics import Choice, Mode, Score
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
@@ -50,6 +49,8 @@ class Measurement:
     """Scores of learners of gradient steps after so many steps, [steps, first tasks]."""
     strengths: Mapping[str, float] = field(default_factory=dict)
     """Of ridge regression, by method."""
+    coverage: Mapping[str, FloatArray] = field(default_factory=dict)
+    """By method: the share of each task's values that lie in their 95 % intervals, [T]."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -192,7 +193,6 @@ def evaluate(
         drawn = {number: comparison.draw(source.split("test"), number) for number in shots}
         path = path_to(settings.steps) if name == data.name else ()
         measurements += _measure(comparison, name, source, drawn, path, count)
-    trained = comparison.adapted.get("trained")
     return Evaluation(
         settings=settings,
         ways=ways,
@@ -207,7 +207,7 @@ def evaluate(
             learner.checkpoint.model.has_batch_norm for learner in comparison.adapted.values()
         ),
         adaptations=of_choice + of_tests,
-        fits=_fits(trained, settings, data, measurements[0].tasks) if trained else (),
+        fits=_fits(comparison, settings, data, measurements[0].tasks, checkpoint),
     )
 
 
@@ -279,6 +279,7 @@ def _measure(
         scores: dict[str, Mapping[Mode, FloatArray]] = {}
         logits: Mapping[Mode, FloatArray] = {}
         by_step: dict[tuple[str, BatchNormMode], FloatArray] = {}
+        coverage: dict[str, FloatArray] = {}
         for method in comparison.adapted:
             along = path if method in OF_THE_PATH else ()
             found = comparison.adapt(method, data, tasks, along, count=count)
@@ -293,6 +294,9 @@ def _measure(
             scores[method] = {"none": comparison.scores(outputs, tasks)}
             if method == "trained":
                 logits = {"none": outputs}
+            inside = comparison.coverage(method, embeddings, tasks, outputs)
+            if inside is not None:
+                coverage[method] = inside
         strengths = {method: comparison.strength(method, shots) for method in comparison.rows}
         measurements.append(
             Measurement(
@@ -305,20 +309,25 @@ def _measure(
                 path if by_step else (),
                 by_step,
                 {method: value for method, value in strengths.items() if value is not None},
+                coverage,
             )
         )
     return measurements
 
 
 def _fits(
-    trained: GradientLearner,
+    comparison: Comparison,
     settings: EvaluateSettings,
     data: PreparedData,
     tasks: tuple[Task, ...],
+    checkpoint: Checkpoint,
 ) -> tuple[Fit, ...]:
-    """Return the functions that the meta-trained network learns on the first tasks."""
+    """Return the functions that the trained learner learns on the first tasks."""
     if data.values == 0 or math.prod(data.image_shape) > 1:
         return ()
+    if checkpoint.info.settings.closed_form:
+        return fit_posteriors(checkpoint.closed_form, data, tasks[:FITS])
+    trained = comparison.adapted["trained"]
     path = sorted({0, min(1, settings.steps), settings.steps})
     engine = engine_on(trained.checkpoint, data)
     along = adapt_along(engine, trained.start, tasks[:FITS], path)

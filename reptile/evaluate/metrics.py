@@ -95,6 +95,9 @@ class Metrics(BaseModel):
     either."""
     strengths: dict[str, dict[Shots, float]] = {}
     """Of ridge regression, by method and shots: λ for the kernel of the features."""
+    coverage: dict[str, dict[Shots, dict[str, Score]]] = {}
+    """Of learners that give intervals, by dataset, shots and method: the share of values that lie
+    in their 95 % intervals."""
 
     def find(self, dataset: str, shots: int, method: str, mode: Mode) -> Score | None:
         """Return a score, or None if it was not measured; a method without network has one."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from reptile.evaluate.adapting import PATH_MODES
 from reptile.evaluate.confusions import confusions
 from reptile.evaluate.measure import Evaluation, Measurement
-from reptile.evaluate.metrics import DIGITS, METRICS_FILE, ByMethod, Metrics, Scores
+from reptile.evaluate.metrics import DIGITS, METRICS_FILE, ByMethod, Metrics, Score, Scores
 from reptile.evaluate.report import render_report
 from reptile.files import write_json
 from reptile.objectives import CLASSIFICATION
@@ -38,6 +38,7 @@ def metrics(evaluation: Evaluation) -> Metrics:
     scores: Scores = {}
     differences: Scores = {}
     strengths: dict[str, dict[int, float]] = {}
+    coverage: dict[str, dict[int, dict[str, Score]]] = {}
     for measured in evaluation.measurements:
         by_method: ByMethod = {
             method: {
@@ -50,6 +51,10 @@ def metrics(evaluation: Evaluation) -> Metrics:
         differences.setdefault(measured.dataset, {})[measured.shots] = against
         for method, value in measured.strengths.items():
             strengths.setdefault(method, {})[measured.shots] = float(f"{value:.6g}")
+        if measured.coverage:
+            coverage.setdefault(measured.dataset, {})[measured.shots] = {
+                method: Score.of(values).rounded() for method, values in measured.coverage.items()
+            }
     return Metrics(
         objective=evaluation.objective.name,
         metric=evaluation.objective.metric,
@@ -61,6 +66,7 @@ def metrics(evaluation: Evaluation) -> Metrics:
         scores=scores,
         differences=differences,
         strengths=strengths,
+        coverage=coverage,
     )
 
 

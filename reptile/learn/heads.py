@@ -161,6 +161,31 @@ class Posterior(NamedTuple):
         return features @ self.mean, spread[:, None] * self.noise
 
 
+class Prior(NamedTuple):
+    """What a Bayesian linear regression starts from."""
+
+    mean: Tensor  # K₀, [D + 1, outputs]
+    root: Tensor  # R with Λ₀⁻¹ = RRᵀ, [D + 1, D + 1]
+    noise: Tensor  # σ², [outputs]
+
+    def given(self, features: Tensor, values: Tensor, solve: Solve) -> Posterior:
+        """Return the posterior given features [S, D] and values [S, outputs], of their type.
+
+        In coordinates where the prior is N(0, I), with Ψ = ΦR: it solves I + ΨᵀΨ, of size D + 1 for
+        any S. Nothing is subtracted, so that float32 keeps the variances: `BayesHead.fit` subtracts
+        from the prior covariance, which is many times the posterior one.
+        """
+        features = with_constant(features)
+        white = features @ self.root  # Ψ, [S, D + 1]
+        identity = torch.eye(self.root.shape[0], dtype=white.dtype, device=white.device)
+        right = torch.cat([white.T @ (values - features @ self.mean), self.root.T], dim=1)
+        moved = self.root @ solve(identity + white.T @ white, right)
+        mean_move, covariance = torch.split(
+            moved, [self.mean.shape[1], self.root.shape[0]], dim=1
+        )
+        return Posterior(self.mean + mean_move, covariance, self.noise)
+
+
 class BayesHead(Head):
     """Bayesian linear regression whose prior and noise are learnt with the features.
 
@@ -194,7 +219,8 @@ class BayesHead(Head):
 
         It solves a system of the support set's size, I + ΦΛ₀⁻¹Φᵀ, whose eigenvalues are at least 1.
         """
-        mean, covariance, noise = self.prior(params)
+        prior = self.prior(params)
+        mean, covariance, noise = prior.mean, prior.root @ prior.root.T, prior.noise
         features, values = with_constant(features.to(mean.dtype)), values.to(mean.dtype)
         spread = covariance @ features.T  # [D + 1, S]
         identity = torch.eye(len(features), dtype=mean.dtype, device=mean.device)
@@ -204,15 +230,13 @@ class BayesHead(Head):
         return Posterior(mean + mean_move, covariance - shrunk, noise)
 
     @staticmethod
-    def prior(params: Params) -> Posterior:
+    def prior(params: Params) -> "Prior":
         """Return what is known without any support set, float64."""
         raw = params["head.factor"].double()
         factor = raw.tril(-1) + torch.diag_embed(raw.diagonal().exp())
         identity = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
         root = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return Posterior(
-            params["head.mean"].double(), root.T @ root, params["head.noise"].double().exp()
-        )
+        return Prior(params["head.mean"].double(), root.T, params["head.noise"].double().exp())
 
     def loss(
         self,

@@ -161,6 +161,9 @@ def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     classes = data.split(name)
     ways = min(settings.ways, len(classes.starts)) if settings.closed_form else settings.ways
     protocol = objective_of(data.values).validation._replace(ways=ways)
+    if settings.closed_form and data.values:
+        episode = settings.episode
+        protocol = protocol._replace(shots=max(episode.shots), queries=episode.queries)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

@@ -82,7 +82,7 @@ def render_report(evaluation: Evaluation) -> str:
         advice=advice(evaluation),
         by_step=[(m.shots, _by_step_chart(m, evaluation)) for m in evaluation.held_out if m.steps],
         path_tasks=min(PATH_TASKS, evaluation.settings.tasks),
-        **(_named(evaluation) if objective is CLASSIFICATION else {"fits": _fits(evaluation)}),
+        **(_named(evaluation) if objective is CLASSIFICATION else _valued(evaluation)),
         curves=_curves(evaluation),
         evaluate_settings=_flat(evaluation.settings),
         train_settings=_flat(evaluation.checkpoint.settings),
@@ -105,13 +105,20 @@ def _named(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _valued(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the parts for regressors."""
+    titles = {name: shown_title(evaluation, name) for name in evaluation.held_out[0].coverage}
+    return {"fits": _fits(evaluation), "titles": titles}
+
+
 def _fits(evaluation: Evaluation) -> list[Markup]:
     """Draw the functions before adaptation, after one step and after all, and the points."""
     charts = []
     x_high = max((float(np.abs(fit.x).max()) for fit in evaluation.fits), default=1.0)
     for fit in evaluation.fits:
         steps = sorted(fit.by_step)
-        names = {0: "before", steps[-1]: f"{steps[-1]} steps"}
+        last = f"{steps[-1]} steps" if fit.deviation is None else "after"
+        names = {0: "before", steps[-1]: last}
         styles = {0: "random", steps[-1]: "trained"}
         lines = [
             Line(
@@ -119,6 +126,9 @@ def _fits(evaluation: Evaluation) -> list[Markup]:
                 styles.get(step, "trained dashed"),
                 fit.x.tolist(),
                 fit.by_step[step].tolist(),
+                (1.96 * fit.deviation).tolist()
+                if fit.deviation is not None and step == steps[-1]
+                else (),
             )
             for step in steps
         ]
@@ -183,6 +193,7 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     guess = Line(what, "chance", (0, x.high), (level, level))
     high = max(level, *score.y)
     loss = Line("training", "trained", iterations, losses)
+    loss_axis = axis("", 1.05 * max(losses))._replace(low=min(0.0, *losses))
     return [
         (
             f"{objective.title.capitalize()} on validation tasks ({objective.validation.shots}-shot"
@@ -193,7 +204,7 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
         ),
         (
             "Loss in the last inner step of training tasks",
-            line_chart("training loss", [loss], x, axis("", 1.05 * max(losses))),
+            line_chart("training loss", [loss], x, loss_axis),
         ),
     ]
 
