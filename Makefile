@@ -10,10 +10,11 @@ INSTALLED := $(VENV)/.installed-$(ORT)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup repro test test-slow test-versions test-images test-browser page docs lint bench load-test images lock clean
+.PHONY: help setup repro photos test test-slow test-versions test-images test-browser page docs lint bench load-test images lock clean
 
 help:
 	@echo "make repro      run the whole pipeline: data, training, evaluation, verified ONNX bundle"
+	@echo "make photos     make a bundle that learns from photographs, on a pretrained network"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long ones too (whole pipelines from fresh clones)"
 	@echo "make test-versions  try the oldest and the newest onnxruntime (from the package index)"
@@ -40,6 +41,16 @@ repro: setup
 	dvc pull --quiet --remote starter data.dvc
 	dvc repro
 	@python -m reptile show
+
+# Of a folder of class folders: make photos PHOTOS=FOLDER
+PHOTOS ?= photographs
+
+photos: setup
+	pip install --quiet --constraint constraints.txt --editable '.[$(ORT),photos]'
+	for stage in prepare train evaluate export verify; do \
+		python -m reptile $$stage --preset photos --artifacts artifacts/photos \
+			-S prepare.source=$(PHOTOS) || exit; \
+	done
 
 test: setup
 	pytest -m "not slow and not versions and not browser"

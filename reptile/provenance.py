@@ -65,6 +65,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "learn/maml.py",
         "learn/run.py",
         "learn/run_folder.py",
+        "learn/shares.py",
         "learn/train.py",
     ),
     "evaluate": (

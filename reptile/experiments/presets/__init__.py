@@ -139,7 +139,14 @@ def _add(name: str, written: set[str]) -> str:
 def _hydra(value: Any) -> str:
     """Write a value so that DVC reads it as YAML would have."""
     if isinstance(value, list):
-        return f"[{','.join(map(_hydra, value))}]"
+        return f"[{','.join(map(_inside, value))}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
     return str(value)
+
+
+def _inside(value: Any) -> str:
+    """Write a value of a list."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_inside(each)}' for name, each in value.items())}}}"
+    return f"'{value}'" if isinstance(value, str) else _hydra(value)

@@ -131,7 +131,10 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
         "absent labels": (images, 3 * labels + 1),
     }
     wanted = {name: subject.logits(*task) for name, task in tasks.items()}
-    rounding = {name: subject.rounding(*task) for name, task in tasks.items()}
+    rounding = {
+        name: _error(subject.logits(*task, torch.float32), wanted[name])
+        for name, task in tasks.items()
+    }
     for optimised, threads in SETTINGS:
         adapt = subject.session("adapt", optimised, threads)
         predict = subject.session("predict_adapted", optimised, threads)
