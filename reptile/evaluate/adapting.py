@@ -141,7 +141,9 @@ def check_ways(checkpoint: Checkpoint, ways: int) -> None:
         if ways < least:
             raise InputError(f"{ways}-way tasks: give at least {least} ways")
         if least == 1 < ways:
-            raise InputError(f"{ways}-way tasks: a task of values has one way; leave evaluate.ways out")
+            raise InputError(
+                f"{ways}-way tasks: a task of values has one way; leave evaluate.ways out"
+            )
         return
     head = checkpoint.info.settings.ways
     if not least <= ways <= head:
