@@ -33,7 +33,7 @@ from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.reptile import MetaState
 from reptile.minibatches import mini_batches
-from reptile.models import ModuleNetwork, size
+from reptile.models import ModuleNetwork, size, unflatten
 from reptile.models.resnet12 import ResNet12
 from reptile.objectives import CLASSIFICATION
 from reptile.settings import LastBlocks, TrainSettings
@@ -226,8 +226,12 @@ def start(case: Case, adapt: str) -> Checkpoint:
     torch.manual_seed(0)
     chosen: Any = LastBlocks(last=1) if adapt.startswith("last") else adapt
     model = ModuleNetwork(case.make(), case.shape, WAYS, CLASSIFICATION, adapt=chosen)
-    noise = torch.rand(size(model), generator=torch.Generator().manual_seed(1))
-    state = MetaState(model.initialise(0), OptimizerState(1e-3 + 1e-2 * noise, 10_000))
+    weights = model.initialise(0).requires_grad_()
+    inputs = torch.from_numpy(draw(np.random.default_rng(1), case, 2 * WAYS))
+    outputs = model.forward(unflatten(model, weights), inputs)
+    loss = CLASSIFICATION.loss(outputs, torch.arange(2 * WAYS) % WAYS)
+    (gradient,) = torch.autograd.grad(loss, weights)
+    state = MetaState(weights.detach(), OptimizerState(gradient.square() + 1e-6, 10_000))
     info = CheckpointInfo(
         iteration=0,
         settings=TrainSettings(ways=WAYS),

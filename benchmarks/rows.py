@@ -9,16 +9,20 @@ from functools import partial
 import numpy as np
 
 from benchmarks.bundle import adapting, predicting
-from benchmarks.cases import CASES, Work, class_range
+from benchmarks.cases import CASES, CPU, Work, class_range
 from benchmarks.results import Line, Point, Row, compared
 from benchmarks.timing import Effort, Measure, interleave, paired, stopwatch
 from benchmarks.training import busy_core, overhead, processes
-from reptile.learn.engines import Engine
-from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, TrainSettings
-from reptile.tasks import FewShotProtocol, held_out_task, training_tasks
+from reptile.learn.engines import Engine, make_engine
+from reptile.learn.episodic import EpisodicState, episodic_step
+from reptile.learn.heads import HEADS
+from reptile.models import build_model, initialise
+from reptile.settings import BATCH_NORM_MODES, EvaluateSettings, ModelSettings, TrainSettings
+from reptile.tasks import FewShotProtocol, episodes, held_out_task, training_tasks
 
 EVALUATED = 8  # test tasks in one timing
 EVALUATION_SPEED = 4.0  # of 1-shot tasks against eager, at least
+HEAD_SPEED = 3.0  # of training through a head against eager, at least
 GROWTH = 1.5  # of the time to draw tasks from a thousand times the images, at most
 META_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 IMAGE_SIZES = (28, 42, 56, 84)
@@ -48,6 +52,41 @@ def meta_iteration(name: str, effort: Effort) -> Row:
         name=name,
         title=f"{case.title}: a meta-iteration of {tasks} tasks",
         lines=compared(times, "eager", limits=limits, tasks=tasks),
+    )
+
+
+def through_a_head(downsampling: str, effort: Effort) -> Row:
+    """Time a step of training through ridge regression: one episode, 20-way 1-shot, 5 queries."""
+    model_settings = ModelSettings.model_validate({"downsampling": downsampling})
+    settings = TrainSettings.model_validate(
+        {
+            "algorithm": "ridge",
+            "model": model_settings,
+            "ways": 20,
+            "meta_batch": 1,
+            "episode": {"shots": [1]},
+        }
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (800, 1, 28, 28), dtype=np.uint8)
+    model = build_model(model_settings, 0, (1, 28, 28))
+    head = HEADS["ridge"]
+    state = EpisodicState.start(initialise(model, 0), head)
+    drawn = episodes(class_range(40, 20), settings, 0)
+    engines = {
+        name: make_engine(name, model, settings.optimizer, pixels, CPU)
+        for name in ("eager", "auto")
+    }
+    times = interleave(
+        {
+            name: stopwatch(partial(episodic_step, engine, state, drawn, head, 1e-3))
+            for name, engine in engines.items()
+        },
+        effort,
+    )
+    return Row(
+        name=f"ridge-{downsampling}",
+        title=f"training through ridge regression, conv4 ({downsampling}): a 20-way episode",
+        lines=compared(times, "eager", limits={"auto": HEAD_SPEED}, tasks=1),
     )
 
 
@@ -169,6 +208,7 @@ def _curve(points: dict[int, tuple[Work, int]], label: str, effort: Effort) -> t
 
 ROWS: dict[str, Callable[[Effort], Row]] = {
     **{name: partial(meta_iteration, name) for name in CASES},
+    **{f"ridge-{name}": partial(through_a_head, name) for name in ("stride", "pool")},
     "evaluate-1shot": partial(evaluation, 1),
     "evaluate-5shot": partial(evaluation, 5),
     **{f"onnx-adapt-{threads}": partial(adapting, threads) for threads in (1, 2)},

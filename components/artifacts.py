@@ -49,6 +49,7 @@ from reptile.settings import (
     TrainSettings,
     VerifySettings,
     parse_settings,
+    second_learner,
 )
 
 COMMIT_VARIABLE = "REPTILE_GIT_COMMIT"
@@ -241,7 +242,7 @@ def evaluate(
         Path(prepared.path),
         Path(checkpoint.path),
         folder,
-        beside={"beside": second} if second else None,
+        beside=_named(second),
     )
     metrics = read_metrics(folder)
     lineage = _inherit(checkpoint) | {"evaluate_settings_sha256": _hash(chosen)}
@@ -574,6 +575,13 @@ def _no_learner(settings: str) -> bool:
     except ValueError:
         return False  # whoever reads them says what is wrong
     return isinstance(values, dict) and values.get("algorithm") == "none"
+
+
+def _named(second: Path | None) -> dict[str, Path]:
+    """Return the second learner's checkpoint, if there is one, by its method in the evaluation."""
+    if second is None:
+        return {}
+    return {second_learner(load_checkpoint(second).info.settings.algorithm): second}
 
 
 def _second(beside: Artifact) -> Path | None:

@@ -18,6 +18,7 @@ Stage = Literal["prepare", "train", "evaluate", "export", "verify"]
 _ALL = ("stages.py", "settings.py", "errors.py", "files.py")
 _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "data/__init__.py",
+    "data/coding.py",
     "data/dataset.py",
     "tasks.py",
     "minibatches.py",
@@ -43,11 +44,15 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "cpus.py",
         "minibatches.py",
         "data/__init__.py",
+        "data/array_files.py",
+        "data/arrays.py",
+        "data/coding.py",
         "data/dataset.py",
         "data/folders.py",
         "data/names.py",
         "data/prepare.py",
         "data/splits.py",
+        "data/tables.py",
         "data/published_splits",
         "data/readers",
     ),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -34,6 +35,8 @@ Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 NETWORKS = ("conv4", "mlp", "resnet12")
+TOWERS = "towers"
+PREPROCESSING = ("input_size", "mean", "deviation")
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
@@ -61,11 +64,64 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+class TableSettings(Section):
+    """The columns of a table, by their names in its header."""
+
+    task: str = ""
+    """The column that tells tasks apart: patient, device, user. With classes: their group, or
+    empty."""
+    inputs: tuple[str, ...] = ()
+    """Columns of numbers, categories (any text) or dates (ISO 8601)."""
+    targets: tuple[str, ...] = ()
+    """What is to be predicted: columns of numbers, or the column of the class."""
+    kind: Literal["values", "classes"] = "values"
+    categories: tuple[str, ...] = ()
+    """Those inputs whose numbers are codes of categories."""
+    decimal: Literal[".", ","] = "."
+    """The decimal mark of a text file."""
+    missing: Literal["refuse", "fill"] = "refuse"
+    """A missing input is an error, or becomes the training split's mean (a category: `other`). Rows
+    without a task, target or place in the order are an error, or left out."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "TableSettings":
+        named = [each for each in (self.task, *self.inputs, *self.targets) if each]
+        for each in named:
+            if named.count(each) > 1:
+                if each in self.inputs and each in self.targets:
+                    raise ValueError(f"the target {each!r} is among the inputs; remove it there")
+                raise ValueError(
+                    f"column {each!r} is named twice in task, inputs and targets; keep one"
+                )
+        if unknown := set(self.categories) - set(self.inputs):
+            raise ValueError(f"categories: {min(unknown)!r} is none of the inputs")
+        if self.kind == "classes" and len(self.targets) > 1:
+            raise ValueError("targets: kind = classes takes one column, the class")
+        return self
+
+
+class WindowSettings(Section):
+    """Cut recordings [..., time] into windows, each an example of its own."""
+
+    length: Positive
+    """Of a window, in samples."""
+    step: Positive
+    """Samples from the start of a window to that of the next."""
+
+
 class PrepareSettings(Section):
-    """From a source of images to one prepared dataset with fixed splits."""
+    """From a source to one prepared dataset with fixed splits."""
 
     source: str = "data/glyphs.zip"
-    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `sinusoid`."""
+    """A folder or zip of class folders, a downloaded dataset, or `glyphs`, `digits`, `photographs`,
+    `sinusoid`; a table (.csv, .tsv, .parquet); or arrays (.npz, .safetensors, or a folder with
+    inputs.npy)."""
+    table: TableSettings = TableSettings()
+    windows: WindowSettings | None = None
+    """Arrays: cut each example along its last axis."""
+    order: bool | str = False
+    """Whether the rows of each task have an order, so that a support set is always older than its
+    queries. A table: the column to sort by (a number or date). `true`: the order of the rows."""
     cross_domain: tuple[str, ...] = ("digits",)
     """Further sources, prepared to the same image shape and used for testing only."""
     image_size: Annotated[int, Field(ge=1, le=512)] = 28
@@ -82,7 +138,8 @@ class PrepareSettings(Section):
     rotations: bool = True
     """Turn each training class by 90, 180 and 270 degrees into three more classes."""
     images_per_class: Positive = 20
-    """The minimum number of images of a class: shots + queries, or the train-shots."""
+    """The minimum number of images of a class (shots + queries, or the train-shots); or of rows of
+    a table's task, where those with fewer are left out."""
 
     @field_validator("held_out")
     @classmethod
@@ -112,16 +169,50 @@ class PrepareSettings(Section):
         return self
 
 
+class LastBlocks(Section):
+    """The head and the last blocks below it, in the order of the forward pass."""
+
+    last: Positive
+
+
+Adapt = Literal["all", "none", "head", "norms"] | LastBlocks | tuple[str, ...]
+
+
+def _one_of_the_forms(value: Any) -> Any:
+    names = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    last = value.get("last") if isinstance(value, dict) and len(value) == 1 else None
+    if (
+        value in ("all", "none", "head", "norms")
+        or (names and value)
+        or (type(last) is int and last >= 1)
+        or isinstance(value, LastBlocks)
+    ):
+        return value
+    raise ValueError(
+        f"{value!r} must be all, none, head, norms, {{last: n}} with n of at least 1, or a list of "
+        "patterns of parameter names"
+    )
+
+
+AdaptSetting = Annotated[Adapt, BeforeValidator(_one_of_the_forms)]
+
+
 class ModelSettings(Section):
     """The network whose initialisation is learnt."""
 
     name: str = "conv4"
     """`conv4`, `mlp`, `resnet12`, `torchvision:NAME` (a classifier of torchvision), or
     `module:package.function` (a function that returns a torch module; it gets `outputs` and
-    `image_shape` by keyword if it takes them)."""
+    `image_shape` by keyword if it takes them). `towers` where these are given."""
+    towers: tuple["TowerSettings", ...] = ()
+    """Networks side by side, for a closed-form head: their features are standardised and joined,
+    and how much each counts is chosen on validation tasks."""
     weights: str = ""
     """Where training starts: torchvision's weights by name (`DEFAULT`), a .safetensors file, or a
     .pth file of tensors. Empty: drawn from `train.seed`."""
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    """What the network sees of images. auto: RGB for torchvision's networks, else what the data
+    is."""
     input_size: Annotated[int, Field(ge=0, le=1024)] = 0
     """Images are resized to this height and width; 0: to what torchvision's weights were trained
     on, or not at all."""
@@ -141,10 +232,17 @@ class ModelSettings(Section):
     activation: Literal["relu", "tanh"] = "relu"
     """mlp: what follows each hidden layer."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_towers(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("towers"):
+            return {"name": TOWERS, **values}
+        return values
+
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in NETWORKS and not re.fullmatch(
+        if value not in (*NETWORKS, TOWERS) and not re.fullmatch(
             r"torchvision:\w+|module:[^\W\d]\w*(\.[^\W\d]\w*)+", value
         ):
             raise ValueError(
@@ -154,26 +252,39 @@ class ModelSettings(Section):
         return value
 
     @model_validator(mode="after")
-    def _for_modules_alone(self) -> "ModelSettings":
-        if not self.is_module:
-            for name in ("weights", "input_size", "mean", "deviation"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} = {getattr(self, name)!r}: {self.name} has none")
+    def _consistent(self) -> "ModelSettings":
+        if (self.name == TOWERS) != bool(self.towers):
+            raise ValueError(
+                f"name = {self.name}: towers are networks of their own; leave the name out"
+                if self.towers
+                else "name = towers: list the networks in train.model.towers"
+            )
+        if any(tower.towers for tower in self.towers):
+            raise ValueError("towers: a tower has none of its own; list all in one row")
+        preprocessed = self.is_module or isinstance(self, TowerSettings)
+        names = ("weights",) if preprocessed else ("weights", "channels", *PREPROCESSING)
+        for name in () if self.is_module else names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: {self.name} has none")
         return self
 
     @property
     def is_module(self) -> bool:
         """Whether the network is a torch module, not one of this library's functions."""
-        return self.name not in {"conv4", "mlp"}
+        return self.name not in {"conv4", "mlp", TOWERS}
 
 
-class LastBlocks(Section):
-    """The head and the last blocks below it, in the order of the forward pass."""
+class TowerSettings(ModelSettings):
+    """One of several networks side by side."""
 
-    last: Positive
+    adapt: AdaptSetting = "all"
+    """What is trained of it, as in `train.adapt`; `none` for a frozen backbone."""
 
-
-Adapt = Literal["all", "head", "norms"] | LastBlocks | tuple[str, ...]
+    @model_validator(mode="after")
+    def _adapted_as_a_whole(self) -> "TowerSettings":
+        if self.adapt not in ("all", "none") and not self.is_module:
+            raise ValueError(f"adapt: {self.name} is trained as a whole; use all or none")
+        return self
 
 
 class OptimizerSettings(Section):
@@ -207,10 +318,11 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
     model: ModelSettings = ModelSettings()
-    adapt: Adapt = "all"
+    adapt: AdaptSetting = "all"
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
     `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
-    parameter names (`["layer4.*", "fc.*"]`)."""
+    parameter names (`["layer4.*", "fc.*"]`); `none` for a closed-form head on frozen features.
+    Towers have a setting each."""
     algorithm: Literal["reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "reptile"
     """Adapt by gradient steps (reptile, fomaml, maml), or in closed form on the network's features,
     which the network is then trained through: by the nearest prototype (protonet), by ridge
@@ -232,23 +344,6 @@ class TrainSettings(Section):
     checkpoint_every: Positive = 200
     """Meta-iterations between checkpoints; each is validated and is a point of the curve."""
     validation_tasks: Positive = 50
-
-    @field_validator("adapt", mode="before")
-    @classmethod
-    def _one_of_the_forms(cls, value: Any) -> Any:
-        names = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-        last = value.get("last") if isinstance(value, dict) and len(value) == 1 else None
-        if (
-            value in ("all", "head", "norms")
-            or (names and value)
-            or (type(last) is int and last >= 1)
-            or isinstance(value, LastBlocks)
-        ):
-            return value
-        raise ValueError(
-            f"{value!r} must be all, head, norms, {{last: n}} with n of at least 1, or a list of "
-            "patterns of parameter names"
-        )
 
     @property
     def closed_form(self) -> bool:
@@ -273,7 +368,20 @@ class TrainSettings(Section):
     def _consistent(self) -> "TrainSettings":
         if self.adapt != "all" and not self.model.is_module:
             raise ValueError(
-                f"adapt: {self.model.name} is adapted as a whole; use all, or another train.model"
+                "adapt: towers have a setting each; set train.model.towers' adapt"
+                if self.model.towers
+                else f"adapt: {self.model.name} is adapted as a whole; use all, or another "
+                "train.model"
+            )
+        if self.adapt == "none" and not self.closed_form:
+            raise ValueError(
+                f"adapt = none: {self.algorithm} adapts by gradient steps; use head, or a "
+                "closed-form algorithm (protonet, ridge)"
+            )
+        if self.model.towers and not self.closed_form:
+            raise ValueError(
+                f"model.towers: are for a closed-form head, not for {self.algorithm}; set "
+                "algorithm to protonet or ridge"
             )
         size = self.ways * self.train_shots
         if self.replacement and self.inner_batch > size:
@@ -306,6 +414,11 @@ class BesideSettings(TrainSettings):
     def training(self) -> TrainSettings | None:
         """The settings of its training; None if there is no second learner."""
         return None if self.algorithm == "none" else TrainSettings(**self.model_dump())
+
+
+def second_learner(algorithm: str) -> str:
+    """Return what an evaluation calls the second learner, of this algorithm."""
+    return f"{algorithm}-trained"
 
 
 class EvaluateSettings(Section):

@@ -19,6 +19,7 @@ from reptile.settings import (
     Settings,
     TrainSettings,
     VerifySettings,
+    second_learner,
 )
 
 if TYPE_CHECKING:
@@ -190,10 +191,11 @@ def export(
     trained.info.check_data(data)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
-    learners = {"trained": exported(trained, data, metrics.model_dump(mode="json"))}
+    learners = {metrics.learner: exported(trained, data, metrics.model_dump(mode="json"))}
     if beside:
-        learners["beside"] = load_checkpoint(beside)
-        learners["beside"].info.check_data(data)
+        second = load_checkpoint(beside)
+        second.info.check_data(data)
+        learners[second_learner(second.info.settings.algorithm)] = second
     with TemporaryDirectory() as folder:
         all_bundles = bundles or Path(folder) / "bundles"
         export_bundles(settings, learners, data, metrics, all_bundles, bundle, protocol=protocol)
@@ -226,14 +228,16 @@ def verify(
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
+    others = {}
+    if beside:
+        second = load_checkpoint(beside)
+        others[second_learner(second.info.settings.algorithm)] = second
     folders = sorted(bundles.iterdir()) if bundles else [bundle]
     each = [open_bundle(folder).raw["metrics"] for folder in folders]
-    metrics = next(values for values in each if not values or values["learner"] != "beside")
+    metrics = next(values for values in each if not values or values["learner"] not in others)
     trained = exported(trained, data, metrics)
     if bundles:
-        learners = {"trained": trained}
-        if beside:
-            learners["beside"] = load_checkpoint(beside)
+        learners = {metrics["learner"] if metrics else "trained": trained} | others
         report = verify_bundles(settings, bundles, bundle, learners, data)
     else:
         report = verify_bundle(settings, bundle, trained, data)

@@ -119,11 +119,13 @@ def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int)
     """Draw the tasks of a meta-iteration: train_shots images a class, and their mini-batches.
 
     With a FOMAML tail, the last mini-batch is `tail_shots` images of every class, kept out of the
-    mini-batches before it.
+    mini-batches before it; where the rows are ordered, they are the latest ones.
     """
     rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
     ways, shots, tail = settings.ways, settings.train_shots, settings.tail_shots
     rows = sample_rows(rng, classes, settings.meta_batch, ways, shots)
+    if classes.ordered:
+        rows = np.sort(rows)[..., ::-1]  # the tail is taken from the front
     positions = np.arange(ways * shots).reshape(ways, shots)
     head, last = positions[:, tail:].ravel(), (positions[:, :tail].ravel(),) if tail else ()
     steps = settings.inner_steps - len(last)
@@ -145,7 +147,7 @@ def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> li
         shots, steps = settings.train_shots, settings.inner_steps
         batch = min(settings.inner_batch, settings.ways * shots)
     protocol = FewShotProtocol(settings.ways, shots, episode.queries, steps, batch)
-    return [held_out_task(rng, classes, protocol) for _ in range(settings.meta_batch)]
+    return [held_out_task(rng, classes, protocol, any_cut=True) for _ in range(settings.meta_batch)]
 
 
 class FewShotProtocol(NamedTuple):
@@ -163,10 +165,24 @@ class FewShotProtocol(NamedTuple):
         return cls(ways, shots, settings.queries, settings.steps, settings.batch)
 
 
-def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol) -> Task:
-    """Draw a test task: `shots` support and `queries` query images of each class, all different."""
+def held_out_task(
+    rng: np.random.Generator,
+    classes: ClassRange,
+    protocol: FewShotProtocol,
+    *,
+    any_cut: bool = False,
+) -> Task:
+    """Draw a test task: `shots` support and `queries` query images of each class, all different.
+
+    Where the rows are ordered, the support set is the first `shots` of a class and the queries are
+    any later ones. With `any_cut`, as in training, the support set is the last `shots` before a
+    random cut that leaves enough later ones.
+    """
     ways, shots, queries, steps, batch = protocol
-    (rows,) = sample_rows(rng, classes, 1, ways, shots + queries)
+    if classes.ordered:
+        rows = _ordered_rows(rng, classes, protocol, any_cut)
+    else:
+        (rows,) = sample_rows(rng, classes, 1, ways, shots + queries)
     support, query = rows[:, :shots], rows[:, shots:]
     return Task(
         support.ravel(),
@@ -175,3 +191,16 @@ def held_out_task(rng: np.random.Generator, classes: ClassRange, protocol: FewSh
         targets(classes, query),
         tuple(mini_batches(rng, support.size, batch, steps)),
     )
+
+
+def _ordered_rows(
+    rng: np.random.Generator, classes: ClassRange, protocol: FewShotProtocol, any_cut: bool
+) -> IntArray:
+    """Draw rows [ways, shots + queries] of different classes, the queries all after the support."""
+    ways, shots, queries = protocol[:3]
+    (chosen,) = _distinct(rng, np.array([len(classes.starts)]), ways)
+    counts = classes.counts[chosen]
+    cuts = rng.integers(shots, counts - queries + 1) if any_cut else np.full(ways, shots)
+    support = cuts[:, None] - shots + np.arange(shots)
+    query = cuts[:, None] + _distinct(rng, counts - cuts, queries)
+    return np.asarray(classes.starts[chosen, None] + np.concatenate([support, query], axis=1))

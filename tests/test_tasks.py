@@ -1,3 +1,5 @@
+from time import process_time
+
 import numpy as np
 import pytest
 
@@ -112,3 +114,64 @@ def test_a_split_too_small_for_the_task_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=word):
         check_classes(data.split("test"), ways, images, "test split")
+
+
+ORDERED = ClassRange(np.array([0, 20, 50]), np.array([20, 30, 9]), ordered=True)
+PAST = FewShotProtocol(ways=2, shots=3, queries=5, steps=2, batch=4)
+
+
+def test_in_evaluation_the_first_points_are_the_support_and_later_ones_the_queries() -> None:
+    asked: dict[int, set[int]] = {0: set(), 20: set(), 50: set()}
+    for number in range(300):
+        task = held_out_task(random_stream(0, Purpose.EVALUATE, number), ORDERED, PAST)
+        for support, query in zip(
+            task.support.reshape(2, 3), task.query.reshape(2, 5), strict=True
+        ):
+            start = support[0]
+            assert support.tolist() == [start, start + 1, start + 2]
+            assert len(set(query)) == 5
+            asked[start] |= set((query - start).tolist())
+    assert {k: (min(v), max(v)) for k, v in asked.items()} == {0: (3, 19), 20: (3, 29), 50: (3, 8)}
+
+
+def test_in_training_the_support_is_what_lies_before_any_cut() -> None:
+    cuts = set()
+    for number in range(300):
+        rng = random_stream(0, Purpose.TRAIN, number)
+        task = held_out_task(rng, ORDERED, PAST, any_cut=True)
+        for support, query in zip(
+            task.support.reshape(2, 3), task.query.reshape(2, 5), strict=True
+        ):
+            assert (np.diff(support) == 1).all() and query.min() > support[-1]
+            place = int(np.searchsorted(ORDERED.starts, support[0], "right")) - 1
+            assert query.max() < ORDERED.starts[place] + ORDERED.counts[place]
+            cuts.add((place, int(support[0] - ORDERED.starts[place])))
+    assert cuts == {(0, i) for i in range(13)} | {(1, i) for i in range(23)} | {(2, 0), (2, 1)}
+
+
+def test_a_fomaml_tail_is_the_future_of_the_batches_before_it() -> None:
+    settings = TrainSettings(
+        algorithm="fomaml", ways=2, train_shots=6, tail_shots=2, inner_steps=4, inner_batch=8
+    )
+    for task in training_tasks(ORDERED, settings, 0):
+        rows, labels = task.support, task.support_targets
+        tail, before = task.batches[-1], np.concatenate(task.batches[:-1])
+        for label in range(2):
+            late, early = (rows[part][labels[part] == label] for part in (tail, before))
+            assert late.min() > early.max()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_time_to_draw_a_task_does_not_grow_with_the_number_of_tasks(ordered: bool) -> None:
+    def seconds(count: int) -> float:
+        classes = ClassRange(np.arange(count) * 10, np.full(count, 10), ordered=ordered)
+        rng = np.random.default_rng(0)
+        times = []
+        for _ in range(5):
+            start = process_time()
+            for _ in range(100):
+                held_out_task(rng, classes, PAST, any_cut=True)
+            times.append(process_time() - start)
+        return min(times)
+
+    assert seconds(1_000_000) < 4 * seconds(1000)

@@ -39,7 +39,7 @@ from rich.text import Text
 from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
-from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings
+from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings, second_learner
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -111,7 +111,8 @@ def prepare(
     with _counting("preparing") as count:
         data = stages.prepare(settings.prepare, folder, count)
     sizes = {split: len(data.split(split).starts) for split in ("train", "validation", "test")}
-    what = "points" if data.values else f"images of {data.image_shape}"
+    inputs = "images" if data.images.dtype == "uint8" else "inputs"
+    what = "points" if data.values else f"{inputs} of {data.image_shape}"
     console.print(
         f"{data.name}: {len(data.images):,} {what} in {folder}; classes: "
         + ", ".join(f"{count} {split}" for split, count in sizes.items()),
@@ -275,7 +276,7 @@ def evaluate(
 
     others = dict(map(_named_folder, beside or ()))
     if not beside and (second := _second_checkpoint(settings, artifacts)):
-        others = {"beside": second}
+        others = {second_learner(settings.beside.algorithm): second}
     folder = artifacts / "evaluation"
     start = perf_counter()
     with _counting("evaluating") as count:

@@ -3,7 +3,7 @@
 For data that a program has already; `prepare` is for image files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ def from_arrays(
     groups: Any = None,
     splits: Splits = DEFAULT_SPLITS,
     split_seed: int = 0,
+    ordered: bool = False,
     name: str = "arrays",
 ) -> PreparedData:
     """Use arrays with labels, or with values to predict, as prepared data.
@@ -69,10 +70,37 @@ def from_arrays(
             `{"validation": ["cat"], "test": ["dog", "cow"]}`; the rest is for training, unless
             there is a list for "train" too.
         split_seed: chooses another split where fractions or numbers are held out.
+        ordered: whether the rows of each class, or task, are in the order of time. Then a support
+            set is always older than its queries (see `reptile.tasks.held_out_task`).
         name: the name of the data in reports.
 
     Raises:
         InputError: shapes, types or names that cannot be used, or values that are not finite.
+    """
+    return collect(
+        inputs,
+        targets,
+        tasks=tasks,
+        groups=groups,
+        assign=lambda source: _assign(source, splits, split_seed),
+        ordered=ordered,
+        name=name,
+    )
+
+
+def collect(
+    inputs: Any,
+    targets: Any,
+    *,
+    tasks: Any,
+    groups: Any,
+    assign: Callable[[Source], tuple[dict[str, Split], dict[str, object]]],
+    ordered: bool,
+    name: str,
+) -> PreparedData:
+    """As `from_arrays`, with splits by `assign`.
+
+    It returns the split of each class, and what is recorded as settings.
     """
     images = _inputs(inputs)
     values = None
@@ -88,7 +116,7 @@ def from_arrays(
         values = None if values is None else values[rows]
 
     source = Source(name, tuple(SourceClass(c.name, c.group, ()) for c in classes), _unread)
-    split_of, settings = _assign(source, splits, split_seed)
+    split_of, settings = assign(source)
     table = tuple(c.model_copy(update={"split": split_of[c.name]}) for c in classes)
     for array in (images, values):
         if array is not None:
@@ -100,6 +128,9 @@ def from_arrays(
         content_sha256=content_digest(images, table, values),
         splits_sha256=splits_digest(table),
         settings=settings,
+        dtype="uint8" if images.dtype == np.uint8 else "float32",
+        values=0 if values is None else values.shape[1],
+        ordered=ordered,
     )
     return PreparedData(images, index, values)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from reptile.data.coding import Coding
 from reptile.errors import InputError
 from reptile.minibatches import IntArray
 from reptile.settings import describe
@@ -39,6 +40,7 @@ class ClassRange(NamedTuple):
     starts: IntArray  # [K]
     counts: IntArray  # [K]
     targets: Values | None = None  # [N, outputs] of all rows, where a task is to predict them
+    ordered: bool = False  # the rows of a class are in the order of time
 
 
 class PreparedClass(BaseModel):
@@ -66,6 +68,14 @@ class DatasetIndex(BaseModel):
     content_sha256: str
     splits_sha256: str
     settings: dict[str, object]
+    dtype: Literal["uint8", "float32"] = "uint8"
+    """Of the inputs: pixels, or any numbers. In older data those with values are float32 too."""
+    values: Annotated[int, Field(ge=0)] = 0
+    """How many values there are to predict for each input; 0 for classes, and in older data."""
+    coding: Coding | None = None
+    """What was done to a table's columns; the scores of all stages are of the coded targets."""
+    ordered: bool = False
+    """Whether the rows of each class are in the order of time."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class PreparedData:
         """Return the rows of the classes of one split."""
         rows = [(c.start, c.count) for c in self.classes if c.split == name]
         table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        return ClassRange(table[:, 0], table[:, 1], self.targets)
+        return ClassRange(table[:, 0], table[:, 1], self.targets, self.index.ordered)
 
 
 def content_header(shape: tuple[int, ...], classes: Iterable[PreparedClass]) -> bytes:
@@ -168,7 +178,9 @@ def load_prepared(folder: Path) -> PreparedData:
         raise InputError(f"{folder / INDEX_FILE}: {describe(error)[0]}; {again}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: damaged ({error}); {again}") from None
-    expected = np.dtype(np.uint8 if targets is None else np.float32)
+    if targets is None and index.values:
+        raise InputError(f"{path}: no such file; {again}")
+    expected = np.dtype(index.dtype if targets is None else np.float32)
     if images.dtype != expected or images.shape[1:] != index.image_shape:
         shape = ", ".join(map(str, ("N", *index.image_shape)))
         raise InputError(

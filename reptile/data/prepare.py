@@ -1,4 +1,4 @@
-"""From a source of images to the prepared dataset: splits, sizes, rotations, hashes.
+"""From a source to the prepared dataset; of images: splits, sizes, rotations, hashes.
 
 Not for finding and decoding images (see `readers`) or choosing what is held out (see `splits`).
 """
@@ -16,6 +16,7 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from reptile.cpus import available_cpus
+from reptile.data.array_files import is_arrays, prepare_arrays
 from reptile.data.dataset import (
     CROSS_DOMAIN_FOLDER,
     IMAGES_FILE,
@@ -32,7 +33,9 @@ from reptile.data.dataset import (
 from reptile.data.readers import sinusoid
 from reptile.data.readers.base import Source
 from reptile.data.readers.open import open_source
+from reptile.data.readers.table import is_table
 from reptile.data.splits import assign_splits
+from reptile.data.tables import prepare_table
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.images import fit
@@ -50,6 +53,7 @@ def prepare(
 ) -> PreparedData:
     """Prepare `settings.source` and the cross-domain sources; replace `folder` in one step.
 
+    A table, arrays and sinusoids: see `prepare_table`, `prepare_arrays` and `prepare_sinusoids`.
     Images are stretched to a square. A class of the training split is followed, with `rotations`,
     by three classes of its turned images. Cross-domain images take the main source's channels.
 
@@ -63,6 +67,17 @@ def prepare(
     """
     if settings.source == sinusoid.NAME:
         return sinusoid.prepare_sinusoids(settings, folder, progress)
+    if is_table(settings.source) or is_arrays(settings.source):
+        if settings.cross_domain:
+            raise InputError(
+                f"cross_domain = {list(settings.cross_domain)}: these are images, and "
+                f"{settings.source} has none; set prepare.cross_domain to []"
+            )
+        prepare_rows = prepare_table if is_table(settings.source) else prepare_arrays
+        return prepare_rows(settings, folder, progress)
+    for name in ("order", "windows"):
+        if getattr(settings, name):
+            raise InputError(f"prepare.{name}: {settings.source} is of images; leave it out")
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))

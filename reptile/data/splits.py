@@ -57,6 +57,13 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
     return _by_hash(source, settings)
 
 
+def groups_or_classes(source: Source, settings: PrepareSettings) -> PrepareSettings:
+    """Hold out `classes` instead of `groups` where there are no groups, as in tables and arrays."""
+    if settings.held_out == "groups" and not any(c.group for c in source.classes):
+        return settings.model_copy(update={"held_out": "classes"})
+    return settings
+
+
 def load_split_list(name: str) -> SplitList:
     """Read a published list by its name, or a JSON file by its path.
 

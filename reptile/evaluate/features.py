@@ -13,13 +13,15 @@ from torch import Tensor
 
 from reptile.data.dataset import Inputs, PreparedData
 from reptile.evaluate.heads import Head, Shown
+from reptile.learn.engines import make_engine
 from reptile.learn.engines.base import gather
-from reptile.learn.episodic import ClosedForm
+from reptile.learn.episodic import IMAGES_AT_ONCE, ClosedForm
 from reptile.minibatches import IntArray
+from reptile.models import flatten
 from reptile.objectives import Objective
+from reptile.settings import OptimizerSettings
 from reptile.tasks import Purpose, Task, random_stream
 
-INPUTS_AT_ONCE = 1024  # bounds the memory of inputs
 BYTES_AT_ONCE = 2**26  # bounds the memory of a head's features
 SAMPLE = 512  # training inputs whose features set the scale
 
@@ -31,10 +33,14 @@ def embed(learner: ClosedForm, images: Inputs, rows: IntArray) -> Embedding:
     """Compute the features of these rows, on the device of the learner's weights."""
     distinct = np.unique(rows)
     device = next(iter(learner.params.values())).device
-    parts = [
-        learner.features(gather(images, distinct[i : i + INPUTS_AT_ONCE], device)).cpu()
-        for i in range(0, len(distinct), INPUTS_AT_ONCE)
-    ]
+    # An engine keeps what the fixed part of a network gives.
+    engine = make_engine("eager", learner.model, OptimizerSettings(), images, device)
+    weights, statistics = flatten(learner.model, learner.params), learner.statistics or None
+    with torch.no_grad():
+        parts = [
+            engine.features(weights.to(device), distinct[i : i + IMAGES_AT_ONCE], statistics).cpu()
+            for i in range(0, len(distinct), IMAGES_AT_ONCE)
+        ]
     table = torch.cat(parts)
     return lambda some: table[torch.from_numpy(np.searchsorted(distinct, some))].double()
 

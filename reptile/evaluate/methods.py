@@ -62,11 +62,21 @@ METHODS: dict[str, Method] = {
 """In the order in which they are shown; a checkpoint beside comes after `trained`."""
 
 BESIDE = Method("", "Another network, trained on the same data.")
+SECOND = {
+    "reptile": "second learner, Reptile",
+    "fomaml": "second learner, first-order MAML",
+    "maml": "second learner, MAML",
+    "protonet": "second learner, trained through nearest prototypes",
+    "ridge": "second learner, trained through ridge regression",
+    "bayes": "second learner, trained through Bayesian regression",
+}
 
 
 def title(name: str) -> str:
-    """Return a method's title; a checkpoint beside is called by its own name."""
-    return METHODS[name].title if name in METHODS else name
+    """Return a method's title; any other checkpoint beside is called by its own name."""
+    if name in METHODS:
+        return METHODS[name].title
+    return SECOND.get(name.removesuffix("-trained"), name) if name.endswith("-trained") else name
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ from reptile.learn.heads import Head, head_of
 from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
+from reptile.learn.shares import choose_shares, share_tasks
 from reptile.learn.validate import mean_score
-from reptile.models import Model
+from reptile.models import Model, Statistics, Towers
 from reptile.objectives import Objective
 from reptile.settings import TrainSettings
 from reptile.tasks import Task, episodes, training_tasks
@@ -130,6 +131,7 @@ class ThroughHead:
     def __init__(self, settings: TrainSettings, head: Head) -> None:
         self.settings = settings
         self.head = head
+        self._fixed: Statistics = ()
 
     def start(self, weights: Tensor) -> EpisodicState:
         """See `Algorithm.start`."""
@@ -141,14 +143,22 @@ class ThroughHead:
         """See `Algorithm.iterate`."""
         drawn = episodes(classes, self.settings, iteration)
         rate = adam_rate(self.settings, iteration)
-        return episodic_step(engine, state, drawn, self.head, rate)
+        if not self._fixed and not engine.model.shapes:
+            # Nothing of the network is trained, so its statistics are those of the end.
+            seed = self.settings.seed
+            self._fixed = population_statistics(engine, state.weights, classes, seed)
+        return episodic_step(engine, state, drawn, self.head, rate, self._fixed or None)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
-        """See `Algorithm.finish`: the statistics of batch norm."""
+        """See `Algorithm.finish`: the statistics of batch norm, and the shares of towers."""
         statistics = population_statistics(
-            engine.model, state.weights, data.images, data.split("train"), self.settings.seed
+            engine, state.weights, data.split("train"), self.settings.seed
         )
-        return state._replace(statistics=statistics)
+        state = state._replace(statistics=statistics)
+        if not isinstance(engine.model, Towers):
+            return state
+        tasks = share_tasks(self.settings, data, engine.model.objective)
+        return state._replace(shares=choose_shares(engine, state, self.head, tasks))
 
     def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
         """See `Algorithm.score`."""

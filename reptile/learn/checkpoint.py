@@ -26,6 +26,7 @@ from reptile.models import (
     LayerStatistics,
     Model,
     ModuleNetwork,
+    Towers,
     build_model,
     initialise,
     named_parts,
@@ -74,6 +75,8 @@ class CheckpointInfo(BaseModel):
     splits_sha256: str
     code_sha256: str
     versions: dict[str, str]
+    shares: tuple[float, ...] = ()
+    """Of towers, as chosen on validation tasks."""
     curve: tuple[CurvePoint, ...] = ()
     losses: tuple[float, ...] = ()
     """Of the meta-iterations since the curve's last point; none in a finished checkpoint."""
@@ -192,7 +195,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for vector, flat in vectors.items()
         for name, part in named_parts(_shapes(model, info), flat).items()
     }
-    if isinstance(model, ModuleNetwork):  # others draw their start again from the seed
+    if isinstance(model, ModuleNetwork | Towers):  # others draw their start again from the seed
         initial = unflatten(model, initialise(model, info.settings.seed))
         tensors |= {f"initial/{name}": part.contiguous() for name, part in initial.items()}
         tensors |= {f"fixed/{name}": part.contiguous() for name, part in model.fixed.items()}
@@ -242,7 +245,7 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     shapes = _shapes(model, info)
     vectors = ("weights", *(("first_moment",) if episodic else ()), "second_moment")
     expected = {f"{vector}/{name}": shape for vector in vectors for name, shape in shapes.items()}
-    if isinstance(model, ModuleNetwork):
+    if isinstance(model, ModuleNetwork | Towers):
         expected |= {f"initial/{name}": shape for name, shape in model.shapes.items()}
         if not info.module or any(name.startswith("fixed/") for name in tensors):
             expected |= {f"fixed/{name}": value.shape for name, value in model.fixed.items()}
@@ -254,7 +257,7 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
         raise InputError(
             f"{folder / WEIGHTS_FILE}: not the weights of {model.name}, which {INFO_FILE} describes"
         )
-    if isinstance(model, ModuleNetwork):
+    if isinstance(model, ModuleNetwork | Towers):
         # A user's module of an earlier version has what is fixed in itself alone.
         fixed = {name: tensors.get(f"fixed/{name}", value) for name, value in model.fixed.items()}
         model.start_from(_flat(model.shapes, tensors, "initial"), fixed)
@@ -266,7 +269,8 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
         LayerStatistics(*(tensors[f"statistics/{layer}/{name}"] for name in _STATISTICS))
         for layer in range(layers)
     )
-    return Checkpoint(model, EpisodicState(flat[0], flat[1], flat[2], step, measured), info)
+    state = EpisodicState(flat[0], flat[1], flat[2], step, measured, info.shares)
+    return Checkpoint(model, state, info)
 
 
 def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:

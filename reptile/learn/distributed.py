@@ -153,6 +153,10 @@ class SharedEngine:
         """See `Engine.features`: of one batch, so each process computes its own."""
         return self._engine.features(weights, rows, statistics)
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """See `Engine.statistics`: likewise."""
+        return self._engine.statistics(weights, rows)
+
     def _part(self, tasks: int, rank: int) -> slice:
         """Return the tasks of one process: neighbours, as evenly as they can be shared."""
         size = self._processes.size

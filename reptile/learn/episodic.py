@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reptile.data.dataset import ClassRange, Inputs
-from reptile.learn.engines.base import Engine, gather
+from reptile.data.dataset import ClassRange
+from reptile.learn.engines.base import Engine
 from reptile.learn.heads import (
     BayesHead,
     Classifier,
@@ -28,10 +28,10 @@ from reptile.models import (
     Model,
     Params,
     Statistics,
+    Towers,
     flatten,
     named_parts,
     size,
-    unflatten,
 )
 from reptile.objectives import CLASSIFICATION, to_unit
 from reptile.tasks import Purpose, Targets, Task, random_stream
@@ -48,7 +48,9 @@ class EpisodicState(NamedTuple):
     first_moment: Tensor  # [P + H]
     second_moment: Tensor  # [P + H]
     step: int
-    statistics: Statistics = ()  # what batch norm uses after training; not used in training
+    # What training does not use, but what is trained: of batch norm, and of towers.
+    statistics: Statistics = ()
+    shares: tuple[float, ...] = ()
 
     @classmethod
     def start(cls, weights: Tensor, head: Head) -> "EpisodicState":
@@ -65,20 +67,26 @@ class EpisodicState(NamedTuple):
         """Return it with each of its vectors changed."""
         weights, first, second = map(change, (self.weights, self.first_moment, self.second_moment))
         statistics = tuple(LayerStatistics(*map(change, layer)) for layer in self.statistics)
-        return EpisodicState(weights, first, second, self.step, statistics)
+        return EpisodicState(weights, first, second, self.step, statistics, self.shares)
 
 
 def episodic_step(
-    engine: Engine, state: EpisodicState, episodes: Sequence[Task], head: Head, rate: float
+    engine: Engine,
+    state: EpisodicState,
+    episodes: Sequence[Task],
+    head: Head,
+    rate: float,
+    statistics: Statistics | None = None,
 ) -> tuple[EpisodicState, Tensor]:
     """Take one step of Adam on the mean loss of the episodes' queries.
 
     Args:
-        engine: computes features, on the batch statistics of an episode's images.
+        engine: computes features.
         state: where to start.
         episodes: tasks of equally many classes, with queries.
         head: what the support sets are classified by.
         rate: Adam's step size.
+        statistics: what batch norm uses; None for those of an episode's images.
 
     Returns:
         The state, and each episode's loss before the step [T].
@@ -89,21 +97,27 @@ def episodic_step(
     gradient, losses = torch.zeros_like(state.weights), []
     for part in parts:
         weights = state.weights.detach().requires_grad_()
-        loss = episode_losses(engine, weights, part, head)
+        loss = episode_losses(engine, weights, part, head, statistics)
         gradient += torch.autograd.grad(loss.sum() / len(episodes), weights)[0]
         losses.append(loss.detach())
     return adam(state, gradient, rate), torch.cat(losses)
 
 
-def episode_losses(engine: Engine, weights: Tensor, episodes: Sequence[Task], head: Head) -> Tensor:
+def episode_losses(
+    engine: Engine,
+    weights: Tensor,
+    episodes: Sequence[Task],
+    head: Head,
+    statistics: Statistics | None = None,
+) -> Tensor:
     """Return the loss of each episode's queries [T], a function of the weights [P + H].
 
-    Batch norm uses the statistics of all their images.
+    Batch norm uses the statistics of all their images, or `statistics` if given.
     """
     model = engine.model
     body, numbers = torch.split(weights, [size(model), len(weights) - size(model)])
     rows = np.concatenate([np.concatenate([each.support, each.query]) for each in episodes])
-    features = engine.features(body, rows).view(len(episodes), -1, model.feature_size)
+    features = engine.features(body, rows, statistics).view(len(episodes), -1, model.feature_size)
     sizes = [len(episodes[0].support), len(episodes[0].query)]
     support, queries = torch.split(features, sizes, dim=1)
     params = named_parts(head.shapes, numbers)
@@ -151,7 +165,10 @@ class ClosedForm(NamedTuple):
     def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":
         """Return the learner of a finished state."""
         params = named_parts(model.shapes | head.shapes, state.weights)
-        return cls(model, head, params, state.statistics)
+        statistics = state.statistics
+        if isinstance(model, Towers) and state.shares:
+            statistics = model.weigh(statistics, state.shares)
+        return cls(model, head, params, statistics)
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
@@ -222,23 +239,21 @@ def mean_query_score(learner: ClosedForm, engine: Engine, tasks: Sequence[Task])
 
 @torch.no_grad()
 def population_statistics(
-    model: Model, weights: Tensor, inputs: Inputs, classes: ClassRange, seed: int
+    engine: Engine, weights: Tensor, classes: ClassRange, seed: int
 ) -> Statistics:
     """Return batch norm's statistics on a fixed sample of the training images.
 
     Args:
-        model: the network.
+        engine: of the network.
         weights: [P] or more, of which the first P count.
-        inputs: those of the prepared data.
         classes: the training split's.
         seed: chooses the sample.
     """
-    if not model.has_batch_norm:
+    if not engine.model.has_batch_norm:
         return ()
     rows: IntArray = np.concatenate(
         [np.arange(a, a + n) for a, n in zip(classes.starts, classes.counts, strict=True)]
     )
     rng = random_stream(seed, Purpose.STATISTICS)
     sample = np.sort(rng.permutation(rows)[:STATISTICS_IMAGES])
-    images = gather(inputs, sample, weights.device).to(weights.dtype)
-    return model.statistics(unflatten(model, weights[: size(model)]), images)
+    return engine.statistics(weights[: size(engine.model)], sample)

@@ -17,7 +17,7 @@ from reptile.errors import DivergedError, StoppedError
 from reptile.learn.algorithms import algorithm_of, check_objective
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, CurvePoint, build_network
 from reptile.learn.engines import Engine
-from reptile.models import ModuleNetwork, initialise
+from reptile.models import ModuleNetwork, Towers, initialise
 from reptile.objectives import Objective, objective_of
 from reptile.provenance import code_sha256, versions
 from reptile.settings import TrainSettings
@@ -86,7 +86,12 @@ def meta_train(
             point = CurvePoint(iteration=done, loss=sum(losses) / len(losses), score=score)
             losses = []
             info = info.model_copy(
-                update={"iteration": done, "curve": (*info.curve, point), "losses": ()}
+                update={
+                    "iteration": done,
+                    "curve": (*info.curve, point),
+                    "losses": (),
+                    "shares": getattr(state, "shares", ()),
+                }
             )
             on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
         on_progress(
@@ -97,7 +102,8 @@ def meta_train(
                 info = info.model_copy(update={"iteration": done, "losses": tuple(losses)})
                 on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
             raise StoppedError(f"stopped after meta-iteration {done} of {settings.meta_iterations}")
-    state = algorithm.finish(engine, state, data)
+    if start.info.iteration == settings.meta_iterations:  # the loop did not run
+        state = algorithm.finish(engine, state, data)
     return Checkpoint(model, state.to(torch.device("cpu")), info)
 
 
@@ -121,7 +127,8 @@ def untrained(
     check_classes(data.split("train"), settings.ways, images, "training split")
     validation_tasks(settings, data)
     packages = ["torch", "numpy"]
-    if settings.model.name.startswith("torchvision:"):
+    networks = settings.model.towers or (settings.model,)
+    if any(network.name.startswith("torchvision:") for network in networks):
         packages.append("torchvision")
     info = CheckpointInfo(
         iteration=0,
@@ -136,7 +143,7 @@ def untrained(
         versions=versions(*packages),
     )
     model = build_network(info, module)
-    loaded = model.weights_sha256 if isinstance(model, ModuleNetwork) else ""
+    loaded = model.weights_sha256 if isinstance(model, ModuleNetwork | Towers) else ""
     name = model.name if module else ""
     info = info.model_copy(update={"module": name, "weights_sha256": loaded})
     weights = initialise(model, settings.seed)
@@ -154,6 +161,9 @@ def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     classes = data.split(name)
     ways = min(settings.ways, len(classes.starts)) if settings.closed_form else settings.ways
     protocol = objective_of(data.values).validation._replace(ways=ways)
+    if settings.closed_form and data.values:
+        episode = settings.episode
+        protocol = protocol._replace(shots=max(episode.shots), queries=episode.queries)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

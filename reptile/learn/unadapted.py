@@ -12,9 +12,11 @@ from torch import Tensor
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.learn.checkpoint import Checkpoint, build_network
+from reptile.learn.engines import make_engine
 from reptile.learn.episodic import ClosedForm, EpisodicState, population_statistics
 from reptile.learn.heads import HEADS
 from reptile.models import Network, size, unflatten
+from reptile.settings import OptimizerSettings
 
 HeadName = Literal["prototypes", "ridge"]
 ALGORITHM_OF: dict[HeadName, str] = {"prototypes": "protonet", "ridge": "ridge"}
@@ -49,8 +51,11 @@ def frozen_features(
 ) -> ClosedForm:
     """Return the learner without gradient steps that any weights [P] of the network give."""
     model, seed = checkpoint.model, checkpoint.info.settings.seed
-    statistics = population_statistics(model, weights, data.images, data.split("train"), seed)
-    learner = ClosedForm(model, HEADS[ALGORITHM_OF[head]], unflatten(model, weights), statistics)
+    engine = make_engine("eager", model, OptimizerSettings(), data.images, weights.device)
+    statistics = population_statistics(engine, weights, data.split("train"), seed)
+    chosen = HEADS[ALGORITHM_OF[head]]
+    numbers = {name: value.to(weights) for name, value in chosen.initial.items()}
+    learner = ClosedForm(model, chosen, unflatten(model, weights) | numbers, statistics)
     return with_head(learner, head, strength)
 
 

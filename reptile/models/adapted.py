@@ -27,6 +27,8 @@ def adapted_parameters(
     learnable = {name: value for name, value in module.named_parameters() if value.requires_grad}
     if adapt == "all":
         return set(learnable)
+    if adapt == "none":
+        return set()
     if isinstance(adapt, tuple):
         chosen = set()
         for pattern in adapt:

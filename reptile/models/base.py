@@ -7,12 +7,12 @@ and a merge of states are each one line of arithmetic; `unflatten` restores name
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from reptile.errors import InputError
 from reptile.objectives import CLASSIFICATION, Objective
@@ -99,6 +99,8 @@ class Network(ABC):
     image_shape: tuple[int, ...]
     settings: ModelSettings
     objective: Objective = CLASSIFICATION
+    preprocess: nn.Module | None = field(default=None, repr=False, compare=False)
+    """What images pass before, of a tower; they then have `image_shape`."""
 
     @property
     def name(self) -> str:
@@ -155,6 +157,11 @@ class Network(ABC):
     @abstractmethod
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`."""
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Return what the network sees of images."""
+        seen: Tensor = self.preprocess(images) if self.preprocess else images
+        return seen
 
     def initialise(self, seed: int) -> Tensor:
         """Draw the reference's (TensorFlow's) initialisation.

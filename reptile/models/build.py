@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ import torch
 from torch import nn
 
 from reptile.errors import InputError
-from reptile.models.base import Model
+from reptile.models.base import Model, Network
 from reptile.models.conv4 import Conv4
 from reptile.models.forward_order import run_once
 from reptile.models.mlp import MLP
 from reptile.models.module import ModuleNetwork
-from reptile.models.preprocess import RGB, Preprocess
+from reptile.models.preprocess import GREY, RGB, Preprocess
 from reptile.models.resnet12 import ResNet12
+from reptile.models.towers import Towers
 from reptile.models.weights import (
     download,
     put_weights,
@@ -29,7 +31,7 @@ from reptile.models.weights import (
     weights_entry,
 )
 from reptile.objectives import CLASSIFICATION, Objective
-from reptile.settings import Adapt, ModelSettings
+from reptile.settings import Adapt, ModelSettings, TowerSettings
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -61,6 +63,11 @@ def build_model(
         InputError: the network does not fit the images, or the weights not the network.
         PlatformError: the weights cannot be downloaded.
     """
+    if settings.towers:
+        towers = tuple(
+            _build_tower(tower, image_shape, objective, seed, load) for tower in settings.towers
+        )
+        return Towers(towers, image_shape, objective)
     if settings.is_module:
         return _build_module(settings, outputs, image_shape, objective, adapt, seed, load)
     if settings.name == "mlp":
@@ -68,6 +75,24 @@ def build_model(
     if len(image_shape) != 3 or min(image_shape[1:]) < 2:
         raise InputError(f"conv4 needs images of at least 2x2 pixels, not inputs of {image_shape}")
     return Conv4(outputs, image_shape, settings, objective)
+
+
+def _build_tower(
+    settings: TowerSettings,
+    image_shape: tuple[int, ...],
+    objective: Objective,
+    seed: int,
+    load: bool,
+) -> Model:
+    """Build a tower; one of this library's functions of weights may have a preprocessing too."""
+    if settings.is_module:
+        return _build_module(settings, 0, image_shape, objective, settings.adapt, seed, load)
+    preprocess = _preprocess(settings, None, image_shape)
+    if preprocess:
+        image_shape = tuple(preprocess(torch.zeros(1, *image_shape)).shape[1:])
+    model = build_model(settings, 0, image_shape, objective)
+    assert isinstance(model, Network)
+    return replace(model, preprocess=preprocess)
 
 
 def _build_module(
@@ -129,7 +154,9 @@ def _preprocess(
 ) -> Preprocess | None:
     """Return what the settings, or else torchvision's weights, ask for; None for nothing."""
     size, mean, deviation = settings.input_size, settings.mean, settings.deviation
-    channels = RGB if settings.name.startswith("torchvision:") else 0
+    channels = {"grey": GREY, "rgb": RGB, "auto": 0}[settings.channels]
+    if settings.channels == "auto" and settings.name.startswith("torchvision:"):
+        channels = RGB
     if entry:
         trained = entry.transforms()
         size = size or trained.crop_size[0]
@@ -196,6 +223,8 @@ def _users(path: str, options: Mapping[str, Any]) -> tuple[nn.Module, bytes]:
     given = {name: value for name, value in options.items() if anything or name in accepted}
     try:
         module = function(**given)
+    except InputError:
+        raise
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"{what}: failed for {given} ({_reason(error)})") from error
     if not isinstance(module, nn.Module):

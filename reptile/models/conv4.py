@@ -51,7 +51,7 @@ class Conv4(Network):
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
         """See `Model.features`."""
-        x = images
+        x = self._seen(images)
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
             if f"norm{layer}.weight" in params:
@@ -62,7 +62,7 @@ class Conv4(Network):
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
         """See `Model.statistics`: one entry a layer."""
-        x, statistics = images, []
+        x, statistics = self._seen(images), []
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)

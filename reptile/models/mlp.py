@@ -39,7 +39,7 @@ class MLP(Network):
     ) -> Tensor:
         """See `Model.features`; there is no batch norm."""
         activate = torch.tanh if self.settings.activation == "tanh" else F.relu
-        x = images.flatten(1)
+        x = self._seen(images).flatten(1)
         for layer in range(1, len(self.settings.hidden) + 1):
             x = activate(
                 F.linear(x, params[f"hidden{layer}.weight"], params[f"hidden{layer}.bias"])

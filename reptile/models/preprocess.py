@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from reptile.errors import InputError
 
-RGB = 3
+GREY, RGB = 1, 3
+LUMA = (0.299, 0.587, 0.114)  # of RGB in grey, as Pillow prepares grey images (ITU-R BT.601)
 
 
 class Preprocess(nn.Module):
-    """Grey to RGB, then a bilinear resize, then (x - mean) / deviation.
+    """Grey to RGB or back, then a bilinear resize, then (x - mean) / deviation.
 
     The resize is two matrix products, with the weights of torch's antialiased one: they run in any
     ONNX runtime, and their gradient is two more.
 
     Args:
         image_shape: (C, H, W) of the data.
-        channels: of the network; grey images are repeated to RGB.
+        channels: of the network, 0 for those of the data; grey images are repeated to RGB, and RGB
+            ones are weighed to grey.
         size: height and width of the network's input; 0 keeps the data's.
         mean: a number a channel, or one for all; empty for 0.
         deviation: likewise; empty for 1.
@@ -31,6 +33,7 @@ class Preprocess(nn.Module):
         InputError: the data is not images, or has more or fewer channels than the network.
     """
 
+    luma: Tensor | None
     rows: Tensor | None
     columns: Tensor | None
     mean: Tensor | None
@@ -50,11 +53,13 @@ class Preprocess(nn.Module):
             raise InputError(f"inputs of shape {image_shape} are not images [C, H, W]")
         have, height, width = image_shape
         self.channels = channels or have
-        if self.channels != have and (have, self.channels) != (1, RGB):
+        if self.channels != have and {have, self.channels} != {GREY, RGB}:
             raise InputError(
                 f"images of {have} channels: the network needs {self.channels}; "
                 f"set prepare.channels = {'grey' if self.channels == 1 else 'rgb'}"
             )
+        luma = torch.tensor(LUMA).reshape(-1, 1, 1) if have > self.channels else None
+        self.register_buffer("luma", luma, persistent=False)
         for name, values in (("mean", mean), ("deviation", deviation)):
             if len(values) not in {0, 1, self.channels}:
                 raise InputError(
@@ -70,7 +75,9 @@ class Preprocess(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pixels [B, C, H, W] to the network's input."""
-        if x.shape[-3] != self.channels:
+        if self.luma is not None:
+            x = (x * self.luma.to(x)).sum(-3, keepdim=True)
+        elif x.shape[-3] != self.channels:
             x = x.expand(*x.shape[:-3], self.channels, *x.shape[-2:])
         if self.rows is not None and self.columns is not None:
             x = self.rows.to(x) @ x @ self.columns.to(x).T

@@ -102,5 +102,5 @@ def test_damaged_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"targets.npy.*expected float32 of shape"):
         load_prepared(tmp_path / "data")
     path.unlink()
-    with pytest.raises(InputError, match=r"images.npy: float32.*expected uint8"):
+    with pytest.raises(InputError, match=r"targets.npy: no such file; run"):
         load_prepared(tmp_path / "data")

@@ -154,9 +154,9 @@ def test_statistics_are_those_of_a_fixed_sample_of_the_training_split(data: Prep
     settings = settings_of()
     model = build_model(settings.model, 0, data.image_shape)
     weights, classes = initialise(model, 0), data.split("train")
+    engine = EagerEngine(model, settings.optimizer, data.images, torch.device("cpu"))
     one, again, other = (
-        population_statistics(model, weights, data.images, classes, seed)[0].mean
-        for seed in (0, 0, 1)
+        population_statistics(engine, weights, classes, seed)[0].mean for seed in (0, 0, 1)
     )
     assert torch.equal(one, again)
     assert classes.counts.sum() <= 512  # so the sample is the whole split

@@ -158,7 +158,7 @@ def test_a_head_without_an_adapted_bias_cannot_be_masked() -> None:
 
 @pytest.mark.parametrize("value", ["tail", {"last": 0}, {"first": 1}, [], [1], {"last": True}, 3])
 def test_another_form_of_adapt_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"must be all, head, norms, \{last: n\}"):
+    with pytest.raises(ValueError, match=r"must be all, none, head, norms, \{last: n\}"):
         TrainSettings.model_validate({"model": {"name": "resnet12"}, "adapt": value})
 
 

@@ -95,9 +95,8 @@ def make_closed_form_checkpoint(
     info = start.info.model_copy(update={"settings": settings, "module": name})
     network = build_network(info, module)
     state = EpisodicState.start(initialise(network, 0), HEADS[algorithm])
-    measured = population_statistics(
-        network, state.weights, data.images, data.split("train"), settings.seed
-    )
+    engine = EagerEngine(network, settings.optimizer, data.images, torch.device("cpu"))
+    measured = population_statistics(engine, state.weights, data.split("train"), settings.seed)
     return Checkpoint(network, state._replace(statistics=measured), info)
 
 

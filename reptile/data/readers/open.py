@@ -1,4 +1,4 @@
-"""The format of a source, from its name or path, and the two sources that need no files.
+"""The format of a source, from its name or path, and the sources that need no files.
 
 The format is recognised by the files at the path, so that a source stays a path, on which DVC can
 depend.
@@ -18,6 +18,7 @@ from reptile.data.readers.cifar import is_cifar, open_cifar
 from reptile.data.readers.glyphs import draw_glyphs, glyph_name
 from reptile.data.readers.idx import is_idx, open_idx
 from reptile.data.readers.omniglot import is_omniglot, open_omniglot
+from reptile.data.readers.photographs import photograph_crops
 from reptile.data.readers.presplit import has_lists, open_lists, split_folders
 from reptile.errors import InputError
 
@@ -34,7 +35,7 @@ FORMATS: tuple[tuple[Callable[[Path], bool], Opener], ...] = (
 
 @contextmanager
 def open_source(source: str) -> Iterator[Source]:
-    """Open `glyphs`, `digits`, or the path of a folder or zip of images.
+    """Open `glyphs`, `digits`, `photographs`, or the path of a folder or zip of images.
 
     A folder may hold the published files of Omniglot, MNIST, EMNIST or CIFAR-100, images with split
     lists or split folders, or class folders. A zip holds class folders. Transparent pixels become
@@ -56,6 +57,8 @@ def _opened(source: str) -> AbstractContextManager[Source]:
         return _from_arrays(source, {glyph_name(*place): glyphs[place] for place in places})
     if source == "digits":
         return _from_arrays(source, _digits())
+    if source == "photographs":
+        return _from_arrays(source, photograph_crops())
     if path.is_dir():
         for is_format, open_format in FORMATS:
             if is_format(path):
@@ -65,7 +68,7 @@ def _opened(source: str) -> AbstractContextManager[Source]:
         return _zipped(path)
     raise InputError(
         f"{source}: no such source; give a folder or a zip of class folders, the folder of a "
-        "downloaded dataset, or the name `glyphs` or `digits`"
+        "downloaded dataset, or the name `glyphs`, `digits` or `photographs`"
     )
 
 

@@ -87,6 +87,8 @@ def prepare_sinusoids(
             content_sha256=content_digest(images, table, targets),
             splits_sha256=splits_digest(table),
             settings=settings.model_dump(mode="json"),
+            dtype="float32",
+            values=1,
         )
         write_json(temporary / INDEX_FILE, index.model_dump(mode="json"))
     if progress is not None:

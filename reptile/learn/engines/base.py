@@ -81,6 +81,9 @@ class Engine(Protocol):
         Batch norm uses the statistics of these rows, or `statistics` if given.
         """
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """Return each batch norm's statistics on rows [N]; empty without batch norm."""
+
 
 def adapt_each(
     adapt: Callable[[Tensor, OptimizerState, Sequence[Task]], Adapted],

@@ -98,6 +98,11 @@ class BatchedEngine:
         images = self._values(rows).to(weights.dtype)
         return self._network.features(unflatten(self.model, weights), images, statistics)
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """See `Engine.statistics`."""
+        images = self._values(rows).to(weights.dtype)
+        return self._network.statistics(unflatten(self.model, weights), images)
+
     def _loop(self, arguments: list[Tensor]) -> Loop:
         """Return the inner loop for arguments of these shapes, captured on CUDA."""
         if self.device.type != "cuda":

@@ -85,6 +85,11 @@ class EagerEngine:
         images = self._values(rows).to(weights.dtype)
         return self._network.features(unflatten(self.model, weights), images, statistics)
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """See `Engine.statistics`."""
+        images = self._values(rows).to(weights.dtype)
+        return self._network.statistics(unflatten(self.model, weights), images)
+
     def _adapt_one(
         self, weights: Tensor, state: OptimizerState, task: Task
     ) -> tuple[Tensor, OptimizerState, Tensor]:

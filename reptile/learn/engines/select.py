@@ -11,7 +11,8 @@ from reptile.learn.engines.base import Engine
 from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.eager import EagerEngine
 from reptile.learn.engines.native import NETWORKS, BuildError, NativeEngine
-from reptile.models import Model, ModuleNetwork, unflatten
+from reptile.learn.engines.towers import TowersEngine
+from reptile.models import Model, ModuleNetwork, Towers, unflatten
 from reptile.models.cut import split
 from reptile.settings import OptimizerSettings
 
@@ -43,6 +44,13 @@ def make_engine(
             device.
         PlatformError: the settings name `native`, which cannot be built on this machine.
     """
+    if isinstance(model, Towers):
+        if name not in ("auto", "eager"):
+            raise InputError(
+                f"train.engine = {name}: each tower has its own; use auto (the fastest), or eager"
+            )
+        engines = [make_engine(name, tower, optimizer, inputs, device) for tower in model.towers]
+        return TowersEngine(model, engines, optimizer, inputs, device)
     if name == "eager":
         return EagerEngine(model, optimizer, inputs, device)
     if name == "batched" or (name == "auto" and device.type != "cpu"):
@@ -58,7 +66,7 @@ def make_engine(
         return engine
     if name == "native" and device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
-    if name == "auto" and type(model) not in NETWORKS:
+    if name == "auto" and (type(model) not in NETWORKS or getattr(model, "preprocess", None)):
         return EagerEngine(model, optimizer, inputs, device)
     try:
         return NativeEngine(model, optimizer, inputs)

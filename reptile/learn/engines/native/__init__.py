@@ -5,6 +5,7 @@ engine is its reference. CPU only.
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -300,6 +301,11 @@ class NativeEngine:
         features: Tensor = _NativeFeatures.apply(weights, rows.astype(np.int64), self)
         return features
 
+    def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
+        """See `Engine.statistics`; by torch."""
+        images = self.images(rows).to(weights.dtype)
+        return self.model.statistics(unflatten(self.model, weights), images)
+
     def _features(self, weights: Tensor, rows: IntArray) -> Tensor:
         weights, _ = self._checked(weights, None, "weights")
         features = torch.empty(len(rows), self.model.feature_size)
@@ -440,10 +446,13 @@ def _settings(model: Network, optimizer: OptimizerSettings, inputs: Inputs) -> _
     settings = model.settings
     mlp = settings.name == "mlp"
     units = settings.hidden if mlp else (settings.filters,) * CONV_LAYERS
+    shape = (
+        model.image_shape if len(model.image_shape) == 3 else (math.prod(model.image_shape), 1, 1)
+    )
     return _Settings(
         _NETWORKS[settings.name, "" if mlp else settings.downsampling],
         model.outputs,
-        *model.image_shape,
+        *shape,
         len(units),
         (ctypes.c_int32 * MAX_LAYERS)(*units),
         mlp and settings.activation == "tanh",
