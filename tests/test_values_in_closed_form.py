@@ -22,7 +22,7 @@ from reptile import stages
 from reptile.data.dataset import PreparedData
 from reptile.data.readers import sinusoid
 from reptile.errors import DivergedError, InputError, VerificationError
-from reptile.evaluate import evaluate
+from reptile.evaluate import evaluate, write_evaluation
 from reptile.evaluate.metrics import read_metrics
 from reptile.experiments.presets import preset_path
 from reptile.files import sha256_file
@@ -149,6 +149,19 @@ def test_the_report_draws_the_intervals_and_says_how_often_they_hold(run: Run) -
     assert len(fits) == 6 and all(fit.count('class="band') == 1 for fit in fits)
     assert "How often the intervals hold" in text
     assert "How fast it adapts" not in text and "inner steps" not in text.split("Settings and")[0]
+
+
+def test_the_report_shows_losses_below_zero(run: Run, tmp_path: Path) -> None:
+    """As where values have little noise: the loss is the negative logarithm of a density."""
+    curve = [point.model_copy(update={"loss": -0.5}) for point in run.checkpoint.info.curve]
+    info = run.checkpoint.info.model_copy(update={"curve": tuple(curve)})
+    settings = run.settings.evaluate.model_copy(update={"tasks": 2})
+    checkpoint = run.checkpoint._replace(info=info)
+    write_evaluation(evaluate(settings, checkpoint, run.data, {}, baselines=False), tmp_path)
+    (chart,) = re.findall(
+        r'<svg[^>]*aria-label="training loss".*?</svg>', (tmp_path / "report.html").read_text()
+    )
+    ElementTree.fromstring(chart)
 
 
 def test_several_ways_are_refused(run: Run) -> None:
