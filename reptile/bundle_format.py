@@ -234,10 +234,8 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         if _get(manifest, f"task.{key}", type(value), where) != value:
             raise InputError(f"{where}: task.{key} must be {value!r}")
     learner = _get(manifest, "learner", str, where) if version >= 3 else "gradient"
-    if learner not in GRAPHS or (learner == "closed_form" and kind != "classification"):
-        raise InputError(
-            f"{where}: learner must be {' or '.join(GRAPHS)} (of a classifier), got {learner!r}"
-        )
+    if learner not in GRAPHS:
+        raise InputError(f"{where}: learner must be {' or '.join(GRAPHS)}, got {learner!r}")
     if kind == "classification":
         outputs = ways = _whole(manifest, "task.ways", where, low=2)
     else:
@@ -246,7 +244,7 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
     if learner == "gradient":
         features, weights = 0, _check_gradient(graphs, kind, outputs, shape, where)
     else:
-        features, weights = _check_closed_form(graphs, shape, where)
+        features, weights = _check_closed_form(graphs, kind, outputs, shape, where)
     adapted = _get(manifest, "adapted", dict, where)
     if not all(isinstance(size, list) for size in adapted.values()) or weights != {
         name: TensorType.of(_DTYPE, size).shape for name, size in adapted.items()
@@ -418,18 +416,28 @@ def _check_gradient(
 
 
 def _check_closed_form(
-    graphs: dict[str, Graph], image_shape: list[int], where: str
+    graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
 ) -> tuple[int, dict[str, Shape]]:
     """Hold the graphs that clients run to the format; return D and what passes between them."""
     found = graphs["embed"].outputs.get("features") if "embed" in graphs else None
     size = found.shape[1] if found and len(found.shape) == 2 else 0
     images = TensorType("float32", (None, *image_shape))
-    labels = {"support_labels": TensorType("int64", (None,))}
     features = {"features": TensorType("float32", (None, size))}
-    weights = {
-        "head.weight": TensorType("float32", (None, size)),
-        "head.bias": TensorType("float32", (None,)),
-    }
+    if kind == "classification":
+        labels = {"support_labels": TensorType("int64", (None,))}
+        weights = {
+            "head.weight": TensorType("float32", (None, size)),
+            "head.bias": TensorType("float32", (None,)),
+        }
+        answers = {"logits": TensorType("float32", (None, None))}
+    else:
+        one_more = (size or 0) + 1  # of the constant
+        labels = {"support_labels": TensorType("float32", (None, outputs))}
+        weights = {
+            "head.mean": TensorType("float32", (one_more, outputs)),
+            "head.covariance": TensorType("float32", (one_more, one_more)),
+        }
+        answers = {name: TensorType("float32", (None, outputs)) for name in ("logits", "variance")}
     finite = {"finite": TensorType("bool", ())}
     _check_tensors(
         graphs,
@@ -437,10 +445,7 @@ def _check_closed_form(
             "embed": ({"images": images}, features),
             "fit": ({**features, **labels}, {**weights, **finite}),
             "adapt": ({"support_images": images, **labels}, {**features, **weights, **finite}),
-            "predict_adapted": (
-                {"images": images, **weights},
-                {"logits": TensorType("float32", (None, None))},
-            ),
+            "predict_adapted": ({"images": images, **weights}, answers),
         },
         where,
     )

@@ -3,7 +3,7 @@
 Everything in it comes from the manifest and the checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from reptile.evaluate.methods import title
@@ -25,6 +25,7 @@ ALGORITHMS = {
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
     "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",
     "ridge": "ridge regression (Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136)",
+    "bayes": "Bayesian linear regression (Harrison, Sharma, Pavone: arXiv 1807.08912)",
 }
 
 
@@ -59,6 +60,16 @@ the function's values elsewhere. Its initialisation was meta-trained with
 |---|---|
 | {inputs} |
 | outputs | {outputs} |"""
+CLOSED_FORM_REGRESSOR = """\
+A few-shot regressor that learns inside ONNX Runtime. Give it a few points of a function it has
+never seen; it fits a Bayesian linear regression to their features in closed form, without gradient
+steps, and then predicts the function's values elsewhere, each with its variance. Its network was
+trained through the same head: {algorithm}.
+
+| | |
+|---|---|
+| {inputs} |
+| outputs | {outputs} |"""
 CLASSIFIER_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
@@ -69,6 +80,12 @@ REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy a
 model = FewShotRegressor.load("path/to/this/folder")
 adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
+CLOSED_FORM_REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # numpy and onnxruntime
+
+model = FewShotRegressor.load("path/to/this/folder")
+adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
+values = adapted.predict(more_x)
+low, high = adapted.predict_interval(more_x, level=0.95)"""
 CLOSED_FORM_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
 
 model = FewShotModel.load("path/to/this/folder")
@@ -100,6 +117,14 @@ REGRESSOR_LIMITS = """\
   {max_steps} steps.
 - It gives no uncertainty. Predictions outside the range of the training data are meaningless.
 - The given points determine what is learnt; `finite` is false where the numbers diverged."""
+CLOSED_FORM_REGRESSOR_LIMITS = """\
+- For functions like those it was trained on, from one to {max_support} points in all.
+- Its intervals are as right as its model: how often they hold on test functions is below.
+  Predictions and intervals outside the range of the training data are meaningless.
+- The given points determine what is learnt; `finite` is false where a number was none."""
+CLOSED_FORM_REGRESSOR_MEASURED = """\
+Mean squared error on new tasks, at points that were not shown, with 95 % intervals; smaller is
+better. *zero* always answers 0."""
 CLASSIFIER_MEASURED = """\
 Accuracy in % on new tasks of held-out classes and on other data, with 95 % intervals. *frozen* is
 how this bundle predicts: batch norm keeps the support set's statistics, and queries do not depend
@@ -130,6 +155,11 @@ Without that package, run the graphs with any ONNX Runtime: `adapt` turns a supp
 features and a classifier, `predict_adapted` takes this classifier and images, `few_shot` does both
 in one call. `embed` and `fit` are the two halves of `adapt`: to add a class, embed its images,
 append the features to the kept ones, and fit."""
+CLOSED_FORM_REGRESSOR_GRAPHS = """\
+Without that package, run the graphs with any ONNX Runtime: `adapt` turns a support set into
+features and a posterior, `predict_adapted` takes this posterior and inputs, `few_shot` does both
+in one call. `embed` and `fit` are the two halves of `adapt`: to add points, embed them, append
+the features to the kept ones, and fit."""
 TEXTS = {
     CLASSIFICATION: _Texts(
         CLASSIFIER,
@@ -148,14 +178,24 @@ TEXTS = {
         GRADIENT_GRAPHS,
     ),
 }
-CLOSED_FORM_TEXTS = _Texts(
-    CLOSED_FORM,
-    CLOSED_FORM_USE,
-    CLOSED_FORM_LIMITS,
-    CLOSED_FORM_MEASURED,
-    "classes x {} images",
-    CLOSED_FORM_GRAPHS,
-)
+CLOSED_FORM_TEXTS = {
+    CLASSIFICATION: _Texts(
+        CLOSED_FORM,
+        CLOSED_FORM_USE,
+        CLOSED_FORM_LIMITS,
+        CLOSED_FORM_MEASURED,
+        "classes x {} images",
+        CLOSED_FORM_GRAPHS,
+    ),
+    REGRESSION: _Texts(
+        CLOSED_FORM_REGRESSOR,
+        CLOSED_FORM_REGRESSOR_USE,
+        CLOSED_FORM_REGRESSOR_LIMITS,
+        CLOSED_FORM_REGRESSOR_MEASURED,
+        "function x {} points",
+        CLOSED_FORM_REGRESSOR_GRAPHS,
+    ),
+}
 
 
 def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metrics | None) -> str:
@@ -168,7 +208,7 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
         form["dtype"] = "uint8"
     training = info.settings
     closed_form = training.closed_form
-    texts = CLOSED_FORM_TEXTS if closed_form else TEXTS[info.objective]
+    texts = (CLOSED_FORM_TEXTS if closed_form else TEXTS)[info.objective]
     values = form | {"shape": ", ".join(sizes)} | task | inner | limits
     values["dtype"] = form["dtype"]
     head = texts.head.format(algorithm=ALGORITHMS[training.algorithm], **values)
@@ -217,7 +257,7 @@ was exported.
 {texts.measured}
 
 {_table(metrics)}
-
+{_coverage(metrics)}
 ## Provenance
 
 | SHA-256 of | |
@@ -226,6 +266,19 @@ was exported.
 
 {packages}. The hashes of all files are in `manifest.json`.
 """
+
+
+def _coverage(metrics: Metrics | None) -> str:
+    """Say how often the learner's intervals hold, where it gives any."""
+    if metrics is None or not metrics.coverage:
+        return ""
+    shares = [
+        f"{100 * methods[metrics.learner].mean:.1f} % ({dataset}, {shots}-shot)"
+        for dataset, by_shots in metrics.coverage.items()
+        for shots, methods in by_shots.items()
+        if metrics.learner in methods
+    ]
+    return f"\nOf the values, {', '.join(shares)} lie in their 95 % intervals.\n" if shares else ""
 
 
 def _architecture(info: CheckpointInfo) -> str:
@@ -248,15 +301,23 @@ def _training(info: CheckpointInfo, texts: _Texts) -> str:
     training = info.settings
     if training.closed_form:
         episode = training.episode
-        items = texts.items.format(" or ".join(map(str, episode.shots)))
+        items = texts.items.format(_any_of(episode.shots))
         return f"""\
 Trained on the training split of **{info.dataset}**: {info.iteration} steps of
 {training.meta_batch} episodes, {training.ways} {items} an episode, and {episode.queries} queries
-a class."""
+{"a class" if training.algorithm != "bayes" else "each"}."""
     return f"""\
 Meta-trained on the training split of **{info.dataset}**: {info.iteration} meta-iterations of
 {training.meta_batch} tasks, {training.ways} {texts.items.format(training.train_shots)} a task,
 {training.inner_steps} inner steps on batches of {training.inner_batch}."""
+
+
+def _any_of(numbers: Sequence[int]) -> str:
+    """Return numbers as words: `1 or 5`, and `1 to 20` where there are all of many."""
+    low, high = min(numbers), max(numbers)
+    if len(numbers) > 2 and sorted(numbers) == list(range(low, high + 1)):
+        return f"{low} to {high}"
+    return " or ".join(map(str, numbers))
 
 
 def _adapted(adapt: Adapt) -> str:

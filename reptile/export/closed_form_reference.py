@@ -4,12 +4,12 @@ The learner is the one that training and evaluation use. Independent of ONNX. Fo
 gradient steps see `reference`.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reptile.export.reference import Array, Tensors
 from reptile.learn.episodic import ClosedForm
+from reptile.learn.heads import BayesHead, Classifier, Prior
 from reptile.models import MASK_BIAS, LayerStatistics
 
 
@@ -29,7 +29,15 @@ def embed(learner: ClosedForm, images: Array) -> Tensor:
 
 
 def fit(learner: ClosedForm, features: Tensor, labels: Array) -> Tensors:
-    """Return head.weight [W, D] and head.bias [W]; labels without examples are masked."""
+    """Return head.weight [W, D] and head.bias [W]; labels without examples are masked.
+
+    Of a regressor, head.mean [D + 1, outputs] and head.covariance [D + 1, D + 1], given values
+    [S, outputs].
+    """
+    if isinstance(learner.head, BayesHead):
+        prior = _prior(learner, learner.head, features.dtype)
+        mean, covariance = prior.given(features, torch.from_numpy(labels), torch.linalg.solve)
+        return {"head.mean": mean.numpy(), "head.covariance": covariance.numpy()}
     ways = int(labels.max()) + 1
     classifier = learner.classifier(features, torch.from_numpy(labels), ways)
     absent = ~torch.isin(torch.arange(ways), torch.from_numpy(labels))
@@ -38,13 +46,28 @@ def fit(learner: ClosedForm, features: Tensor, labels: Array) -> Tensors:
 
 
 def adapt(learner: ClosedForm, images: Array, labels: Array) -> Tensors:
-    """Return the outputs of the graph `adapt` but `finite`: features, head.weight, head.bias."""
+    """Return the outputs of the graph `adapt` but `finite`: features, and those of `fit`."""
     features = embed(learner, images)
     return {"features": features.numpy(), **fit(learner, features, labels)}
 
 
-def predict(learner: ClosedForm, weights: Tensors, images: Array) -> Array:
-    """Return the logits [N, W] of a task's classifier; other tensors in `weights` are ignored."""
-    features = embed(learner, images).numpy()
-    logits = features @ weights["head.weight"].astype(features.dtype).T
-    return np.asarray(logits + weights["head.bias"].astype(features.dtype))
+def predict(learner: ClosedForm, weights: Tensors, images: Array) -> Tensors:
+    """Return the logits [N, W] of a task's classifier; other tensors in `weights` are ignored.
+
+    Of a regressor, the values [N, outputs] by that name, and their variance [N, outputs].
+    """
+    features = embed(learner, images)
+    head = {
+        name: torch.from_numpy(value).to(features.dtype)
+        for name, value in weights.items()
+        if name.startswith("head.")
+    }
+    if isinstance(learner.head, BayesHead):
+        prior = _prior(learner, learner.head, features.dtype)
+        mean, variance = prior.predict(head["head.mean"], head["head.covariance"], features)
+        return {"logits": mean.numpy(), "variance": variance.numpy()}
+    return {"logits": Classifier(head["head.weight"], head["head.bias"]).logits(features).numpy()}
+
+
+def _prior(learner: ClosedForm, head: BayesHead, dtype: torch.dtype) -> Prior:
+    return Prior(*(value.to(dtype) for value in head.prior(learner.params)))

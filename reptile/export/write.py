@@ -35,7 +35,7 @@ from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
-from reptile.objectives import objective_named
+from reptile.objectives import CLASSIFICATION, objective_named
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -143,10 +143,16 @@ def export_bundles(
 def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.ModelProto]:
     if not checkpoint.info.settings.closed_form:
         return build_graphs(checkpoint, settings.max_steps)
-    if checkpoint.info.settings.algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
+    algorithm = checkpoint.info.settings.algorithm
+    if algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
         raise InputError(
             f"export.max_support = {settings.max_support}: ridge solves a system of as many "
             f"equations, at most {MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
+        )
+    if algorithm == "bayes" and settings.max_support > MAX_RIDGE_SUPPORT:
+        raise InputError(
+            f"export.max_support = {settings.max_support}: bayes was measured in float32 with at "
+            f"most {MAX_RIDGE_SUPPORT} points; lower it"
         )
     # As many classes as examples: each needs one.
     return build_closed_form_graphs(checkpoint, settings.max_support)
@@ -177,7 +183,7 @@ def _manifest(
         created_by=f"reptile {__version__}",
         kind=info.objective.name,
         learner=learner,
-        outputs=settings.max_support if closed_form else model.outputs,
+        outputs=_outputs(settings, checkpoint),
         image_shape=model.image_shape,
         model=_network(checkpoint),
         pixels=info.pixels,
@@ -199,6 +205,15 @@ def _manifest(
             "versions": info.versions | versions("torch", "onnx", "onnxscript"),
         },
     )
+
+
+def _outputs(settings: ExportSettings, checkpoint: Checkpoint) -> int:
+    """Return the outputs of the head; of a closed-form classifier, the most classes of a task."""
+    if not checkpoint.info.settings.closed_form:
+        return checkpoint.model.outputs
+    if checkpoint.info.objective is CLASSIFICATION:
+        return settings.max_support
+    return len(checkpoint.closed_form.params["head.noise"])
 
 
 def _network(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -161,29 +161,51 @@ class Posterior(NamedTuple):
         return features @ self.mean, spread[:, None] * self.noise
 
 
+CORRECTIONS = 2
+
+
 class Prior(NamedTuple):
-    """What a Bayesian linear regression starts from."""
+    """What a Bayesian linear regression starts from, and a way to its posterior for float32.
+
+    `BayesHead.fit` subtracts from the prior covariance, which is many times the posterior one. Here
+    nothing is subtracted: with Ψ = ΦR, where the prior is N(0, I), the posterior covariance is
+    S = (I + ΨᵀΨ)⁻¹, of size D + 1 for any number of examples and with eigenvalues in 0..1.
+    """
 
     mean: Tensor  # K₀, [D + 1, outputs]
     root: Tensor  # R with Λ₀⁻¹ = RRᵀ, [D + 1, D + 1]
     noise: Tensor  # σ², [outputs]
 
-    def given(self, features: Tensor, values: Tensor, solve: Solve) -> Posterior:
-        """Return the posterior given features [S, D] and values [S, outputs], of their type.
+    def given(self, features: Tensor, values: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
+        """Return the posterior mean [D + 1, outputs] and S, of the type of the prior.
 
-        In coordinates where the prior is N(0, I), with Ψ = ΦR: it solves I + ΨᵀΨ, of size D + 1 for
-        any S. Nothing is subtracted, so that float32 keeps the variances: `BayesHead.fit` subtracts
-        from the prior covariance, which is many times the posterior one.
+        Args:
+            features: [S, D].
+            values: [S, outputs].
+            solve: of a system of size D + 1.
         """
         features = with_constant(features)
         white = features @ self.root  # Ψ, [S, D + 1]
         identity = torch.eye(self.root.shape[0], dtype=white.dtype, device=white.device)
-        right = torch.cat([white.T @ (values - features @ self.mean), self.root.T], dim=1)
-        moved = self.root @ solve(identity + white.T @ white, right)
-        mean_move, covariance = torch.split(
-            moved, [self.mean.shape[1], self.root.shape[0]], dim=1
-        )
-        return Posterior(self.mean + mean_move, covariance, self.noise)
+        shrunk = solve(identity + white.T @ white, identity)
+        off = values - features @ self.mean
+        move = shrunk @ (white.T @ off)
+        for _ in range(CORRECTIONS):  # of S's rounding, by what the mean leaves of the examples
+            move = move + shrunk @ (white.T @ (off - white @ move) - move)
+        return self.mean + self.root @ move, shrunk
+
+    def predict(self, mean: Tensor, shrunk: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the values, both [N, outputs], at features [N, D].
+
+        Args:
+            mean: of the posterior.
+            shrunk: S.
+            features: of the type of the prior.
+        """
+        features = with_constant(features)
+        white = features @ self.root
+        spread = 1 + ((white @ shrunk) * white).sum(-1)
+        return features @ mean, spread[:, None] * self.noise
 
 
 class BayesHead(Head):

@@ -10,12 +10,19 @@ Needs numpy and ONNX Runtime only. Not for training, exporting or serving over H
     adapted.save("cats-and-dogs.safetensors")
 
 A bundle of a regressor is opened by `FewShotRegressor` instead, adapted to points (x, y), and
-predicts values.
+predicts values, and intervals where the bundle learns in closed form.
 
 An error that a caller can fix raises `reptile.errors.InputError`, which is a ValueError.
 """
 
 from reptile.runtime.model import AdaptedModel, FewShotModel, Prediction
-from reptile.runtime.regressor import AdaptedRegressor, FewShotRegressor
+from reptile.runtime.regressor import AdaptedRegressor, FewShotRegressor, Interval
 
-__all__ = ["AdaptedModel", "AdaptedRegressor", "FewShotModel", "FewShotRegressor", "Prediction"]
+__all__ = [
+    "AdaptedModel",
+    "AdaptedRegressor",
+    "FewShotModel",
+    "FewShotRegressor",
+    "Interval",
+    "Prediction",
+]

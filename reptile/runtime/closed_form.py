@@ -1,4 +1,4 @@
-"""Runs of a closed-form learner's graphs: `embed` for features, `fit` for a classifier.
+"""Runs of a closed-form learner's graphs: `embed` for features, `fit` for what they give.
 
 For learners by gradient steps see `adapting`.
 """
@@ -21,7 +21,7 @@ def check_no_steps(inner: InnerLoop) -> None:
     """Refuse settings of gradient steps, of which there are none."""
     if (inner.steps, inner.learning_rate, inner.seed) != (None, None, 0):
         raise InputError(
-            "this bundle fits a classifier in closed form, without gradient steps: leave out "
+            "this bundle learns a task in closed form, without gradient steps: leave out "
             "steps, learning_rate and seed"
         )
 
@@ -55,7 +55,7 @@ def embed(
 def fit(
     session: Any, bundle: Bundle, examples: Examples, until: float | None
 ) -> Mapping[str, FloatArray]:
-    """Return the classifier of some examples; its arrays and theirs become read-only.
+    """Return a classifier, or a posterior; its arrays and the examples' become read-only.
 
     Raises:
         DivergedError: its numbers are not finite.
@@ -65,8 +65,8 @@ def fit(
     finite, *weights = run_within(session, ["finite", *bundle.weights], feeds, _left(until))
     if not finite:
         raise DivergedError(
-            "the classifier of these images is not finite; run the bundle's self-check (check) on "
-            "this machine, and export the bundle again if it passes"
+            "what these examples give is not finite: give values of the size of the training "
+            "data's, or run the bundle's self-check (check) on this machine"
         )
     for array in (*examples, *weights):  # threads share them
         array.flags.writeable = False

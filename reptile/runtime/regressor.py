@@ -5,7 +5,8 @@ Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,19 @@ import numpy.typing as npt
 from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle
+from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
 from reptile.runtime.inputs import check_points
 from reptile.runtime.opened import OpenedBundle
-from reptile.runtime.saved import AdaptedState, FloatArray, read_adapted, write_adapted
+from reptile.runtime.saved import AdaptedState, Examples, FloatArray, read_adapted, write_adapted
 
 _CHUNK = 4096  # inputs per run: bounds memory; they are independent
+
+
+class Interval(NamedTuple):
+    """The result of `AdaptedRegressor.predict_interval` for N inputs."""
+
+    low: FloatArray  # [N, outputs]
+    high: FloatArray  # [N, outputs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +38,14 @@ class AdaptedRegressor:
 
     bundle: Bundle
     state: AdaptedState
-    _session: Any
+    _session: Any  # of the graph `predict_adapted`
 
     @property
     def losses(self) -> FloatArray:
-        """The loss of each inner step's mini-batch before that step, float32 [steps]."""
+        """The loss of each inner step's mini-batch before that step, float32 [steps].
+
+        Empty where the function is learnt in closed form.
+        """
         return self.state.losses
 
     def predict(self, x: npt.ArrayLike) -> FloatArray:
@@ -48,12 +60,44 @@ class AdaptedRegressor:
         Raises:
             InputError: inputs of another shape or type, or not finite.
         """
-        inputs = check_points(x, self.bundle.image_shape, "x")
-        values = np.empty((len(inputs), self.bundle.outputs), dtype=np.float32)
-        for start in range(0, len(inputs), _CHUNK):
-            feeds = {"images": inputs[start : start + _CHUNK], **self.state.weights}
-            (values[start : start + _CHUNK],) = self._session.run(["logits"], feeds)
+        (values,) = self._run(x, ["logits"])
         return values
+
+    def predict_interval(self, x: npt.ArrayLike, level: float = 0.95) -> Interval:
+        """Predict intervals that hold the values at each x with a given probability.
+
+        Of a bundle that learns in closed form, by the normal distribution that it predicts. How
+        often they hold on test functions is in the bundle's model card.
+
+        Args:
+            x: as in `predict`.
+            level: the probability, between 0 and 1.
+
+        Raises:
+            InputError: as `predict`, a level out of range, or a bundle that learns by gradient
+                steps.
+        """
+        if self.bundle.learner != "closed_form":
+            raise InputError(
+                "this bundle learns by gradient steps and predicts no variances: use predict, or a "
+                "bundle of algorithm: bayes"
+            )
+        if not 0 < level < 1:
+            raise InputError(f"level must lie between 0 and 1, got {level}")
+        mean, variance = self._run(x, ["logits", "variance"])
+        half = np.float32(NormalDist().inv_cdf((1 + level) / 2)) * np.sqrt(variance)
+        return Interval(mean - half, mean + half)
+
+    def _run(self, x: npt.ArrayLike, names: list[str]) -> list[FloatArray]:
+        """Return these outputs of the graph, each [N, outputs]."""
+        inputs = check_points(x, self.bundle.image_shape, "x")
+        found = np.empty((len(names), len(inputs), self.bundle.outputs), dtype=np.float32)
+        for start in range(0, len(inputs), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            found[:, part] = self._session.run(
+                names, {"images": inputs[part], **self.state.weights}
+            )
+        return list(found)
 
     def save(self, path: str | Path) -> None:
         """Write the adapted function to one file (safetensors format) for `load_adapted`.
@@ -107,6 +151,8 @@ class FewShotRegressor(OpenedBundle):
             seed: chooses the mini-batches.
             timeout: seconds after which to give up; None means no limit.
 
+        A closed-form bundle has no inner steps: steps, learning_rate and seed are refused.
+
         Raises:
             InputError: an argument that cannot be used, or an adaptation that diverged.
             TimeoutError: not done in time.
@@ -117,8 +163,19 @@ class FewShotRegressor(OpenedBundle):
         if len(inputs) != len(values):
             raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
         inner = InnerLoop(steps, learning_rate, seed, timeout)
+        if self.bundle.learner == "closed_form":
+            check_no_steps(inner)
+            return self._closed_form(inputs, values, timeout)
         losses, weights = adapt(self.bundle, self._sessions["adapt"], inputs, values, inner)
         return self._adapted(AdaptedState((), losses, weights))
+
+    def _closed_form(
+        self, inputs: FloatArray, values: FloatArray, timeout: float | None
+    ) -> AdaptedRegressor:
+        until = deadline(timeout)
+        features = embed(self._sessions["embed"], self.bundle, inputs, until)
+        weights = fit(self._sessions["fit"], self.bundle, Examples(features, values), until)
+        return self._adapted(AdaptedState((), np.empty(0, dtype=np.float32), weights))
 
     def load_adapted(self, path: str | Path) -> AdaptedRegressor:
         """Read a function that `AdaptedRegressor.save` wrote for this bundle.

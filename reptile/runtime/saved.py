@@ -20,7 +20,10 @@ from reptile.files import atomic_file
 from reptile.runtime.bundle import Bundle
 
 FORMAT = "reptile-adapted/1.1"
-READABLE = ("reptile-adapted/1", FORMAT)  # 1.1 has the features of a closed-form learner's examples
+READABLE = (
+    "reptile-adapted/1",
+    FORMAT,
+)  # 1.1 has the features of a closed-form classifier's examples
 _MAX_HEADER_BYTES = 1 << 20
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,7 +34,7 @@ class Examples(NamedTuple):
     """What a closed-form learner keeps of a support set, so that classes can come and go."""
 
     features: FloatArray  # [S, D]
-    targets: IntArray  # [S], places among the task's labels
+    targets: IntArray | FloatArray  # [S], places among the task's labels; or values [S, outputs]
 
 
 class AdaptedState(NamedTuple):
@@ -40,7 +43,7 @@ class AdaptedState(NamedTuple):
     labels: tuple[Hashable, ...]  # the name of each head output in use; none of a regressor
     losses: FloatArray  # [steps]
     weights: Mapping[str, FloatArray]
-    examples: Examples | None = None  # of a closed-form learner
+    examples: Examples | None = None  # of a closed-form classifier
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
@@ -111,7 +114,7 @@ def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
     if not all(np.isfinite(values).all() for values in tensors.values()):
         raise _damaged(path, "it holds NaN or infinite numbers")
     losses = tensors.pop("losses")
-    if bundle.learner == "gradient":
+    if not _keeps_examples(bundle):
         return AdaptedState(labels, losses, tensors)
     examples = Examples(tensors.pop("features"), tensors.pop("targets"))
     if set(examples.targets.tolist()) != set(range(len(labels))):
@@ -140,10 +143,15 @@ def _shapes(header: Any, ways: int, bundle: Bundle) -> dict[str, tuple[int, ...]
         name: tuple(ways if size is None else size for size in shape)
         for name, shape in bundle.weights.items()
     }
-    if bundle.learner == "gradient":
+    if not _keeps_examples(bundle):
         return {**weights, "losses": (_length(header, "losses", bundle.max_steps),)}
     size = _length(header, "targets", bundle.max_support)
     return {"features": (size, bundle.features), "targets": (size,), **weights, "losses": (0,)}
+
+
+def _keeps_examples(bundle: Bundle) -> bool:
+    """Say whether a task has its examples: those of a closed-form classifier do."""
+    return bundle.learner == "closed_form" and bundle.kind == "classification"
 
 
 def _length(header: Any, name: str, most: int) -> int:

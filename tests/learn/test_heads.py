@@ -106,3 +106,16 @@ def test_the_loss_of_values_is_the_negative_log_density_of_a_normal_distribution
     density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(wanted)
     loss = head.loss(params, support, values, queries, wanted)
     torch.testing.assert_close(loss, -density.mean())
+
+
+def test_the_form_for_float32_is_the_same_posterior() -> None:
+    """Against `BayesHead.fit`, which solves a system of the support set's size instead."""
+    head, params = BayesHead(5, 2), bayes_params(RNG)
+    prior = head.prior(params)
+    features, values, queries = (
+        torch.from_numpy(RNG.normal(size=size)) for size in ((7, 5), (7, 2), (4, 5))
+    )
+    wanted = head.fit(params, features, values).predict(queries)
+    found = prior.predict(*prior.given(features, values, torch.linalg.solve), queries)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)

@@ -193,7 +193,8 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     guess = Line(what, "chance", (0, x.high), (level, level))
     high = max(level, *score.y)
     loss = Line("training", "trained", iterations, losses)
-    loss_axis = axis("", 1.05 * max(losses))._replace(low=min(0.0, *losses))
+    # The negative logarithm of a density has any sign.
+    loss_axis = (symmetric_axis if min(losses) < 0 else axis)("", 1.05 * max(map(abs, losses)))
     return [
         (
             f"{objective.title.capitalize()} on validation tasks ({objective.validation.shots}-shot"

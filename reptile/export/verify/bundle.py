@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from reptile.data.dataset import PreparedData
-from reptile.export.verify import closed_form, parity
+from reptile.export.verify import closed_form, parity, values
 from reptile.learn.checkpoint import Checkpoint
+from reptile.objectives import CLASSIFICATION
 from reptile.settings import VerifySettings
 
 
@@ -24,5 +25,7 @@ def verify_bundle(
         InputError: there is no manifest to read, or the test split cannot make tasks.
     """
     if checkpoint.info.settings.closed_form:
+        if checkpoint.info.objective is not CLASSIFICATION:
+            return values.verify_bundle(settings, bundle, checkpoint, data)
         return closed_form.verify_bundle(settings, bundle, checkpoint, data)
     return parity.verify_bundle(settings, bundle, checkpoint, data)

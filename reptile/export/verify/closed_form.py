@@ -1,6 +1,7 @@
-"""Checks that a closed-form learner's bundle computes what eager PyTorch does.
+"""Checks that a closed-form classifier's bundle computes what eager PyTorch does.
 
-As `parity` checks learners by gradient steps; the sessions are plain onnxruntime's too.
+As `parity` checks learners by gradient steps; the sessions are plain onnxruntime's too. Regressors
+are checked in `values`.
 """
 
 import math
@@ -82,7 +83,8 @@ class _Subject:
     def logits(self, images: Array, labels: Array, dtype: torch.dtype = torch.float64) -> Array:
         """Return eager PyTorch's logits of `queries` after adapting."""
         learner = self.learner(dtype)
-        return reference.predict(learner, reference.adapt(learner, images, labels), self.queries())
+        adapted = reference.adapt(learner, images, labels)
+        return reference.predict(learner, adapted, self.queries())["logits"]
 
     def rounding(self, images: Array, labels: Array) -> float:
         """Return how far eager float32 is from eager float64."""
@@ -262,7 +264,7 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
         feeds = _feeds(images, task.support_targets)
         actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
         adapted = reference.adapt(learner, images, task.support_targets)
-        eager = reference.predict(learner, adapted, query)
+        eager = reference.predict(learner, adapted, query)["logits"]
         targets = task.query_targets
         scores.append([CLASSIFICATION.scores(outputs, targets) for outputs in (actual, eager)])
         apart.append(CLASSIFICATION.disagreement(actual, eager))

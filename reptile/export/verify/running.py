@@ -1,6 +1,6 @@
-"""What the checks of both kinds of learner share: sessions, groups of checks, golden cases.
+"""What the checks of all learners share: sessions, groups of checks, golden cases.
 
-What is checked is in `parity` and `closed_form`.
+What is checked is in `parity`, `closed_form` and `values`.
 """
 
 import itertools
