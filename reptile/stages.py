@@ -220,10 +220,9 @@ def verify(
         VerificationError: a check failed; the report at `verification` says which and by how much.
     """
     from reptile.data.dataset import load_prepared
-    from reptile.export.verify import verify_bundle, verify_bundles
+    from reptile.export.verify import read_manifest, verify_bundle, verify_bundles
     from reptile.learn.checkpoint import load_checkpoint
     from reptile.learn.unadapted import exported
-    from reptile.runtime.bundle import open_bundle
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
@@ -233,7 +232,7 @@ def verify(
         second = load_checkpoint(beside)
         others[second_learner(second.info.settings.algorithm)] = second
     folders = sorted(bundles.iterdir()) if bundles else [bundle]
-    each = [open_bundle(folder).raw["metrics"] for folder in folders]
+    each = [read_manifest(folder).raw["metrics"] for folder in folders]
     metrics = next(values for values in each if not values or values["learner"] not in others)
     trained = exported(trained, data, metrics)
     if bundles:
