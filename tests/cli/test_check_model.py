@@ -35,7 +35,7 @@ def test_it_shows_the_network_of_the_settings(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("train.adapt=layer4.*", "train.adapt: 'layer4.*' must be all, head, norms"),
+        ("train.adapt=layer4.*", "train.adapt: 'layer4.*' must be all, none, head, norms"),
         ("train.adapt=[layer4.*]", "no parameter of resnet12 matches 'layer4.*'"),
         ("train.model.name=resnet13", "train.model.name: 'resnet13' must be conv4, mlp, resnet12"),
         ("train.model.weights=start.pth", "train.model.weights = start.pth: no such file"),

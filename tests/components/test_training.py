@@ -32,8 +32,8 @@ SETTINGS = TrainSettings.model_validate(
         "inner_steps": 3,
         "inner_batch": 4,
         "meta_batch": 2,
-        "meta_iterations": 120,
-        "checkpoint_every": 20,
+        "meta_iterations": 600,
+        "checkpoint_every": 100,
         "validation_tasks": 1,
         "device": "cpu",
     }
@@ -126,7 +126,14 @@ class Task:
             assert (self.pod / "checkpoint" / file).read_bytes() == (whole / file).read_bytes()
         assert {path.name for path in (self.pod / "checkpoint").iterdir()} == set(FILES)
         points = (self.pod / "curves/plots/metrics/loss.tsv").read_text().splitlines()[1:]
-        assert [point.split("\t")[0] for point in points] == ["20", "40", "60", "80", "100", "120"]
+        assert [point.split("\t")[0] for point in points] == [
+            "100",
+            "200",
+            "300",
+            "400",
+            "500",
+            "600",
+        ]
         left = {path.name for path in self.pod.iterdir()}
         assert left == {"prepared", "checkpoint", "curves", ".lock"}
         assert self.kept() == []
@@ -161,7 +168,7 @@ def test_a_killed_training_process_goes_on_in_the_same_task(task: Task, whole: P
     assert "(restart 1 of 3)" in printed
     assert "resuming" in printed
     metadata = json.loads(printed.splitlines()[-1])
-    assert metadata["accuracy"] == load_checkpoint(whole).info.curve[-1].score
+    assert metadata["validation_accuracy"] == load_checkpoint(whole).info.curve[-1].score
     task.gives(whole)
 
 
@@ -180,7 +187,7 @@ def test_a_pod_that_is_stopped_or_lost_is_followed_by_one_that_goes_on(
     assert not (task.pod / "checkpoint").exists(), "ended too late to show anything"
     if number == signal.SIGTERM:
         (kept,) = task.kept()
-        assert f"stopped after meta-iteration {int(kept[-8:])} of 120" in printed
+        assert f"stopped after meta-iteration {int(kept[-8:])} of 600" in printed
         assert "starting again" not in printed
 
     process = task.start()
