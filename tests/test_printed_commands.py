@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -354,6 +355,7 @@ def run(command: str, small: str) -> tuple[int, str]:
                 python, option, module, *arguments = words
                 assert (python, option) == ("python", "-m")
                 patch.setattr("sys.argv", [module, *arguments])
+                patch.delitem(sys.modules, module, raising=False)  # another test may have run it
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as stop:
             return int(stop.code or 0), said.getvalue()
