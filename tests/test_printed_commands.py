@@ -202,7 +202,7 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make docs": "tests/test_site.py builds the same site",
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
-    "make photos": "needs the extra `photos`, which the tests do not install; tests/models tests towers",
+    "make photos": "needs the extra `photos`; tests/models/test_towers.py tests the mechanics",
     "make images": "needs a container engine and a package index",
     "dvc metrics show": "DVC's own view of files that are tested",
     "dvc plots show": "DVC's own view of files that are tested",

@@ -172,6 +172,7 @@ def test_a_killed_training_process_goes_on_in_the_same_task(task: Task, whole: P
     task.gives(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_pod_that_is_stopped_or_lost_is_followed_by_one_that_goes_on(
     number: signal.Signals, task: Task, whole: Path
