@@ -89,7 +89,10 @@ def read_settings(params: Path | None, preset: str | None, changes: list[str] | 
     if params and preset:
         raise InputError(f"--params {params} --preset {preset}: name one of them")
     path = preset_path(preset) if preset else params or PARAMS
-    return load_settings(path, changes or ())
+    lists = [change for change in changes or () if change.startswith("evaluate.ways=[")]
+    for change in lists:
+        log.warning("%s: a list was removed and has no effect; give one number", change)
+    return load_settings(path, [change for change in changes or () if change not in lists])
 
 
 @app.command()

@@ -84,12 +84,17 @@ class Service:
     async def adapt(self, images: Array, labels: list[Any], **options: Any) -> AdaptedTask:
         """Adapt to a new task and keep it; once it returns, it survives a restart.
 
+        A closed-form bundle has no steps, so their options have no effect: a client need not know
+        which kind of bundle is served.
+
         Raises:
             BusyError: too many adaptations are waiting.
             TimeoutError: not done in time.
             InputError: arguments that cannot be used, or an adaptation that diverged.
         """
         check_labels(labels)
+        if self.model.bundle.learner == "closed_form":
+            options = {}
         loop = asyncio.get_running_loop()
 
         def work(seconds: float) -> AdaptedTask:
