@@ -608,11 +608,14 @@ def _explain(cluster: "Cluster", run: Any) -> "Outcome":
     """Say on stderr why a run has failed, if it has; return how it ended."""
     from pipeline.cluster import Outcome, outcome
     from pipeline.failure import REFUSED
+    from pipeline.kube import find_kubernetes
+    from pipeline.workflow import workflow_name
 
     result = outcome(run and run.state)
     if result is not Outcome.FAILED:
         return result
-    failed = cluster.failures(run)
+    kube, workflow = find_kubernetes(cluster.namespace), workflow_name(run)
+    failed = cluster.failures(run, kube.endings(workflow) if kube and workflow else {})
     for failure in failed:
         if failure.refusal:
             typer.echo(f"{REFUSED}{failure.refusal}", err=True)
