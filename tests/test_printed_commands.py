@@ -123,6 +123,9 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "reptile check-model": (
         "tests/cli/test_check_model.py::test_it_shows_the_network_of_the_settings"
     ),
+    "reptile compare reptile maml ridge --seconds 60": (
+        "tests/experiments/test_compare.py::test_the_command_compares_and_wants_one_budget"
+    ),
     "reptile transfer letters digits": (
         "tests/experiments/test_transfer.py::test_the_command_prints_the_table"
     ),
