@@ -9,7 +9,7 @@ training rows.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -75,6 +75,7 @@ ROWS = {
     **LEARNERS,
     "auto": "auto",
 }
+INTERVALS = ("powers", "time", "columns", "auto")  # the rows that have them
 
 
 class Curve(nn.Module):
@@ -344,26 +345,33 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in folds[0][part]
         }
 
+    # Reptile has no intervals: folds that choose it do not count.
+    having = [fold for fold in folds if fold["chosen"] in fold["coverage"]]
+    inside = sum(fold["coverage"][fold["chosen"]] * fold["subjects"] for fold in having)
+    auto = {"auto": inside / sum(fold["subjects"] for fold in having)} if having else {}
     return {
         "errors": mean("errors"),
-        "coverage": mean("coverage"),
+        "coverage": mean("coverage") | auto,
         "chosen": [fold["chosen"] for fold in folds],
         "subjects": int(weights.sum()),
     }
 
 
 def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the results as a table in Markdown."""
-    lines = [
-        f"| table | subjects | {' | '.join(ROWS.values())} | inside 95 % |",
-        "|---" * (len(ROWS) + 3) + "|",
-    ]
+    """Return the errors, and how often the 95 % intervals hold, as tables in Markdown."""
+    lines = [f"| table | subjects | {' | '.join(ROWS.values())} |", "|---" * (len(ROWS) + 2) + "|"]
     for name, result in results.items():
-        errors = [result["errors"].get(row) for row in ROWS]
-        cells = ["" if error is None else f"{error:.3f}" for error in errors]
-        inside = " / ".join(f"{100 * each:.0f}" for each in result["coverage"].values())
-        lines.append(f"| {name} | {result['subjects']} | {' | '.join(cells)} | {inside} |")
+        errors = _cells(result["errors"], ROWS, "{:.3f}")
+        lines.append(f"| {name} | {result['subjects']} | {errors} |")
+    titles = " | ".join(ROWS[row] for row in INTERVALS)
+    lines += ["", f"| inside 95 %: table | {titles} |", "|---" * (len(INTERVALS) + 1) + "|"]
+    for name, result in results.items():
+        lines.append(f"| {name} | {_cells(result['coverage'], INTERVALS, '{:.1%}')} |")
     return "\n".join(lines)
+
+
+def _cells(values: Mapping[str, float], rows: Iterable[str], form: str) -> str:
+    return " | ".join(form.format(values[row]) if row in values else "" for row in rows)
 
 
 if __name__ == "__main__":
