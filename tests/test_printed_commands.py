@@ -106,6 +106,7 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
 STAGES = ("prepare", "train", "evaluate", "export", "verify")
 REGRESSION = "tests/test_regression.py::test_the_bundle_is_verified"
 TESTED: dict[str, str] = {  # the head of printed commands, and the test that runs them
+    "python -m experiments.tables": "tests/experiments/test_tables.py::test_the_study_runs_and",
     "make repro": "tests/test_clone.py::test_a_clone_runs_with_its_own_data_and_prints_no_warning",
     "dvc pull data.dvc": "tests/test_clone.py::test_a_clone_runs_with_its_own_data_and_prints_no",
     "dvc repro": "tests/test_clone.py::test_the_gate_reruns_export",

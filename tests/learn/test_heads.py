@@ -119,3 +119,61 @@ def test_the_form_for_float32_is_the_same_posterior() -> None:
     found = prior.predict(*prior.given(features, values, torch.linalg.solve), queries)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def subjects(count: int = 30) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Straight lines over time, each subject with a slope and an intercept of its own."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(count):
+        times = rng.uniform(-1, 1, rng.integers(4, 9))
+        x = np.c_[times, np.ones(len(times))]
+        weights = [2, -1] + rng.normal(size=2) * [0.5, 1.0]
+        found.append((x, x @ weights + rng.normal(0, 0.3, len(x))))
+    return found
+
+
+def likely(iterations: int) -> dict[str, torch.Tensor]:
+    gram, product, square, count = (
+        torch.from_numpy(np.stack([part(x, y) for x, y in subjects()]))
+        for part in (
+            lambda x, y: x.T @ x,
+            lambda x, y: x.T @ y[:, None],
+            lambda x, y: np.array([y @ y]),
+            lambda x, y: np.float64(len(y)),
+        )
+    )
+    return BayesHead.most_likely(gram, product, square, count, iterations)
+
+
+def log_likelihood(params: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of all values, by the density of the multivariate normal distribution."""
+    mean, root, noise = BayesHead.prior(params)
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in subjects():
+        phi = torch.from_numpy(x) @ root
+        covariance = noise * (torch.eye(len(y), dtype=torch.float64) + phi @ phi.T)
+        normal = torch.distributions.MultivariateNormal(
+            (torch.from_numpy(x) @ mean)[:, 0], covariance
+        )
+        total = total + normal.log_prob(torch.from_numpy(y))
+    return total
+
+
+def test_the_likely_prior_has_the_greatest_likelihood() -> None:
+    params = {name: value.requires_grad_() for name, value in likely(2000).items()}
+    value = log_likelihood(params)
+    value.backward()
+    for name, number in params.items():
+        assert number.grad is not None
+        assert number.grad.abs().max() < 1e-4, name
+    mean, root, noise = BayesHead.prior(params)
+    np.testing.assert_allclose(mean[:, 0].detach(), [2, -1], atol=0.4)
+    assert 0.07 < noise.item() < 0.12  # 0.3 squared
+    deviations = (noise * (root @ root.T).diagonal()).sqrt().tolist()
+    assert 0.3 < deviations[0] < 0.8 < deviations[1] < 1.4
+
+
+def test_each_iteration_of_em_makes_the_values_likelier() -> None:
+    values = [log_likelihood(likely(iterations)).item() for iterations in (0, 1, 5, 60, 300)]
+    assert values == sorted(values)
