@@ -306,6 +306,10 @@ class EpisodeSettings(Section):
     instead."""
     queries: Positive = 5
     """Query images per class."""
+    fit_prior: bool = False
+    """bayes: start from the prior and noise of greatest likelihood on the training tasks, given the
+    features before training; for few tasks. Where features are not trained, that is the
+    mixed-effects model."""
     learning_rate: Rate = 1e-3
     """Of Adam at the start; it falls linearly to `learning_rate_final`."""
     learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5

@@ -3,9 +3,11 @@
 A shorter training than the preset's; what that reaches is in docs/training.md.
 """
 
+import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -224,6 +226,52 @@ def test_a_function_is_saved_and_the_bundle_checks_itself(
     adapted.save(tmp_path / "curve.task")
     kept = model.load_adapted(tmp_path / "curve.task")
     np.testing.assert_array_equal(kept.predict_interval(x), adapted.predict_interval(x))
+
+
+@pytest.mark.parametrize("parts", [[1, 4], [3, 3, 200]])
+def test_points_added_in_parts_equal_all_points_at_once(
+    run: Run, model: FewShotRegressor, tmp_path: Path, parts: list[int]
+) -> None:
+    x, y = points(2, sum(parts))
+    asked = np.linspace(-5, 5, 40)
+    ends = np.cumsum(parts)
+    grown = model.adapt(x[: parts[0]], y[: parts[0]])
+    first = grown.predict(asked)
+    for start, end in itertools.pairwise(ends):
+        grown.save(tmp_path / "curve.task")  # what was saved can grow too
+        before, grown = (
+            grown,
+            model.load_adapted(tmp_path / "curve.task").add(x[start:end], y[start:end]),
+        )
+        assert not np.allclose(before.predict(asked), grown.predict(asked), atol=1e-3)
+    at_once = model.adapt(x, y)
+    np.testing.assert_allclose(grown.predict(asked), at_once.predict(asked), atol=1e-5)
+    np.testing.assert_allclose(
+        grown.predict_interval(asked), at_once.predict_interval(asked), atol=1e-5
+    )
+    mean, _ = posterior(run, x, y, asked)
+    np.testing.assert_allclose(grown.predict(asked), mean, atol=5e-4)
+    np.testing.assert_array_equal(model.adapt(x[: parts[0]], y[: parts[0]]).predict(asked), first)
+
+
+def test_a_function_of_an_earlier_version_predicts_and_cannot_grow(
+    model: FewShotRegressor, tmp_path: Path
+) -> None:
+    """Its file has no points."""
+    adapted = model.adapt([1.0, 2.0], [1.0, 0.0])
+    replace(adapted, state=adapted.state._replace(examples=None)).save(tmp_path / "old.task")
+    old = model.load_adapted(tmp_path / "old.task")
+    np.testing.assert_array_equal(old.predict([0.5]), adapted.predict([0.5]))
+    with pytest.raises(InputError, match="saved by an earlier version"):
+        old.add([1.0], [1.0])
+
+
+def test_what_cannot_be_added_is_refused(model: FewShotRegressor) -> None:
+    adapted = model.adapt([1.0, 2.0], [1.0, 0.0])
+    with pytest.raises(InputError, match="2 x but 1 y"):
+        adapted.add([1.0, 2.0], [1.0])
+    with pytest.raises(InputError, match="1002 points: this bundle adapts to 1"):
+        adapted.add(np.zeros(1000), np.zeros(1000))
 
 
 def test_what_makes_no_sense_is_refused(model: FewShotRegressor) -> None:

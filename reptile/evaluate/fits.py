@@ -46,7 +46,7 @@ def fit_curves(
     """Evaluate the network over the range of the data's inputs.
 
     Args:
-        model: of one number, [1, 1, 1]; its first output is drawn.
+        model: of one number; its first output is drawn.
         data: where the tasks' rows point.
         tasks: T tasks.
         along: weights [T, P] by the number of steps that led to them.
@@ -57,7 +57,7 @@ def fit_curves(
         curves = {}
         for steps, weights in along.items():
             adapted = weights[number]
-            grid = torch.from_numpy(x).to(adapted).view(-1, 1, 1, 1)
+            grid = torch.from_numpy(x).to(adapted).view(-1, *data.image_shape)
             values = model.forward(unflatten(model, adapted), grid)[:, 0]
             curves[steps] = values.double().cpu().numpy()
         shown = _points(data, task.support, task.support_targets)
@@ -71,7 +71,7 @@ def fit_posteriors(
 ) -> tuple[Fit, ...]:
     """Return a Bayesian learner's predictions before and after it has seen the support set."""
     x, device = _grid(data), learner.params["head.mean"].device
-    grid = learner.features(torch.from_numpy(x).float().to(device).view(-1, 1, 1, 1))
+    grid = learner.features(torch.from_numpy(x).float().to(device).view(-1, *data.image_shape))
     fits = []
     for task in tasks:
         shown = _points(data, task.support, task.support_targets)

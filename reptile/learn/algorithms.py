@@ -19,8 +19,9 @@ from reptile.learn.episodic import (
     episodic_step,
     mean_query_score,
     population_statistics,
+    with_likely_prior,
 )
-from reptile.learn.heads import Head, head_of
+from reptile.learn.heads import BayesHead, Head, head_of
 from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState, meta_step, step_size
@@ -143,6 +144,8 @@ class ThroughHead:
         """See `Algorithm.iterate`."""
         drawn = episodes(classes, self.settings, iteration)
         rate = adam_rate(self.settings, iteration)
+        if iteration == 0 and self.settings.episode.fit_prior and isinstance(self.head, BayesHead):
+            state = with_likely_prior(engine, state, self.head, classes, self.settings.seed)
         if not self._fixed and not engine.model.shapes:
             # Nothing of the network is trained, so its statistics are those of the end.
             seed = self.settings.seed

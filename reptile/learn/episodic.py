@@ -21,6 +21,7 @@ from reptile.learn.heads import (
     Head,
     Posterior,
     one_hot,
+    with_constant,
 )
 from reptile.minibatches import IntArray
 from reptile.models import (
@@ -38,6 +39,7 @@ from reptile.tasks import Purpose, Targets, Task, random_stream
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 STATISTICS_IMAGES = 512  # whose statistics batch norm uses after training
+PRIOR_TASKS = 500  # that the prior is first fitted to
 IMAGES_AT_ONCE = 256  # bounds the memory of a forward pass
 
 
@@ -235,6 +237,44 @@ def mean_query_score(learner: ClosedForm, engine: Engine, tasks: Sequence[Task])
         outputs = learner.outputs(support, targets, queries).double().cpu().numpy()
         scores.append(learner.model.objective.scores(outputs, task.query_targets))
     return float(np.mean(scores))
+
+
+@torch.no_grad()
+def with_likely_prior(
+    engine: Engine, state: EpisodicState, head: BayesHead, classes: ClassRange, seed: int
+) -> EpisodicState:
+    """Return the state with the prior and noise of greatest likelihood, of the present features.
+
+    A few tasks teach more in this way than in as many steps of Adam.
+
+    Args:
+        engine: of the network.
+        state: where to start.
+        head: the state's.
+        classes: the training split's.
+        seed: chooses the tasks, at most PRIOR_TASKS.
+    """
+    assert classes.targets is not None
+    body = state.weights[: size(engine.model)]
+    sums = []
+    rng = random_stream(seed, Purpose.STATISTICS)
+    for place in np.sort(rng.permutation(len(classes.starts))[:PRIOR_TASKS]):
+        first = classes.starts[place]
+        rows = np.arange(first, first + min(classes.counts[place], IMAGES_AT_ONCE))
+        features = with_constant(engine.features(body, rows, None).double())
+        values = torch.from_numpy(classes.targets[rows]).to(features).reshape(len(rows), -1)
+        sums.append(
+            (
+                features.T @ features,
+                features.T @ values,
+                values.square().sum(0),
+                features.new_tensor(len(rows)),
+            )
+        )
+    gram, product, square, count = map(torch.stack, zip(*sums, strict=True))
+    fitted = head.most_likely(gram, product, square, count)
+    numbers = torch.cat([fitted[name].flatten() for name in head.shapes])
+    return state._replace(weights=torch.cat([body, numbers.to(body)]))
 
 
 @torch.no_grad()

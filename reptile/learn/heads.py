@@ -162,6 +162,8 @@ class Posterior(NamedTuple):
 
 
 CORRECTIONS = 2
+EM_ITERATIONS = 60
+MIN_NOISE = 1e-6  # of values without any, variance that float32 can tell from 0
 
 
 class Prior(NamedTuple):
@@ -250,6 +252,51 @@ class BayesHead(Head):
         solved = spread @ solve(identity + features @ spread, off)
         mean_move, shrunk = torch.split(solved, [values.shape[1], len(mean)], dim=1)
         return Posterior(mean + mean_move, covariance - shrunk, noise)
+
+    @staticmethod
+    def most_likely(
+        gram: Tensor,
+        product: Tensor,
+        square: Tensor,
+        count: Tensor,
+        iterations: int = EM_ITERATIONS,
+    ) -> dict[str, Tensor]:
+        """Return the prior and noise that make the tasks' values likely, by the EM algorithm.
+
+        It starts from the same regression for all tasks, and a prior as wide as its error. With
+        fixed features this is the mixed-effects model (Laird and Ware, Random-effects models for
+        longitudinal data, 1982), whose fixed and random effects are the features.
+
+        Args:
+            gram: ΦᵀΦ of each task's rows, Φ = [features, 1], float64 [T, D + 1, D + 1].
+            product: ΦᵀY, [T, D + 1, outputs].
+            square: the sum of each value's squares, [T, outputs].
+            count: of rows, [T].
+            iterations: of EM.
+        """
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        whole, rows = gram.sum(0), count.sum()
+        tiny = 1e-9 * whole.diagonal().mean()
+        mean = torch.linalg.solve(whole + tiny * identity, product.sum(0))
+
+        def error(weights: Tensor) -> Tensor:
+            """Return the sum of the squared errors of each task's weights, [outputs]."""
+            return (square + (weights * (gram @ weights - 2 * product)).sum(1)).sum(0)
+
+        covariance = identity
+        noise = (error(mean.expand_as(product)) / rows).clamp(min=MIN_NOISE)
+        for _ in range(iterations):
+            root = torch.linalg.cholesky(covariance)
+            inner = torch.linalg.solve(identity + root.T @ gram @ root, root.T.expand_as(gram))
+            spread = root @ inner  # the covariance of each task's weights, in units of the noise
+            weights = mean + spread @ (product - gram @ mean)
+            off = (weights - mean) / noise.sqrt()
+            covariance = (spread + off @ off.mT / len(noise)).mean(0)
+            noise = (error(weights) + noise * (spread * gram).sum()) / rows
+            noise, mean = noise.clamp(min=MIN_NOISE), weights.mean(0)
+        factor = torch.linalg.cholesky(torch.linalg.inv(covariance))
+        raw = factor.tril(-1) + torch.diag_embed(factor.diagonal().log())
+        return {"head.mean": mean, "head.factor": raw, "head.noise": noise.log()}
 
     @staticmethod
     def prior(params: Params) -> "Prior":

@@ -164,6 +164,10 @@ def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:
     if settings.closed_form and data.values:
         episode = settings.episode
         protocol = protocol._replace(shots=max(episode.shots), queries=episode.queries)
+    elif data.values and classes.starts.size:  # tasks of few rows: half of them known
+        shots = min(protocol.shots, int(classes.counts.min()) // 2)
+        queries = min(protocol.queries, int(classes.counts.min()) - shots)
+        protocol = protocol._replace(shots=shots, queries=queries)
     check_classes(classes, protocol.ways, protocol.shots + protocol.queries, f"{name} split")
     return [
         held_out_task(random_stream(settings.seed, Purpose.VALIDATE, number), classes, protocol)

@@ -3,7 +3,8 @@
 Not for checking files or arguments: `bundle`, `saved` and `inputs` do that.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -29,6 +30,21 @@ class Interval(NamedTuple):
     high: FloatArray  # [N, outputs]
 
 
+def check_pairs(
+    x: npt.ArrayLike, y: npt.ArrayLike, bundle: Bundle
+) -> tuple[FloatArray, FloatArray]:
+    """Return points' inputs [N, *image_shape] and values [N, outputs].
+
+    Raises:
+        InputError: another shape or type, numbers that are not finite, or not one y for each x.
+    """
+    inputs = check_points(x, bundle.image_shape, "x")
+    values = check_points(y, (bundle.outputs,), "y")
+    if len(inputs) != len(values):
+        raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
+    return inputs, values
+
+
 @dataclass(frozen=True, eq=False)
 class AdaptedRegressor:
     """A bundle adapted to one function; made by `FewShotRegressor.adapt` or `load_adapted`.
@@ -38,7 +54,7 @@ class AdaptedRegressor:
 
     bundle: Bundle
     state: AdaptedState
-    _session: Any  # of the graph `predict_adapted`
+    _sessions: Mapping[str, Any]
 
     @property
     def losses(self) -> FloatArray:
@@ -94,10 +110,52 @@ class AdaptedRegressor:
         found = np.empty((len(names), len(inputs), self.bundle.outputs), dtype=np.float32)
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
-            found[:, part] = self._session.run(
+            found[:, part] = self._sessions["predict_adapted"].run(
                 names, {"images": inputs[part], **self.state.weights}
             )
         return list(found)
+
+    def add(
+        self, x: npt.ArrayLike, y: npt.ArrayLike, *, timeout: float | None = None
+    ) -> "AdaptedRegressor":
+        """Return the function given more of its points.
+
+        Only the new points are run through the network; the result equals adapting to all points
+        again. This function stays as it is.
+
+        Args:
+            x: as in `FewShotRegressor.adapt`.
+            y: likewise.
+            timeout: seconds after which to give up; None means no limit.
+
+        Raises:
+            InputError: a bundle that learns by gradient steps, a function that an earlier version
+                saved, or an argument that cannot be used.
+            TimeoutError: not done in time.
+        """
+        old = self._examples()
+        inputs, values = check_pairs(x, y, self.bundle)
+        check_support(len(old.targets) + len(inputs), self.bundle, "points")
+        until = deadline(timeout)
+        features = embed(self._sessions["embed"], self.bundle, inputs, until)
+        examples = Examples(
+            np.concatenate([old.features, features]), np.concatenate([old.targets, values])
+        )
+        weights = fit(self._sessions["fit"], self.bundle, examples, until)
+        return replace(self, state=self.state._replace(weights=weights, examples=examples))
+
+    def _examples(self) -> Examples:
+        if self.bundle.learner != "closed_form":
+            raise InputError(
+                "this bundle learns by gradient steps, which need every example: adapt again with "
+                "all points"
+            )
+        if self.state.examples is None:
+            raise InputError(
+                "this function was saved by an earlier version, without its points: adapt again "
+                "with all of them"
+            )
+        return self.state.examples
 
     def save(self, path: str | Path) -> None:
         """Write the adapted function to one file (safetensors format) for `load_adapted`.
@@ -157,11 +215,8 @@ class FewShotRegressor(OpenedBundle):
             InputError: an argument that cannot be used, or an adaptation that diverged.
             TimeoutError: not done in time.
         """
-        inputs = check_points(x, self.bundle.image_shape, "x")
-        values = check_points(y, (self.bundle.outputs,), "y")
+        inputs, values = check_pairs(x, y, self.bundle)
         check_support(len(inputs), self.bundle, "points")
-        if len(inputs) != len(values):
-            raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
         inner = InnerLoop(steps, learning_rate, seed, timeout)
         if self.bundle.learner == "closed_form":
             check_no_steps(inner)
@@ -174,8 +229,9 @@ class FewShotRegressor(OpenedBundle):
     ) -> AdaptedRegressor:
         until = deadline(timeout)
         features = embed(self._sessions["embed"], self.bundle, inputs, until)
-        weights = fit(self._sessions["fit"], self.bundle, Examples(features, values), until)
-        return self._adapted(AdaptedState((), np.empty(0, dtype=np.float32), weights))
+        examples = Examples(features, values)
+        weights = fit(self._sessions["fit"], self.bundle, examples, until)
+        return self._adapted(AdaptedState((), np.empty(0, dtype=np.float32), weights, examples))
 
     def load_adapted(self, path: str | Path) -> AdaptedRegressor:
         """Read a function that `AdaptedRegressor.save` wrote for this bundle.
@@ -186,4 +242,4 @@ class FewShotRegressor(OpenedBundle):
         return self._adapted(read_adapted(Path(path), self.bundle))
 
     def _adapted(self, state: AdaptedState) -> AdaptedRegressor:
-        return AdaptedRegressor(self.bundle, state, self._sessions["predict_adapted"])
+        return AdaptedRegressor(self.bundle, state, self._sessions)

@@ -19,11 +19,12 @@ from reptile.errors import InputError
 from reptile.files import atomic_file
 from reptile.runtime.bundle import Bundle
 
-FORMAT = "reptile-adapted/1.1"
+FORMAT = "reptile-adapted/1.2"
 READABLE = (
     "reptile-adapted/1",
-    FORMAT,
-)  # 1.1 has the features of a closed-form classifier's examples
+    "reptile-adapted/1.1",  # with the features of a closed-form classifier's examples
+    FORMAT,  # a regressor's too
+)
 _MAX_HEADER_BYTES = 1 << 20
 
 FloatArray = npt.NDArray[np.float32]
@@ -43,7 +44,7 @@ class AdaptedState(NamedTuple):
     labels: tuple[Hashable, ...]  # the name of each head output in use; none of a regressor
     losses: FloatArray  # [steps]
     weights: Mapping[str, FloatArray]
-    examples: Examples | None = None  # of a closed-form classifier
+    examples: Examples | None = None  # of a closed-form learner
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
@@ -70,7 +71,7 @@ def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
         raise InputError(f"labels cannot be saved as JSON: {error}") from error
     metadata = {"format": FORMAT, "bundle_sha256": bundle.sha256, "labels": labels}
     tensors = state.tensors
-    layout = _layout({name: tensor.shape for name, tensor in tensors.items()})
+    layout = _layout({name: tensor.shape for name, tensor in tensors.items()}, bundle)
     header = json.dumps({"__metadata__": metadata, **layout}).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the numbers to 8 bytes
     if len(header) > _MAX_HEADER_BYTES:
@@ -79,7 +80,7 @@ def write_adapted(path: Path, state: AdaptedState, bundle: Bundle) -> None:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name, tensor in tensors.items():
-                file.write(tensor.astype(_dtype(name), copy=False).tobytes())
+                file.write(tensor.astype(_dtype(name, bundle), copy=False).tobytes())
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -98,9 +99,9 @@ def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
             header = parse_json(file.read(header_size), f"the header of {path}")
             labels = _read_metadata(header, bundle, path)
             shapes = _shapes(header, len(labels), bundle)
-            if header != _layout(shapes):
+            if header != _layout(shapes, bundle):
                 raise _damaged(path, "its tensors are not those of this bundle")
-            size = sum(_bytes(name, shape) for name, shape in shapes.items())
+            size = sum(_bytes(name, shape, bundle) for name, shape in shapes.items())
             body = file.read(size + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -108,16 +109,17 @@ def read_adapted(path: Path, bundle: Bundle) -> AdaptedState:
         raise _damaged(path, "its tensors are not those of this bundle")
     tensors, start = {}, 0
     for name, shape in shapes.items():
-        end = start + _bytes(name, shape)
-        tensors[name] = np.frombuffer(body[start:end], _dtype(name)).reshape(shape)
+        end = start + _bytes(name, shape, bundle)
+        tensors[name] = np.frombuffer(body[start:end], _dtype(name, bundle)).reshape(shape)
         start = end
     if not all(np.isfinite(values).all() for values in tensors.values()):
         raise _damaged(path, "it holds NaN or infinite numbers")
     losses = tensors.pop("losses")
-    if not _keeps_examples(bundle):
+    if "features" not in tensors:
         return AdaptedState(labels, losses, tensors)
     examples = Examples(tensors.pop("features"), tensors.pop("targets"))
-    if set(examples.targets.tolist()) != set(range(len(labels))):
+    names = bundle.kind == "classification"
+    if names and set(examples.targets.tolist()) != set(range(len(labels))):
         raise _damaged(path, "its examples are not of its labels")
     return AdaptedState(labels, losses, tensors, examples)
 
@@ -143,40 +145,38 @@ def _shapes(header: Any, ways: int, bundle: Bundle) -> dict[str, tuple[int, ...]
         name: tuple(ways if size is None else size for size in shape)
         for name, shape in bundle.weights.items()
     }
-    if not _keeps_examples(bundle):
+    if bundle.learner != "closed_form":
         return {**weights, "losses": (_length(header, "losses", bundle.max_steps),)}
+    if bundle.kind == "regression" and "features" not in header:  # of an earlier version
+        return {**weights, "losses": (0,)}
     size = _length(header, "targets", bundle.max_support)
-    return {"features": (size, bundle.features), "targets": (size,), **weights, "losses": (0,)}
-
-
-def _keeps_examples(bundle: Bundle) -> bool:
-    """Say whether a task has its examples: those of a closed-form classifier do."""
-    return bundle.learner == "closed_form" and bundle.kind == "classification"
+    targets = (size,) if bundle.kind == "classification" else (size, bundle.outputs)
+    return {"features": (size, bundle.features), "targets": targets, **weights, "losses": (0,)}
 
 
 def _length(header: Any, name: str, most: int) -> int:
-    """Return the length of a vector, or 0 for what cannot be one."""
+    """Return the first size of an array, or 0 for what cannot be one."""
     entry = header.get(name)
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
+    size = shape[0] if isinstance(shape, list) and shape else None
     return size if type(size) is int and 0 <= size <= most else 0
 
 
-def _layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _layout(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle) -> dict[str, Any]:
     layout, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + _bytes(name, shape)
-        dtype = "I64" if name == "targets" else "F32"
+        start, end = end, end + _bytes(name, shape, bundle)
+        dtype = "I64" if _dtype(name, bundle) == "<i8" else "F32"
         layout[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return layout
 
 
-def _dtype(name: str) -> str:
-    return "<i8" if name == "targets" else "<f4"
+def _dtype(name: str, bundle: Bundle) -> str:
+    return "<i8" if name == "targets" and bundle.kind == "classification" else "<f4"
 
 
-def _bytes(name: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * np.dtype(_dtype(name)).itemsize
+def _bytes(name: str, shape: tuple[int, ...], bundle: Bundle) -> int:
+    return math.prod(shape) * np.dtype(_dtype(name, bundle)).itemsize
 
 
 def _damaged(path: Path, reason: str) -> InputError:

