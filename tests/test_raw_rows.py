@@ -1,137 +1,38 @@
 """A table's bundle takes raw rows and gives raw values: from a CSV file to predictions.
 
-The wanted numbers are those of `data.coding` and eager PyTorch in float64, with no graph in between.
+Wanted are the numbers of `data.coding` and eager PyTorch in float64, with no graph in between.
 """
 
-import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from machines import INPUTS, LEARNERS, Made
 from schemas import validate_bundle
 
 from reptile.bundle_format import parse_manifest
-from reptile.data.coding import CategoryCoding, Coding
-from reptile.data.dataset import PreparedData
-from reptile.data.prepare import prepare
+from reptile.data.coding import CategoryCoding
 from reptile.errors import InputError
 from reptile.export import closed_form_reference, reference
 from reptile.export.reference import SupportSet
 from reptile.export.verify import verify_bundle
-from reptile.export.write import export_bundle
-from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.run import run_training
 from reptile.runtime import FewShotModel, FewShotRegressor
-from reptile.settings import (
-    EvaluateSettings,
-    ExportSettings,
-    PrepareSettings,
-    TrainSettings,
-    VerifySettings,
-)
+from reptile.settings import VerifySettings
 
-LEARNERS: dict[str, dict[str, Any]] = {
-    "bayes": {"algorithm": "bayes", "meta_batch": 4, "ways": 1},
-    "reptile": {"inner_steps": 3, "inner_batch": 4, "ways": 1},
-    "protonet": {"algorithm": "protonet", "ways": 2, "episode": {"shots": [2], "queries": 2}},
-}
-INPUTS = ["when", "dose", "site"]
-EVALUATION = EvaluateSettings(tasks=2, steps=5, batch=4, shots=(1,))
-
-
-class Made(NamedTuple):
-    """A bundle, and what it was made of."""
-
-    folder: Path
-    checkpoint: Checkpoint
-    data: PreparedData
-    coding: Coding
-
-
-@pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Machines whose wear grows with the dose, at their own rate; dates have a large mean."""
-    path = tmp_path_factory.mktemp("table") / "machines.csv"
-    rng = np.random.default_rng(0)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["machine", "grade", *INPUTS, "wear"])
-        for machine in range(24):
-            rate = rng.normal(3, 1)
-            for row in range(24):
-                dose = rng.normal(2000, 300)
-                day = datetime(2026, 1, 1 + row, 12, row, tzinfo=UTC)
-                wear = 50_000 + 40 * rate * (dose / 100 - 20) + rng.normal(0, 5)
-                missing = row % 11 == 5
-                writer.writerow(
-                    [
-                        f"m{machine}",
-                        "high" if dose > 2000 else "low",
-                        day.strftime("%Y-%m-%d %H:%M:%S"),
-                        "" if missing else f"{dose:.1f}",
-                        ["north", "south", "west"][row % 3],
-                        f"{wear:.2f}",
-                    ]
-                )
-    return path
-
-
-@pytest.fixture(scope="session")
-def make(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Made] = {}
-
-    def make_one(name: str) -> Made:
-        if name in made:
-            return made[name]
-        classes = name == "protonet"
-        folder = tmp_path_factory.mktemp("made")
-        columns: dict[str, Any] = {"task": "machine", "inputs": INPUTS, "targets": ["wear"]}
-        columns["missing"] = "fill"
-        if classes:
-            columns |= {"kind": "classes", "targets": ["grade"]}
-        settings = PrepareSettings.model_validate(
-            {
-                "source": str(table),
-                "cross_domain": (),
-                "images_per_class": 6,
-                "validation": 3,
-                "test": 6,
-                "table": columns,
-            }
-        )
-        data = prepare(settings, folder / "prepared")
-        training = TrainSettings.model_validate(
-            {
-                "model": {"name": "mlp", "hidden": [16]},
-                "meta_iterations": 40,
-                "checkpoint_every": 40,
-                "validation_tasks": 2,
-                "train_shots": 5,
-                "engine": "eager",
-                "device": "cpu",
-                **LEARNERS[name],
-            }
-        )
-        checkpoint = run_training(training, data, folder / "work")
-        export = ExportSettings.model_validate({"max_steps": 60, "max_support": 100})
-        export_bundle(export, checkpoint, data, None, folder / "bundle", protocol=EVALUATION)
-        assert data.index.coding is not None
-        made[name] = Made(folder / "bundle", checkpoint, data, data.index.coding)
-        return made[name]
-
-    return make_one
+Machines = Callable[[str], Made]
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_verify_passes_on_raw_rows(name: str, make: Any) -> None:
-    made = make(name)
+def test_verify_passes_on_raw_rows(name: str, machines: Machines) -> None:
+    made = machines(name)
     validate_bundle(made.folder)
     report = verify_bundle(
         VerifySettings(tasks=5, shots=4), made.folder, made.checkpoint, made.data
@@ -140,8 +41,10 @@ def test_verify_passes_on_raw_rows(name: str, make: Any) -> None:
     assert sum("of raw rows equals" in each["name"] for each in report["checks"]) == 4
 
 
-def test_a_bundle_whose_graph_codes_otherwise_is_found_out(make: Any, tmp_path: Path) -> None:
-    made = make("bayes")
+def test_a_bundle_whose_graph_codes_otherwise_is_found_out(
+    machines: Machines, tmp_path: Path
+) -> None:
+    made = machines("bayes")
     inputs = [each.model_copy(update={"mean": 7.0}) for each in made.coding.inputs[:2]]
     wrong = made.coding.model_copy(update={"inputs": (*inputs, made.coding.inputs[2])})
     data = replace(made.data, index=made.data.index.model_copy(update={"coding": wrong}))
@@ -178,8 +81,8 @@ def numbers(made: Made) -> np.ndarray:
     return np.stack([given["when"], given["dose"], places], axis=1)
 
 
-def test_named_rows_columns_and_numbers_give_what_coding_and_pytorch_do(make: Any) -> None:
-    made = make("bayes")
+def test_named_rows_columns_and_numbers_give_what_coding_and_pytorch_do(machines: Machines) -> None:
+    made = machines("bayes")
     learner = closed_form_reference.cast(made.checkpoint.closed_form, torch.float64)
     given, target = columns(made), made.coding.targets[0]
     inputs, targets = made.coding.encode_inputs(given), made.coding.encode_targets(given)
@@ -208,32 +111,32 @@ def test_named_rows_columns_and_numbers_give_what_coding_and_pytorch_do(make: An
         np.testing.assert_allclose([low, high], [wanted - half, wanted + half], rtol=0, atol=atol)
 
 
-def test_a_date_keeps_its_minutes(make: Any) -> None:
+def test_a_date_keeps_its_minutes(machines: Machines) -> None:
     """In float32, two times of 2026 that are a minute apart are the same number."""
-    model = FewShotRegressor.load(make("bayes").folder)
+    model = FewShotRegressor.load(machines("bayes").folder)
     adapted = model.adapt(NAMED, [row["wear"] for row in NAMED])
     rows = [NAMED[0], NAMED[0] | {"when": "2026-01-03T12:01:00"}]
     first, second = adapted.predict(rows)
-    assert np.float32(columns(make("bayes"))["when"][0]) == np.float32(
-        columns(make("bayes"))["when"][0] + 60
+    assert np.float32(columns(machines("bayes"))["when"][0]) == np.float32(
+        columns(machines("bayes"))["when"][0] + 60
     )
     assert first != second
 
 
-def test_a_saved_function_learns_more_rows(make: Any, tmp_path: Path) -> None:
-    model = FewShotRegressor.load(make("bayes").folder)
+def test_a_saved_function_learns_more_rows(machines: Machines, tmp_path: Path) -> None:
+    model = FewShotRegressor.load(machines("bayes").folder)
     wear = [row["wear"] for row in NAMED]
     model.adapt(NAMED[:3], wear[:3]).save(tmp_path / "machine.task")
     more = model.load_adapted(tmp_path / "machine.task").add(NAMED[3:], wear[3:])
     whole = model.adapt(NAMED, wear)
-    deviation = make("bayes").coding.targets[0].deviation
+    deviation = machines("bayes").coding.targets[0].deviation
     np.testing.assert_allclose(
         more.predict(NAMED), whole.predict(NAMED), rtol=0, atol=1e-4 * deviation
     )
 
 
-def test_gradient_steps_take_and_give_raw_values(make: Any) -> None:
-    made = make("reptile")
+def test_gradient_steps_take_and_give_raw_values(machines: Machines) -> None:
+    made = machines("reptile")
     target, given = made.coding.targets[0], columns(made)
     inputs, targets = made.coding.encode_inputs(given), made.coding.encode_targets(given)
     task = SupportSet(inputs, targets, np.array([[0, 1, 2, 3]] * 3))
@@ -245,8 +148,8 @@ def test_gradient_steps_take_and_give_raw_values(make: Any) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * target.deviation)
 
 
-def test_a_classifier_takes_raw_rows(make: Any) -> None:
-    made = make("protonet")
+def test_a_classifier_takes_raw_rows(machines: Machines) -> None:
+    made = machines("protonet")
     given = columns(made)
     inputs = made.coding.encode_inputs(given)
     learner = closed_form_reference.cast(made.checkpoint.closed_form, torch.float64)
@@ -272,21 +175,21 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("rows", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_rows_that_cannot_be_used_are_named(rows: Any, said: str, make: Any) -> None:
-    model = FewShotRegressor.load(make("bayes").folder)
+def test_rows_that_cannot_be_used_are_named(rows: Any, said: str, machines: Machines) -> None:
+    model = FewShotRegressor.load(machines("bayes").folder)
     with pytest.raises(InputError) as refused:
         model.adapt(rows, [50_000.0])
     assert said in str(refused.value)
 
 
-def test_a_missing_value_to_learn_is_refused(make: Any) -> None:
-    model = FewShotRegressor.load(make("bayes").folder)
+def test_a_missing_value_to_learn_is_refused(machines: Machines) -> None:
+    model = FewShotRegressor.load(machines("bayes").folder)
     with pytest.raises(InputError, match="row 1 has no 'wear'"):
         model.adapt(NAMED[:2], [50_000.0, None])
 
 
-def test_the_manifest_names_the_columns(make: Any) -> None:
-    made = make("bayes")
+def test_the_manifest_names_the_columns(machines: Machines) -> None:
+    made = machines("bayes")
     manifest = json.loads((made.folder / "manifest.json").read_text())
     assert manifest["format"] == 4
     task = manifest["task"]
@@ -296,7 +199,7 @@ def test_the_manifest_names_the_columns(make: Any) -> None:
     assert [(each["name"], each["kind"]) for each in task["targets"]] == [("wear", "number")]
     assert 49_000 < task["targets"][0]["mean"] < 51_000
     for spoilt, said in (
-        ({"columns": []}, "image_shape"),
+        ({"columns": []}, "must hold a column"),
         ({"columns": [*task["columns"], {"name": "x", "kind": "colour"}]}, "kind must be"),
         ({"targets": []}, "targets must hold a column for each value"),
         ({"dtype": "float32"}, "task.dtype"),
@@ -305,8 +208,8 @@ def test_the_manifest_names_the_columns(make: Any) -> None:
             parse_manifest(json.dumps(manifest | {"task": task | spoilt}), "manifest.json")
 
 
-def test_golden_tensors_are_raw_in_plain_onnxruntime(make: Any) -> None:
-    made = make("bayes")
+def test_golden_tensors_are_raw_in_plain_onnxruntime(machines: Machines) -> None:
+    made = machines("bayes")
     rows = np.load(made.folder / "golden/missing/images.npy")
     assert rows.dtype == np.float64 and np.isnan(rows[:, :2]).all()
     values = np.load(made.folder / "golden/some/support_labels.npy")

@@ -75,8 +75,8 @@ class AdaptedModel:
 
         Args:
             images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. Of a
-                bundle that was trained on other data than images: [N, ...], any numbers; of a table:
-                its rows, as `columns.check_rows` takes them. N may be any number, 0 included.
+                bundle that was trained on other data: [N, ...], any numbers; of a table its rows,
+                as `columns.check_rows` takes them. N may be any number, 0 included.
 
         Raises:
             InputError: images of another shape, type or range.
