@@ -30,7 +30,7 @@ class Failure(NamedTuple):
         return last.removeprefix(REFUSED) if last.startswith(REFUSED) else ""
 
     def __str__(self) -> str:
-        failed = f"{self.task} failed" + f": {self.ending}" * bool(self.ending)
+        failed = f"{self.task} failed" + f": {self.ending.rstrip('.')}" * bool(self.ending)
         if not self.log:
             return f"{failed}; no log of it can be read"
         return "\n  ".join([f"{failed}; its log ends:", *self.log])

@@ -36,7 +36,7 @@ from reptile.evaluate.metrics import Choice, Score
 from reptile.learn import heads as learnt
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
-from reptile.learn.episodic import ClosedForm, EpisodicState
+from reptile.learn.episodic import ClosedForm
 from reptile.learn.optimizer import fresh_state
 from reptile.learn.reptile import MetaState
 from reptile.learn.unadapted import ALGORITHM_OF, frozen_features
@@ -120,12 +120,12 @@ class Comparison:
             self._choose_strengths()
 
     def _add(self, name: str, checkpoint: Checkpoint) -> None:
-        if isinstance(checkpoint.state, EpisodicState):
+        if checkpoint.info.settings.closed_form:
             learner = checkpoint.closed_form
             self._networks[name] = learner
             self.rows[name] = Row.of(name, learner.head, learner.params)
         else:
-            self.adapted[name] = GradientLearner(checkpoint, checkpoint.state)
+            self.adapted[name] = GradientLearner(checkpoint, checkpoint.meta)
 
     def _add_untrained(self, checkpoint: Checkpoint, before: str) -> None:
         """Add the weights that training began with, learning a task as the trained learner does."""
@@ -147,7 +147,7 @@ class Comparison:
 
     def _add_baselines(self, checkpoint: Checkpoint, before: str) -> None:
         settings, data = checkpoint.info.settings, self._data
-        if isinstance(checkpoint.state, MetaState):
+        if not settings.closed_form:
             self._networks["trained"] = frozen_features(checkpoint, checkpoint.state.weights, data)
         if self.objective is not CLASSIFICATION:
             if "random" in self.adapted:

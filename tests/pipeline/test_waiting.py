@@ -223,7 +223,7 @@ def test_a_failed_run_says_which_task_failed_and_how_its_last_log_ends(
         ),
         (
             removed_pod(KILLED[1], "Evicted", "The node was low on resource: memory. "),
-            "Evicted: The node was low on resource: memory.",
+            "Evicted: The node was low on resource: memory",
         ),
         (
             removed_pod(
