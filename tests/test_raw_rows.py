@@ -170,7 +170,7 @@ REFUSED: list[tuple[Any, str]] = [
     ([["2026-01-03", 1]], "row 0 has 2 values, expected 3"),
     (np.zeros((2, 4)), "shape (2, 4), expected (N, 3)"),
     ("north", "must be rows of when, dose, site"),
-    (7, "shape (), expected (N, 3)"),
+    (7, "must be rows of when, dose, site, got 7"),
 ]
 
 

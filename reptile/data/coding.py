@@ -70,7 +70,7 @@ class CategoryCoding(_Frozen):
 
     def decode(self, coded: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Return coded categories [N, width] as places [N] in the list; `other` is the last."""
-        return coded.argmax(axis=1).astype(np.float64)
+        return np.asarray(coded.argmax(axis=1), np.float64)
 
 
 InputCoding = Annotated[NumberCoding | CategoryCoding, Field(discriminator="kind")]

@@ -22,10 +22,10 @@ def check_rows(rows: Any, columns: Sequence[Column], what: str) -> Rows:
     """Return rows as float64 [N, columns].
 
     Args:
-        rows: a mapping of columns by name, of N values each (others are ignored); a list of N
-            mappings by name; a list of N rows, each with a value for every column; or an array
-            [N, columns] of numbers, [N] of a single column, with a category as its place in the
-            manifest's list.
+        rows: a mapping or a data frame of columns by name, of N values each (others are ignored); a
+            list of N mappings by name; a list of N rows, each with a value for every column (or the
+            value, of a single column); or an array [N, columns] of numbers, [N] of a single column,
+            in which alone a category is its place in the manifest's list.
         columns: of the bundle's inputs, or of its values.
         what: their name in error messages.
 
@@ -37,11 +37,12 @@ def check_rows(rows: Any, columns: Sequence[Column], what: str) -> Rows:
         InputError: a missing column, columns of different lengths, or a value that cannot be used.
     """
     names = [column.name for column in columns]
-    if hasattr(rows, "keys"):
-        missing = [name for name in names if name not in rows]
+    if isinstance(rows, Mapping) or hasattr(rows, "columns"):
+        known = list(getattr(rows, "columns", rows))
+        missing = [name for name in names if name not in known]
         if missing:
             raise InputError(f"{what}: no column {missing[0]!r}: give {', '.join(names)}")
-        values = [_listed(rows[name]) for name in names]
+        values: Sequence[Sequence[Any]] = [_listed(rows[name]) for name in names]
         sizes = {name: len(each) for name, each in zip(names, values, strict=True)}
         if len(set(sizes.values())) > 1:
             raise InputError(f"{what}: columns of different lengths: {reprlib.repr(sizes)}")
@@ -53,7 +54,7 @@ def check_rows(rows: Any, columns: Sequence[Column], what: str) -> Rows:
         [_value(each, column, f"{what}: row {row}") for row, each in enumerate(given)]
         for given, column in zip(values, columns, strict=True)
     ]
-    return _finite(np.array(coded, np.float64).reshape(len(columns), -1).T, columns, what)
+    return _finite(np.array(coded, np.float64).T, columns, what)
 
 
 def check_values(values: Any, columns: Sequence[Column], what: str) -> Rows:
@@ -81,13 +82,13 @@ def _listed(values: Any) -> Sequence[Any]:
 
 
 def _numbers(rows: Any, columns: int, what: str) -> Rows | None:
-    """Return an array of numbers [N, columns]; None for rows of other values."""
+    """Return an array of numbers [N, columns]; None for anything else than such an array."""
+    if not hasattr(rows, "__array__"):
+        return None
     try:
         array = np.asarray(rows)
-    except (TypeError, ValueError, RuntimeError):
-        return None  # of rows that differ in length, which are refused below
-    if array.size == 0:
-        array = np.empty((0, columns))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} cannot be made into one array: {error}") from error
     if array.dtype.kind not in "uif":
         return None
     if columns == 1 and array.ndim == 1:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from machines import Made
-from test_cpp_example import built, call  # noqa: F401  built is a fixture
 
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotRegressor
@@ -58,6 +57,10 @@ def rows_of(seed: int, count: int) -> list[dict[str, Any]]:
     ]
 
 
+def call(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
 ROWS, QUERIES = rows_of(0, 4), rows_of(1, 5)
 WEAR = [50_100.0, 49_800.0, 50_050.0, 49_950.0]
 
@@ -90,7 +93,7 @@ def wanted(made: Made) -> tuple[np.ndarray, np.ndarray | None]:
 def test_cpp_gives_the_runtimes_values_and_intervals(
     learner: str,
     machines: Machines,
-    built: Path,  # noqa: F811
+    built: Path,
     tmp_path: Path,
 ) -> None:
     made = machines(learner)
@@ -111,7 +114,7 @@ def test_cpp_gives_the_runtimes_values_and_intervals(
 
 def test_cpp_refuses_a_classifiers_bundle(
     machines: Machines,
-    built: Path,  # noqa: F811
+    built: Path,
     tmp_path: Path,
 ) -> None:
     done = call(built / "regressor", machines("protonet").folder, tmp_path)
