@@ -243,8 +243,8 @@ adapted.save("my-task.safetensors")
 ```
 
 {texts.graphs}
-{_columns(task)}`manifest.json` describes every tensor; the cases in `golden/` check that a machine computes what
-was exported.
+{_columns(task)}`manifest.json` describes every tensor; the cases in `golden/` check that a
+machine computes what was exported.
 
 ## Intended use and limits
 

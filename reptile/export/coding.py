@@ -118,7 +118,8 @@ def coded_tensors(
 
 def _encode_rows(name: str, coding: Coding) -> _Part:
     """Rows [N, columns] to coded inputs [N, D], all D at once."""
-    source, mean, deviation, count, place = [], [], [], [], []
+    source, mean, deviation, count = [], [], [], []
+    place: list[float] = []
     for column, each in enumerate(coding.inputs):
         number = isinstance(each, NumberCoding)
         source += [column] * each.width
@@ -136,7 +137,7 @@ def _encode_rows(name: str, coding: Coding) -> _Part:
     def tensor(short: str) -> str:
         return f"coding.{name}.{short}"
 
-    def run(kind: str, inputs: list[str], output: str, **attributes: int) -> onnx.NodeProto:
+    def run(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
         names = [each if each in constants else tensor(each) for each in inputs]
         return make_node(kind, names, [tensor(output)], tensor(output), **attributes)
 
