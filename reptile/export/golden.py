@@ -89,5 +89,5 @@ class Golden:
                 value = raw[key]
             elif value.dtype == np.float64:
                 value = value.astype(np.float32)
-            np.save(path, value)
+            np.save(path, np.asarray(value, order="C"))  # as readers in other languages expect
         return files
