@@ -149,7 +149,8 @@ export class FewShotRegressor {
     const { outputs, targets } = this.manifest.task;
     checkList(values, "values");
     const rows = values.map((row, i) => {
-      const given = targets && !isList(row) && typeof row === "object" && !(row instanceof Date);
+      const named = row !== null && typeof row === "object" && !(row instanceof Date);
+      const given = targets && named && !isList(row);
       const list = given ? coded(row, targets, `value ${i}`) : row;
       return finite(isList(list) ? Array.from(list, seconds) : seconds(list), outputs, `value ${i}`);
     });
