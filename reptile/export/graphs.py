@@ -44,6 +44,7 @@ Specs = dict[str, Spec]
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.DOUBLE: "float64",
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
