@@ -36,9 +36,8 @@ from reptile.evaluate.metrics import Choice, Score
 from reptile.learn import heads as learnt
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
-from reptile.learn.episodic import ClosedForm, EpisodicState
-from reptile.learn.optimizer import fresh_state
-from reptile.learn.reptile import MetaState
+from reptile.learn.episodic import ClosedForm
+from reptile.learn.step_sizes import untrained_start
 from reptile.learn.unadapted import ALGORITHM_OF, frozen_features
 from reptile.models import Network, Params, initialise
 from reptile.objectives import CLASSIFICATION
@@ -120,19 +119,19 @@ class Comparison:
             self._choose_strengths()
 
     def _add(self, name: str, checkpoint: Checkpoint) -> None:
-        if isinstance(checkpoint.state, EpisodicState):
+        if checkpoint.info.settings.closed_form:
             learner = checkpoint.closed_form
             self._networks[name] = learner
             self.rows[name] = Row.of(name, learner.head, learner.params)
         else:
-            self.adapted[name] = GradientLearner(checkpoint, checkpoint.state)
+            self.adapted[name] = GradientLearner(checkpoint, checkpoint.meta)
 
     def _add_untrained(self, checkpoint: Checkpoint, before: str) -> None:
         """Add the weights that training began with, learning a task as the trained learner does."""
         settings = checkpoint.info.settings
         weights = initialise(checkpoint.model, settings.seed).to(checkpoint.state.weights.device)
         if not settings.closed_form:
-            state = MetaState(weights, fresh_state(weights))
+            state = untrained_start(settings, checkpoint.model, weights)
             self.adapted["random"] = GradientLearner(checkpoint, state)
         if not self._has_training_split:
             return  # batch norm's statistics for these weights cannot be measured
@@ -147,8 +146,8 @@ class Comparison:
 
     def _add_baselines(self, checkpoint: Checkpoint, before: str) -> None:
         settings, data = checkpoint.info.settings, self._data
-        if isinstance(checkpoint.state, MetaState):
-            self._networks["trained"] = frozen_features(checkpoint, checkpoint.state.weights, data)
+        if not settings.closed_form:
+            self._networks["trained"] = frozen_features(checkpoint, checkpoint.meta.weights, data)
         if self.objective is not CLASSIFICATION:
             if "random" in self.adapted:
                 random = self.adapted["random"].start.weights
@@ -162,10 +161,10 @@ class Comparison:
                 "zero": Row(INPUT, constant_zero),
             }
             return
-        if settings.algorithm != ALGORITHM_OF["prototypes"]:  # there it is the trained learner
+        if settings.head != ALGORITHM_OF["prototypes"]:  # there it is the trained learner
             self.rows["prototypes"] = Row("trained", prototypes)
             self.rows[f"{before}_prototypes"] = Row(before, prototypes)
-        if settings.algorithm != ALGORITHM_OF["ridge"]:
+        if settings.head != ALGORITHM_OF["ridge"]:
             self.rows["ridge"] = Row("trained", None)
         self.rows |= {
             "linear_probe": Row("trained", linear_probe),
