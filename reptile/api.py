@@ -19,7 +19,7 @@ from reptile.files import atomic_directory
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from reptile.learn.run import run_training
 from reptile.learn.train import Progress
-from reptile.models import ModuleNetwork, unflatten
+from reptile.models import ModuleNetwork, size, unflatten
 from reptile.settings import EvaluateSettings, ExportSettings, TrainSettings, VerifySettings
 
 
@@ -40,7 +40,8 @@ class Initialisation:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """The learnt weights by name."""
-        return unflatten(self.checkpoint.model, self.checkpoint.state.weights)
+        model, state, _ = self.checkpoint
+        return unflatten(model, state.weights[: size(model)])  # without a head's, or step sizes
 
     def module(self) -> nn.Module:
         """Return a copy of the user's module with the learnt weights, in evaluation mode.

@@ -511,17 +511,58 @@ def reproduce_command(
     from reptile.experiments.reproduce import markdown, reproduce
 
     folder = artifacts or ARTIFACTS / "reproduce" / preset
-    with _bar() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def observe(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
+    with _steps() as observe:
         result = reproduce(chosen, settings, seeds, folder, data=data, on_progress=observe)
     typer.echo(markdown(result))
     console.print(f"written to {folder / 'result.md'} and result.json")
+
+
+@app.command("compare")
+def compare_command(
+    comparison: Annotated[
+        str, typer.Argument(help="omniglot, sinusoid, or a .yaml file of such settings.")
+    ],
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Budget: seconds of each training, about.")
+    ] = None,
+    gradients: Annotated[
+        int | None, typer.Option(min=1, help="Budget: gradient evaluations of each training.")
+    ] = None,
+    learners: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--learner", help="One of the file's learners; may be repeated. All, if none."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each learner.")] = 1,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Prepared folder, or another source than the file's."),
+    ] = None,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="artifacts/compare/COMPARISON"),
+    ] = None,
+) -> None:
+    """Train several learners within the same budget; compare them on the same test tasks.
+
+    Finished trainings are reused. A gradient evaluation is the gradient of one mini-batch's loss;
+    MAML's derivative through an inner step counts as one more.
+
+    Example: reptile compare sinusoid --seconds 60 --learner reptile --learner maml
+    """
+    from reptile.experiments.compare import Budget, compare
+    from reptile.experiments.comparisons import load_comparison
+
+    settings = load_comparison(comparison)
+    folder = artifacts or ARTIFACTS / "compare" / Path(comparison).stem
+    with _steps() as observe:
+        budget = Budget(seconds, gradients)
+        text = compare(
+            settings, learners or (), seeds, budget, folder, data=data, on_progress=observe
+        )
+    typer.echo(text)
+    console.print(f"written to {folder / 'result.md'}, result.json and curves.svg")
 
 
 @app.command("transfer")
@@ -701,6 +742,20 @@ def _named_folder(text: str) -> tuple[str, Path]:
     if not (name and equals and folder):
         raise InputError(f"--beside {text}: write it as NAME=FOLDER")
     return name, Path(folder)
+
+
+@contextmanager
+def _steps() -> "Iterator[Callable[[str, int, int], None]]":
+    """Show a progress bar for each step; yield the function that updates the one of its name."""
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield observe
 
 
 @contextmanager

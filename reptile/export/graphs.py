@@ -103,7 +103,7 @@ class Predict(nn.Module):
         super().__init__()
         self.form, self.network_input = form, checkpoint.info.network_input
         self.names = list(checkpoint.model.shapes)
-        for name, value in unflatten(checkpoint.model, checkpoint.state.weights).items():
+        for name, value in unflatten(checkpoint.model, checkpoint.meta.weights).items():
             path, _, last = name.rpartition(".")
             _submodule(self, path).register_buffer(last, value.clone())
 

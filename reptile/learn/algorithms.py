@@ -205,9 +205,7 @@ def adam_rate(settings: TrainSettings, iteration: int) -> float:
     return episode.learning_rate * (1 - done) + episode.learning_rate_final * done
 
 
-def algorithm_of(
-    settings: TrainSettings, model: Model, values: int, classes: int = 0
-) -> Algorithm:
+def algorithm_of(settings: TrainSettings, model: Model, values: int, classes: int = 0) -> Algorithm:
     """Return the algorithm that the settings name.
 
     Args:

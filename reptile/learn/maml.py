@@ -1,9 +1,9 @@
 """MAML: the initialisation follows the gradient of the queries' loss through the inner loop.
 
 Finn et al., Model-agnostic meta-learning (2017), algorithm 2; with `first_order` its second
-derivatives are left out. ANIL and Meta-SGD are MAML with other step sizes (`step_sizes`). Batch norm
-uses the statistics of each batch, as theirs does. The outer optimiser is that of `episodic`, and so
-is its state.
+derivatives are left out. ANIL and Meta-SGD are MAML with other step sizes (`step_sizes`). Batch
+norm uses the statistics of each batch, as theirs does. The outer optimiser is that of `episodic`,
+and so is its state.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """The inner loop's optimiser: what it carries from step to step, and one update.
 
 Adam with beta1 = 0 has two state variables, the second moment and the step count; meta-training
-learns both. Scaled SGD has the factor of each parameter's step in the second moment's place. Written once, for a single task [P] and a batch of tasks [T, P].
+learns both. Scaled SGD has the factor of each parameter's step in the second moment's place.
+Written once, for a single task [P] and a batch of tasks [T, P].
 """
 
 from typing import NamedTuple

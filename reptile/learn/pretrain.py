@@ -1,8 +1,8 @@
 """Ordinary supervised training: one classifier of all training classes, whose features are kept.
 
-The baseline of Chen et al., A closer look at few-shot classification (2019), and of SimpleShot (Wang
-et al., 2019). Tasks are then learnt by the nearest prototype. The optimiser is that of `episodic`,
-and so is its state: the classifier comes last in it.
+The baseline of Chen et al., A closer look at few-shot classification (2019), and of SimpleShot
+(Wang et al., 2019). Tasks are then learnt by the nearest prototype. The optimiser is that of
+`episodic`, and so is its state: the classifier comes last in it.
 """
 
 import numpy as np

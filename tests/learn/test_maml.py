@@ -1,4 +1,4 @@
-"""MAML, ANIL, Meta-SGD: gradients by finite differences and in closed form, checkpoints, resuming."""
+"""MAML, ANIL, Meta-SGD: gradients by finite differences and in closed form, checkpoints."""
 
 from pathlib import Path
 
