@@ -126,6 +126,12 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "reptile transfer letters digits": (
         "tests/experiments/test_transfer.py::test_the_command_prints_the_table"
     ),
+    **{
+        f"reptile compare {name}": (
+            "tests/experiments/test_compare.py::test_the_command_prints_the_table"
+        )
+        for name in ("sinusoid", "omniglot")
+    },
     # By their functions: the commands take these presets as they take others.
     "reptile prepare --params reptile/experiments/presets/sinusoid.yaml": REGRESSION,
     **{f"reptile {stage} --preset sinusoid": REGRESSION for stage in STAGES},

@@ -7,6 +7,7 @@ Training and measuring are those of the stages `train` and `evaluate`.
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from reptile.evaluate.metrics import Score
 from reptile.evaluate.report.charts import Line, axis, line_chart
 from reptile.experiments.comparisons import ComparisonFile
 from reptile.files import atomic_file, write_json
+from reptile.learn.checkpoint import load_checkpoint
 from reptile.learn.run import run_training
 from reptile.learn.train import Progress
 from reptile.objectives import objective_of
@@ -76,7 +78,9 @@ def compare(
     data: str | None = None,
     on_progress: Reported = lambda what, done, total: None,
 ) -> str:
-    """Train and measure each learner with each seed; write `result.json`, `result.md`, `curves.svg`.
+    """Train and measure each learner with each seed.
+
+    Writes `result.json`, `result.md` and `curves.svg`.
 
     Args:
         comparison: the settings.
@@ -273,8 +277,6 @@ def _scores(
     on_progress: Reported,
 ) -> dict[str, dict[str, list[float]]]:
     """Return each test task's score, by shots and steps."""
-    from reptile.learn.checkpoint import load_checkpoint
-
     checkpoint, data = load_checkpoint(cell / "checkpoint"), load_prepared(prepared)
     scores: dict[str, dict[str, list[float]]] = {}
     for number in steps:
@@ -386,10 +388,8 @@ def curves(data: PreparedData, cells: Sequence[dict[str, Any]]) -> str:
 
 def forget_peak_memory() -> None:
     """Let the peak of this process's memory start anew; without effect where Linux is not."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
 
 def peak_memory() -> int | None:
