@@ -52,8 +52,9 @@ photos: setup
 			-S prepare.source=$(PHOTOS) || exit; \
 	done
 
+# A file's tests share fixtures, so each file stays in one process.
 test: setup
-	pytest -m "not slow and not versions and not browser"
+	pytest --numprocesses auto --dist loadfile -m "not slow and not versions and not browser"
 
 test-slow: setup
 	pytest -m "not versions and not browser"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from components import secrets
 from components.clone import clone_with
@@ -52,7 +53,7 @@ def fetch(
     target = folder / path
     try:
         with _clone(repository, revision, data_secret, git_secret) as (clone, at):
-            files = DVCFileSystem(clone, rev=at)
+            files = DVCFileSystem(clone, rev=at, config=_remotes(clone) if at else None)
             known = (files.info(path).get("dvc_info") or {}).get("md5", "no hash by DVC")
             if known != md5:
                 raise InputError(_differs(what, f"the repository has {known}", md5))
@@ -100,6 +101,17 @@ def _clone(
             Git.clone(repository, folder, rev=revision or None).close()
         secrets.configure_remotes(Path(folder) / ".dvc", data_secret)
         yield folder, None
+
+
+def _remotes(clone: str) -> dict[str, Any]:
+    """Return where a clone's remotes are, for DVC to use at any revision of it.
+
+    By itself it does so for the default remote, and looks for others that lie inside the repository
+    in the root folder.
+    """
+    from dvc.config import Config
+
+    return {"core": {}, "remote": dict(Config(str(Path(clone).absolute() / ".dvc"))["remote"])}
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

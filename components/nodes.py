@@ -16,6 +16,8 @@ from reptile.errors import ClusterError
 
 RUNTIME = "torch-distributed"
 """The runtime that Kubeflow Trainer installs for torchrun."""
+OLDEST = "2.2"
+"""The first release of Kubeflow Trainer whose TrainJob has the SDK's `runtimePatches`."""
 NODE = "node"  # Trainer's name for the pods' container and for their job
 COMPLETE, FAILED = "Complete", "Failed"
 TEMPORARY = ("/dev/shm", "/tmp")  # of this pod's mounts, those that the nodes get besides volumes
@@ -50,6 +52,7 @@ def train_on_nodes(nodes: int, name: str, command: Sequence[str], interval: floa
                 _delete(client, name, interval)
             if _status(client, name) is None:
                 client.train(client.get_runtime(RUNTIME), None, *_like(pod, nodes, name, command))
+                _check_release(client, name)
             if _follow(client, name, interval) == COMPLETE:
                 client.delete_job(name)
                 return
@@ -66,6 +69,23 @@ def train_on_nodes(nodes: int, name: str, command: Sequence[str], interval: floa
             f"needs Kubeflow Trainer with its runtime {RUNTIME}, and the rights in deploy/trainer"
         ) from error
     raise ClusterError(f"TrainJob {name} failed {RESTARTS + 1} times; its pods' logs say why")
+
+
+def _check_release(client: Any, name: str) -> None:
+    """Remove the job again if the cluster has dropped the part that makes its pods like this one.
+
+    A release of Trainer whose TrainJob has no such field does that without a word.
+    """
+    from kubeflow.trainer.constants import constants
+
+    place = (constants.GROUP, constants.VERSION, client.backend.namespace)
+    read = client.backend.custom_api.get_namespaced_custom_object
+    if not read(*place, constants.TRAINJOB_PLURAL, name)["spec"].get("runtimePatches"):
+        client.delete_job(name)
+        raise ClusterError(
+            f"TrainJob {name}: this release of Kubeflow Trainer gives a job's pods no volumes; "
+            f"nodes needs Trainer {OLDEST} or later"
+        )
 
 
 def _this_pod(api: Any, namespace: str) -> dict[str, Any]:

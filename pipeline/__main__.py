@@ -255,12 +255,8 @@ def submit(
     Example: python -m pipeline submit --wait -P repository=https://… -P data_revision=4f2c…
     """
     from pipeline.cluster import RunOptions
-    from pipeline.package import load_package, run_parameters, without_volume
 
-    package = load_package(pipeline, cache)
-    parameters = run_parameters(package, _given(params, changes, inputs, param))
-    if "://" in parameters.get("work", ""):
-        package = without_volume(package)
+    package, parameters = _load_run(pipeline, cache, _given(params, changes, inputs, param))
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     cluster = _cluster_for(package, parameters, force, host, namespace, token_file, ca_cert)
     run_id = cluster.submit(
@@ -450,12 +446,8 @@ def schedule(
     """
     from pipeline.cluster import RunOptions, Timetable
     from pipeline.cron import parse_cron
-    from pipeline.package import load_package, run_parameters, without_volume
 
-    package = load_package(pipeline, cache)
-    parameters = run_parameters(package, _given(params, changes, inputs, param))
-    if "://" in parameters.get("work", ""):
-        package = without_volume(package)
+    package, parameters = _load_run(pipeline, cache, _given(params, changes, inputs, param))
     options = RunOptions(parameters, experiment, pipeline_root, service_account)
     timetable = Timetable(parse_cron(cron), _time(start), _time(end), catch_up)
     now = datetime.now(UTC)
@@ -493,6 +485,23 @@ def unschedule(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _load_run(
+    pipeline: Path, cache: bool | None, given: dict[str, Any]
+) -> tuple["Package", dict[str, Any]]:
+    """Return the compiled pipeline, without a volume where a store has its place, and parameters.
+
+    Args:
+        pipeline: the compiled file.
+        cache: whether tasks may come from the cache; None is as compiled.
+        given: run parameters.
+    """
+    from pipeline.package import load_package, run_parameters, without_volume
+
+    package = load_package(pipeline, cache)
+    parameters = run_parameters(package, given)
+    return without_volume(package) if "://" in parameters.get("work", "") else package, parameters
 
 
 def _given(
@@ -608,11 +617,14 @@ def _explain(cluster: "Cluster", run: Any) -> "Outcome":
     """Say on stderr why a run has failed, if it has; return how it ended."""
     from pipeline.cluster import Outcome, outcome
     from pipeline.failure import REFUSED
+    from pipeline.kube import find_kubernetes
+    from pipeline.workflow import workflow_name
 
     result = outcome(run and run.state)
     if result is not Outcome.FAILED:
         return result
-    failed = cluster.failures(run)
+    kube, workflow = find_kubernetes(cluster.namespace), workflow_name(run)
+    failed = cluster.failures(run, kube.endings(workflow) if kube and workflow else {})
     for failure in failed:
         if failure.refusal:
             typer.echo(f"{REFUSED}{failure.refusal}", err=True)

@@ -176,9 +176,9 @@ class Cluster:
         """Return a run as the API gives it."""
         return call(self._client.runs.run_service_get_run, run_id=run_id)
 
-    def failures(self, run: Any) -> list[Failure]:
-        """Return the failed tasks of a run, with the ends of their logs."""
-        return failures(run, lambda node: read_log(self._client, run.run_id, node))
+    def failures(self, run: Any, endings: Mapping[str, str]) -> list[Failure]:
+        """Return the failed tasks of a run, with the ends of their logs and of their pods."""
+        return failures(run, lambda node: read_log(self._client, run.run_id, node), endings)
 
     def schedule(
         self, name: str, package: Package, options: RunOptions, timetable: Timetable, now: datetime

@@ -1,11 +1,11 @@
-"""Why a run failed, from what Kubeflow Pipelines tells: the states of its tasks, and pods' logs.
+"""Why a run failed: the states of its tasks, pods' logs, and what Kubernetes says ended a pod.
 
-Its answers have no error texts, so the reason is the end of the failed pod's log. Nothing here asks
-the cluster; whoever calls hands in the run and a function that reads logs.
+Kubeflow's answers have no error texts, so the reason is the end of the failed pod's log. Nothing
+here asks the cluster; whoever calls hands in the run, a function that reads logs, and the endings.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pipeline.workflow import tasks
@@ -21,6 +21,7 @@ class Failure(NamedTuple):
 
     task: str
     log: tuple[str, ...]  # empty if there is none
+    ending: str = ""  # what ended its pod from outside, as Kubernetes says, such as OOMKilled
 
     @property
     def refusal(self) -> str:
@@ -29,21 +30,24 @@ class Failure(NamedTuple):
         return last.removeprefix(REFUSED) if last.startswith(REFUSED) else ""
 
     def __str__(self) -> str:
+        failed = f"{self.task} failed" + f": {self.ending.rstrip('.')}" * bool(self.ending)
         if not self.log:
-            return f"{self.task} failed; no log of it can be read"
-        return "\n  ".join([f"{self.task} failed; its log ends:", *self.log])
+            return f"{failed}; no log of it can be read"
+        return "\n  ".join([f"{failed}; its log ends:", *self.log])
 
 
-def failures(run: Any, read_log: Callable[[str], str]) -> list[Failure]:
-    """Return the failed tasks of a run.
+def failures(run: Any, read_log: Callable[[str], str], endings: Mapping[str, str]) -> list[Failure]:
+    """Return the failed tasks of a run, each by its last attempt.
 
     Args:
         run: as the API gives it.
         read_log: gives the log of a node of the run by its id, an empty text if there is none.
+        endings: what ended pods from outside, by the node's id, as far as it is known.
     """
-    failed = [task for task in tasks(run) if task.state == "FAILED"]
+    last = [(t.name, t.pods[-1] if t.pods else "") for t in tasks(run) if t.state == "FAILED"]
     return [
-        Failure(task.name, _end(read_log(task.pods[-1]) if task.pods else "")) for task in failed
+        Failure(name, _end(read_log(node) if node else ""), endings.get(node, ""))
+        for name, node in last
     ]
 
 

@@ -1,7 +1,7 @@
 """What Kubernetes tells about a namespace: pods, nodes, volumes, secrets, rights. Only reads.
 
-Beside Kubeflow's API, because that says nothing of a pod that cannot start. An account that may not
-read here can still submit and schedule.
+Beside Kubeflow's API, because that does not say why a pod cannot start, or what killed it. An
+account that may not read here can still submit and schedule.
 """
 
 import os
@@ -48,18 +48,37 @@ class Kubernetes:
         if not self._pods_readable:
             return None
         try:
-            pods = self._read(
-                "pods",
-                self._core.list_namespaced_pod,
-                self.namespace,
-                label_selector=f"{_PREFIX}/workflow={workflow}",
-            )
-            waiting = [pod for pod in pods.items if pod.status.phase == "Pending"]
+            waiting = [pod for pod in self._pods(workflow) if pod.status.phase == "Pending"]
             reasons = {_task(pod): _reason(pod) or self._warning(pod) for pod in waiting}
         except ClusterError:
             self._pods_readable = False
             return None
         return {name: reason for name, reason in reasons.items() if reason}
+
+    def endings(self, workflow: str) -> dict[str, str]:
+        """Return what ended pods of a workflow from outside, by the id of the workflow's node.
+
+        A process that ended by itself is left out: its log says why. Empty if the account may not
+        read pods, or Kubernetes cannot be reached.
+        """
+        try:
+            pods = self._pods(workflow)
+        except ClusterError:
+            return {}
+        found = {
+            (pod.metadata.annotations or {}).get(f"{_PREFIX}/node-id", ""): _ending(pod)
+            for pod in pods
+        }
+        return {node: ending for node, ending in found.items() if ending}
+
+    def _pods(self, workflow: str) -> list[Any]:
+        pods = self._read(
+            "pods",
+            self._core.list_namespaced_pod,
+            self.namespace,
+            label_selector=f"{_PREFIX}/workflow={workflow}",
+        )
+        return list(pods.items)
 
     def _warning(self, pod: Any) -> str:
         """Return the latest warning about a pod, such as that a volume cannot be mounted."""
@@ -161,16 +180,46 @@ def _reason(pod: Any) -> str:
     for condition in pod.status.conditions or ():
         if condition.type == "PodScheduled" and condition.status == "False":
             return _line(condition)
-    for container in (
-        *(pod.status.init_container_statuses or ()),
-        *(pod.status.container_statuses or ()),
-    ):
+    for container in _containers(pod):
         waiting = container.state and container.state.waiting
         if waiting and waiting.reason not in (None, "ContainerCreating", "PodInitializing"):
             return _line(waiting)
     return ""
 
 
+def _ending(pod: Any) -> str:
+    """Return what ended a pod from outside, such as OOMKilled or Evicted; "" if nothing did."""
+    if pod.status.reason:  # of the whole pod
+        return _line(pod.status)
+    for container in _containers(pod):
+        ended = container.state and container.state.terminated
+        if ended and ended.reason not in (None, "", "Completed", "Error"):
+            where = f"container {container.name}, exit code {ended.exit_code}"
+            limit = _memory_limit(pod, container.name) if ended.reason == "OOMKilled" else ""
+            told = f": {ended.message}" if ended.message else ""
+            return _one_line(f"{ended.reason} ({where}{limit}){told}")
+    return ""
+
+
+def _memory_limit(pod: Any, name: str) -> str:
+    for container in (*(pod.spec.init_containers or ()), *pod.spec.containers):
+        limits = (container.resources and container.resources.limits) or {}
+        if container.name == name and "memory" in limits:
+            return f", memory limit {limits['memory']}"
+    return ""
+
+
+def _containers(pod: Any) -> list[Any]:
+    """Return the states of a pod's containers in the order in which they start."""
+    status = pod.status
+    return [*(status.init_container_statuses or ()), *(status.container_statuses or ())]
+
+
 def _line(told: Any) -> str:
-    """Return reason and message of a condition, a state or an event in one line."""
-    return " ".join(f"{told.reason}: {told.message or 'no message'}".split())
+    """Return reason and message of a status, a condition, a state or an event in one line."""
+    return _one_line(f"{told.reason}: {told.message or 'no message'}")
+
+
+def _one_line(text: str) -> str:
+    """Return a text, which a container may have written, without line breaks and controls."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -37,10 +37,17 @@ class Objective:
     """The unit to show: `%` of answers, or none for squared values."""
     better: Literal[1, -1]
     """1 where a larger score is better, -1 where a smaller one is."""
+    least_ways: int
+    """The fewest classes of a task."""
     scores: Callable[[Array, Array], FloatArray]
     """From outputs [..., Q, outputs] and targets [..., Q] or [..., Q, outputs] to scores [...]."""
     validation: FewShotProtocol
     """The tasks of the learning curve; those of classification take the training's ways."""
+
+    @property
+    def scale(self) -> int:
+        """What a score is multiplied by to be shown in its unit."""
+        return 100 if self.unit == "%" else 1
 
     def gain(self, score: Any, other: Any) -> Any:
         """Return by how much a score is better than another, of numbers or arrays."""
@@ -60,7 +67,7 @@ class Objective:
         """Write a score with its 95 % interval for people, without its unit."""
         digits = 3 if max(abs(mean), interval) >= 0.05 else 5
         text = (
-            f"{100 * mean:.1f} ± {100 * interval:.1f}"
+            f"{self.scale * mean:.1f} ± {self.scale * interval:.1f}"
             if self.unit == "%"
             else f"{mean:.{digits}f} ± {interval:.{digits}f}"
         )
@@ -77,9 +84,10 @@ class Objective:
                 f"train.ways = {ways}: {dataset} has values to predict, so a task is of one class "
                 "alone; set train.ways to 1"
             )
-        if self.name == "classification" and ways < 2:
+        if ways < self.least_ways:
             raise InputError(
-                f"train.ways = {ways}: telling classes of {dataset} apart takes at least 2"
+                f"train.ways = {ways}: telling classes of {dataset} apart takes at least "
+                f"{self.least_ways}"
             )
 
 
@@ -112,6 +120,7 @@ CLASSIFICATION = Objective(
     title="accuracy",
     unit="%",
     better=1,
+    least_ways=2,
     scores=_share_right,
     validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
 )
@@ -122,6 +131,7 @@ REGRESSION = Objective(
     title="mean squared error",
     unit="",
     better=-1,
+    least_ways=1,
     scores=_mean_squared_error,
     validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
 )

@@ -562,7 +562,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"{path}: must hold one mapping with the stages' names as keys")
     values.pop("paper", None)  # what a preset reproduces; no stage reads it
     for override in overrides:
-        _apply(values, override)
+        apply_change(values, override)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -597,7 +597,12 @@ def describe(error: ValidationError) -> list[str]:
     return lines
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_change(values: dict[str, Any], override: str) -> None:
+    """Put one `--set` change, such as `train.ways=5`, into nested values.
+
+    Raises:
+        InputError: it is not written so, or its value is not YAML.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):

@@ -8,17 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+import yaml
+from object_store import BUCKET, ObjectStore, object_store
+from training_task import FILES, SCRIPT, SETTINGS, write_prepared
 
 from components.image import IMAGE as DEFAULT
 from reptile import __version__
 from reptile.learn.checkpoint import load_checkpoint
+from reptile.learn.run_folder import is_whole
 from reptile.runtime import FewShotModel
+from reptile.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 ENGINE = shutil.which("docker") or shutil.which("podman") or ""
@@ -30,6 +36,9 @@ SMALL = (
     *("-S", "train.engine=native", "-S", "train.meta_iterations=4", "-S", "train.meta_batch=2"),
     *("-S", "train.checkpoint_every=2", "-S", "train.validation_tasks=2"),
     *("-S", "train.model={name: conv4, filters: 8, downsampling: stride}"),
+    *("-S", "beside.model={name: conv4, filters: 8, downsampling: stride}", "-S", "beside.ways=5"),
+    *("-S", "beside.meta_iterations=4", "-S", "beside.checkpoint_every=2"),
+    *("-S", "beside.validation_tasks=2"),
     *("-S", "evaluate.tasks=6", "-S", "evaluate.steps=5"),
     *("-S", "export.gate={accuracy: 0.0, above_random: -1.0, insist: true}"),
     *("-S", "verify.tasks=40", "-S", "verify.steps=5"),
@@ -89,15 +98,15 @@ def settings_of(image: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """All five stages on the starter data, which is mounted read-only."""
+    """All stages, with a second learner, on the starter data, which is mounted read-only."""
     data, results = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("artifacts")
     data.chmod(0o755)
     results.chmod(0o777)
     (data / "glyphs.zip").write_bytes(starter_data())
-    for stage in ("prepare", "train", "evaluate", "export", "verify"):
+    for stage in ("prepare", "train", "train --beside", "evaluate", "export", "verify"):
         print(
             confined(
-                *("reptile", stage, "--params", "/opt/reptile/params.yaml", *SMALL),
+                *("reptile", *stage.split(), "--params", "/opt/reptile/params.yaml", *SMALL),
                 options=(
                     *("--volume", f"{data}:/workspace/data:ro"),
                     *("--volume", f"{results}:/workspace/artifacts"),
@@ -205,13 +214,19 @@ def test_cluster_commands_start_in_the_image() -> None:
     assert "Six fields" in confined("python", "-m", "pipeline", "schedule", "--help")
 
 
-def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_pipeline_delivers_in_containers_and_dvc_gives_the_same_bytes(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    settings = load_settings(clone / "params.yaml", SMALL[1::2])
+    (clone / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pipeline", "run-local", "--docker", "--image", IMAGE),
-            *("--point", "5-way 1-shot frozen", *SMALL),
+            *("--point", "5-way 1-shot frozen"),
         ],
         cwd=clone,
         env=os.environ | {"PYTHONPATH": str(clone)},
@@ -223,6 +238,121 @@ def test_the_pipeline_delivers_in_containers_of_the_image(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (clone / "artifacts/kubeflow").iterdir()
     FewShotModel.load(run / "export/bundle", threads=1).check()
+
+    engine(
+        *("run", "--rm", "--user", f"{os.getuid()}:{os.getgid()}", "--network", "none"),
+        # The image's package, which has the kernel, rather than the clone's.
+        *("--env", "PYTHONSAFEPATH=1", "--volume", f"{clone}:{clone}", "--workdir", str(clone)),
+        *(IMAGE, "dvc", "repro", "--pull"),
+    )
+    for ours, theirs in {
+        "prepare/prepared": "prepared",
+        "train/checkpoint": "checkpoint",
+        "train-beside/beside": "beside/checkpoint",
+        "evaluate/evaluation": "evaluation",
+        "export/bundle": "bundle",
+        "export/bundles": "bundles",
+    }.items():
+        expected = contents(clone / "artifacts" / theirs)
+        assert contents(run / ours) == expected != {}, ours
+
+
+class Training:
+    """The task `train` in containers that come and go, with work that outlives them."""
+
+    def __init__(self, folder: Path, store: ObjectStore | None) -> None:
+        self._folder, self._store, self._names = folder, store, list[str]()
+        folder.chmod(0o777)
+        write_prepared(folder / "prepared")
+        self.work = f"s3://{BUCKET}/{folder.name}" if store else str(folder / "work")
+        self.secret = store.mount(folder / "secret") if store else folder / "no-secret"
+
+    def start(self) -> str:
+        """Start the next container, whose outputs are in a folder of its own; return its name."""
+        name = f"reptile-train-{os.getpid()}-{len(self._names)}"
+        outputs = self._folder / name
+        outputs.mkdir()
+        outputs.chmod(0o777)
+        (outputs / "prepared").symlink_to(self._folder / "prepared")
+        self._names.append(name)
+        engine(
+            *("run", "--detach", "--name", name, "--user", f"{STRANGER}:0", "--read-only"),
+            *("--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+            *("--network", "host" if self._store else "none"),
+            *("--volume", f"{self._folder}:{self._folder}", IMAGE, "python", "-c", SCRIPT),
+            *(str(outputs), SETTINGS.model_dump_json(), self.work, str(self.secret)),
+        )
+        return name
+
+    def until_kept(self, name: str) -> None:
+        """Wait for the first whole checkpoint."""
+        until = time.monotonic() + 300
+        while not self._kept():
+            assert self._running(name), engine("logs", name)
+            assert time.monotonic() < until, engine("logs", name)
+            time.sleep(0.1)
+
+    def ended(self, name: str) -> tuple[int, str]:
+        """Wait for the container's end; return its exit code and log."""
+        code = int(engine("wait", name))
+        return code, engine("logs", name)
+
+    def checkpoint(self, name: str) -> dict[str, bytes]:
+        return {file: (self._folder / name / "checkpoint" / file).read_bytes() for file in FILES}
+
+    def close(self) -> None:
+        for name in self._names:
+            engine("rm", "--force", name, check=False)
+
+    def _kept(self) -> bool:
+        if self._store:
+            names = self._store.names(f"{self._folder.name}/")
+            return any(name.endswith("sha256.json") for name in names)
+        return any(is_whole(path) for path in Path(self.work).glob("*/iteration-*"))
+
+    def _running(self, name: str) -> bool:
+        return engine("inspect", "--format", "{{.State.Running}}", name) == "true\n"
+
+
+@pytest.fixture(params=["folder", "store"])
+def training(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Training]:
+    with object_store() if request.param == "store" else nullcontext() as store:
+        made = Training(tmp_path, store)
+        yield made
+        made.close()
+
+
+def test_training_that_is_killed_or_stopped_in_a_container_gives_the_same_bytes(
+    training: Training,
+) -> None:
+    whole = training.start()
+    code, log = training.ended(whole)
+    assert code == 0, log
+    assert "resuming" not in log
+
+    killed = training.start()
+    training.until_kept(killed)
+    engine("exec", killed, "sh", "-c", "kill -9 $(cat /proc/1/task/1/children)")
+    code, log = training.ended(killed)
+    assert code == 0, log
+    assert "killed by SIGKILL" in log
+    assert "(restart 1 of 3)" in log
+    assert "resuming" in log
+
+    stopped = training.start()
+    training.until_kept(stopped)
+    engine("stop", stopped)
+    code, log = training.ended(stopped)
+    assert code == 143, log
+    assert re.search(r"stopped after meta-iteration \d+ of 600", log)
+    follower = training.start()
+    code, log = training.ended(follower)
+    assert code == 0, log
+    assert "resuming" in log
+
+    expected = training.checkpoint(whole)
+    assert training.checkpoint(killed) == expected
+    assert training.checkpoint(follower) == expected
 
 
 def test_the_server_has_no_torch_and_no_compiler() -> None:

@@ -39,7 +39,14 @@ from rich.text import Text
 from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
-from reptile.settings import BatchNormMode, Settings, TrainSettings, load_settings, second_learner
+from reptile.settings import (
+    BatchNormMode,
+    Settings,
+    TrainSettings,
+    apply_change,
+    load_settings,
+    second_learner,
+)
 
 if TYPE_CHECKING:
     from reptile.learn.train import Progress as TrainingProgress
@@ -511,7 +518,7 @@ def reproduce_command(
     from reptile.experiments.reproduce import markdown, reproduce
 
     folder = artifacts or ARTIFACTS / "reproduce" / preset
-    with _steps() as observe:
+    with _several_bars() as observe:
         result = reproduce(chosen, settings, seeds, folder, data=data, on_progress=observe)
     typer.echo(markdown(result))
     console.print(f"written to {folder / 'result.md'} and result.json")
@@ -519,50 +526,58 @@ def reproduce_command(
 
 @app.command("compare")
 def compare_command(
-    comparison: Annotated[
-        str, typer.Argument(help="omniglot, sinusoid, or a .yaml file of such settings.")
+    algorithms: Annotated[
+        list[str], typer.Argument(help="Values of train.algorithm; the first is the baseline.")
     ],
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Budget: seconds of each training, about.")
+        float | None, typer.Option(min=1, help="Budget: seconds of each training.")
     ] = None,
     gradients: Annotated[
         int | None, typer.Option(min=1, help="Budget: gradient evaluations of each training.")
     ] = None,
-    learners: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--learner", help="One of the file's learners; may be repeated. All, if none."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each learner.")] = 1,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Prepared folder, or another source than the file's."),
-    ] = None,
-    artifacts: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write.", show_default="artifacts/compare/COMPARISON"),
-    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs, from train.seed on.")] = 1,
+    params: ParamsOption = None,
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
 ) -> None:
-    """Train several learners within the same budget; compare them on the same test tasks.
+    """Train algorithms within the same budget, and compare them on the same test tasks.
 
-    Finished trainings are reused. A gradient evaluation is the gradient of one mini-batch's loss;
-    MAML's derivative through an inner step counts as one more.
+    Each has the settings of its paper where they differ from those of `train`; `-S
+    maml.train.inner_steps=5` changes one for maml alone. Reads ARTIFACTS/prepared; finished
+    trainings are reused, and an interrupted one resumes.
 
-    Example: reptile compare sinusoid --seconds 60 --learner reptile --learner maml
+    Example: reptile compare reptile maml ridge --seconds 60 --seeds 3
     """
-    from reptile.experiments.compare import Budget, compare
-    from reptile.experiments.comparisons import load_comparison
+    if (seconds is None) == (gradients is None):
+        raise InputError("give a budget: --seconds or --gradients, one of them")
+    if len(set(algorithms)) != len(algorithms):
+        raise InputError("an algorithm is named twice; name each once")
+    own: dict[str, dict[str, object]] = {name: {} for name in algorithms}
+    shared = []
+    for change in changes or ():
+        name, _, rest = change.partition(".")
+        if name in own:
+            apply_change(own[name], rest)
+        else:
+            shared.append(change)
+    settings = read_settings(params, preset, shared)
+    from reptile.experiments.compare import Budget, compare, markdown
 
-    settings = load_comparison(comparison)
-    folder = artifacts or ARTIFACTS / "compare" / Path(comparison).stem
-    with _steps() as observe:
-        budget = Budget(seconds, gradients)
-        text = compare(
-            settings, learners or (), seeds, budget, folder, data=data, on_progress=observe
+    folder = artifacts / "compare"
+    with _several_bars() as observe:
+        result = compare(
+            settings,
+            algorithms,
+            seeds,
+            Budget(seconds, gradients),
+            artifacts / "prepared",
+            folder,
+            changes=own,
+            on_progress=observe,
         )
-    typer.echo(text)
-    console.print(f"written to {folder / 'result.md'}, result.json and curves.svg")
+    typer.echo(markdown(result))
+    console.print(f"written to {folder / 'result.html'}, result.md and result.json")
 
 
 @app.command("transfer")
@@ -723,6 +738,20 @@ def _prediction_table(
     return table
 
 
+@contextmanager
+def _several_bars() -> "Iterator[Callable[[str, int, int], None]]":
+    """Show a progress bar for each thing that is told of."""
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield observe
+
+
 def _bar(*more: str, columns: Sequence[ProgressColumn] = (MofNCompleteColumn(),)) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -742,20 +771,6 @@ def _named_folder(text: str) -> tuple[str, Path]:
     if not (name and equals and folder):
         raise InputError(f"--beside {text}: write it as NAME=FOLDER")
     return name, Path(folder)
-
-
-@contextmanager
-def _steps() -> "Iterator[Callable[[str, int, int], None]]":
-    """Show a progress bar for each step; yield the function that updates the one of its name."""
-    with _bar() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def observe(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield observe
 
 
 @contextmanager

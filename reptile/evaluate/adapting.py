@@ -136,7 +136,7 @@ def check_ways(checkpoint: Checkpoint, ways: int) -> None:
     Raises:
         InputError: it has fewer, or a task of classes has one alone.
     """
-    least = 2 if checkpoint.info.objective is CLASSIFICATION else 1
+    least = checkpoint.info.objective.least_ways
     if checkpoint.info.settings.closed_form:
         if ways < least:
             raise InputError(f"{ways}-way tasks: give at least {least} ways")

@@ -100,9 +100,10 @@ def refusal(
 ) -> str | None:
     """Return why metrics do not pass the gate; None if they do. NaN never passes.
 
-    Both limits are on the mean. Against a champion the 95 % intervals decide: only a checkpoint
-    whose whole interval lies below the champion's is worse than it. Against simpler methods the
-    interval of the paired differences does; `insist` skips them.
+    Both limits are on the mean of the checkpoint's learner. Against a champion the 95 % intervals
+    decide, of the learner that would be exported: the best on validation tasks, which may be one
+    beside. It is worse only if its whole interval lies below the champion's. Against simpler
+    methods the interval of the paired differences decides; `insist` skips them.
 
     Raises:
         InputError: the score that the gate needs was not measured.
@@ -124,9 +125,13 @@ def refusal(
         )
     if champion is not None:
         best = _gated(settings, champion, champion.learner, "measured for the champion")
-        if not sign * learner.mean + learner.interval >= sign * best.mean - best.interval:
+        # The bundle would be that of the best learner, as the champion's was.
+        method = metrics.best_of([metrics.learner, *metrics.beside])
+        new = _gated(settings, metrics, method, "evaluated")
+        if not sign * new.mean + new.interval >= sign * best.mean - best.interval:
+            by = "" if method == metrics.learner else f" by {title(method)} ({method})"
             return (
-                f"{what} is {learner.mean:.4f} ± {learner.interval:.4f}, wholly {worse} the "
+                f"{what}{by} is {new.mean:.4f} ± {new.interval:.4f}, wholly {worse} the "
                 f"champion's {best.mean:.4f} ± {best.interval:.4f}"
             )
     beaten = None if settings.insist else strongest(settings, metrics)

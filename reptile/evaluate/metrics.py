@@ -5,7 +5,7 @@ Its JSON Schema, reptile/schemas/metrics.schema.json, is made from these classes
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,6 +114,13 @@ class Metrics(BaseModel):
         if score is None:
             raise InputError(f"{method}, {shots}-shot {mode} on {dataset} was not measured")
         return score
+
+    def best_of(self, methods: Sequence[str]) -> str:
+        """Return the method that is best on validation tasks, the first where there were none."""
+        if self.chosen is None:
+            return methods[0]
+        better, scores = objective_named(self.objective).better, self.chosen.scores
+        return max(methods, key=lambda method: better * scores[method].mean)
 
     @property
     def fewest_shots(self) -> int:

@@ -1,405 +1,572 @@
-"""Learners trained on one dataset within the same budget, and measured on the same test tasks.
+"""Algorithms side by side: trained within the same budget, measured on the same test tasks.
 
-Each learner and seed is a cell with a folder of its own; a finished cell is not trained again.
-Training and measuring are those of the stages `train` and `evaluate`.
+A cell is one algorithm with one seed, in a folder of its own; a finished cell is not trained again,
+an interrupted one resumes. No export.
 """
 
+import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import ValidationError
 
-from reptile import stages
 from reptile.cpus import available_cpus
-from reptile.data.dataset import INDEX_FILE, PreparedData, load_prepared
-from reptile.errors import InputError, StoppedError
+from reptile.data.dataset import PreparedData, load_prepared
+from reptile.errors import InputError
+from reptile.evaluate.adapting import FloatArray
 from reptile.evaluate.measure import evaluate
 from reptile.evaluate.metrics import Score
-from reptile.evaluate.report.charts import Line, axis, line_chart
-from reptile.experiments.comparisons import ComparisonFile
+from reptile.evaluate.report.charts import Axis, Line, axis, line_chart
+from reptile.experiments.cells import Reported, Training, trained
+from reptile.experiments.reproduce import over_seeds
 from reptile.files import atomic_file, write_json
-from reptile.learn.checkpoint import load_checkpoint
-from reptile.learn.run import run_training
-from reptile.learn.train import Progress
-from reptile.objectives import objective_of
-from reptile.provenance import code_sha256, settings_sha256
-from reptile.settings import EvaluateSettings, TrainSettings
+from reptile.learn.algorithms import algorithm_of, check_objective
+from reptile.learn.checkpoint import CurvePoint, load_checkpoint
+from reptile.learn.engines import choose_device, make_engine
+from reptile.learn.train import untrained
+from reptile.objectives import CLASSIFICATION, Objective, objective_of
+from reptile.provenance import code_sha256, settings_sha256, versions
+from reptile.settings import BatchNormMode, EvaluateSettings, Settings, TrainSettings, describe
 
-Reported = Callable[[str, int, int], None]
-"""Called with the current step, the number done and the total."""
-
-CELL_FILE = "cell.json"
+VERSION = 1  # of result.json
+ALGORITHMS: tuple[str, ...] = get_args(TrainSettings.model_fields["algorithm"].annotation)
+MODES: tuple[BatchNormMode, ...] = ("frozen", "transductive")
+TIMED_SECONDS = 3.0  # of meta-iterations, to find how many fit into a budget of time
 POINTS = 10  # of a learning curve
-TRIAL_SHARE, TRIAL_MOST = 0.1, 5.0  # of the budget, and seconds, to find the speed of training
-PALETTE = ("#2a6f97", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#5b5b5b", "#17a2b8", "#a0522d")
+
+_STEPS_OF_CLASSES = {
+    "train": {
+        "optimizer": {"name": "sgd", "learning_rate": 0.4, "state": "reset"},
+        "inner_steps": 1,
+        "meta_batch": 32,
+    },
+    "evaluate": {"steps": 3},
+}
+_STEPS_OF_VALUES = {
+    "train": {
+        "optimizer": {"name": "sgd", "learning_rate": 0.01, "state": "reset"},
+        "inner_steps": 1,
+        "meta_batch": 25,
+    },
+}
+_HEAD_OF_CLASSES = {"train": {"meta_batch": 1, "episode": {"queries": 5}}}
+PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "classification": {
+        "maml": _STEPS_OF_CLASSES,
+        "anil": _STEPS_OF_CLASSES,
+        "meta-sgd": _STEPS_OF_CLASSES | {"evaluate": {"steps": 1}},
+        "pretrain": {"train": {"meta_batch": 1, "inner_batch": 64}},
+        "protonet": _HEAD_OF_CLASSES,
+        "ridge": _HEAD_OF_CLASSES,
+    },
+    "regression": {
+        "maml": _STEPS_OF_VALUES,
+        "anil": _STEPS_OF_VALUES,
+        "meta-sgd": _STEPS_OF_VALUES,
+        "bayes": {"train": {"meta_batch": 64, "episode": {"queries": 20}}},
+    },
+}
+"""By objective and algorithm: the settings of the paper that has it, where they are not those of
+Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet: Snell et al. (2017). Ridge:
+Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
+EPISODE_WAYS = 20  # of protonet and ridge in training, if there are so many classes
 
 
 class Budget(NamedTuple):
-    """What each training may use: seconds, or gradient evaluations."""
+    """What each training may take: one of the two."""
 
-    seconds: float | None
-    gradients: int | None
+    seconds: float | None = None
+    gradients: int | None = None
 
-    def __str__(self) -> str:
-        """Return it for people."""
-        if self.gradients is not None:
-            return f"{self.gradients:,} gradient evaluations"
-        return f"{self.seconds:g} s of training"
+    @property
+    def shown(self) -> str:
+        """The budget for people."""
+        if self.seconds is not None:
+            return f"{self.seconds:g} s of training"
+        return f"{self.gradients:,} gradient evaluations"
 
 
-def gradients_of(settings: TrainSettings) -> int:
-    """Return the gradient evaluations of a meta-iteration.
+@dataclass(frozen=True)
+class Cell:
+    """One algorithm with one seed."""
 
-    One is the gradient of the loss of one mini-batch, or of one task's queries. MAML differentiates
-    each inner step once more.
-    """
-    if settings.algorithm == "pretrain":
-        return 1
-    if settings.closed_form:
-        return settings.meta_batch
-    if settings.second_order:
-        return settings.meta_batch * (2 * settings.inner_steps + 1)
-    return settings.meta_batch * settings.inner_steps
+    training: Training
+    curve: tuple[CurvePoint, ...]
+    scores: Mapping[int, Mapping[str, FloatArray]]
+    """By shots and what batch norm sees (`none` where it does not matter): of each task [T]."""
+    tasks_sha256: str
+    """Of the rows of all test tasks; the same in every cell."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One algorithm with all its seeds."""
+
+    algorithm: str
+    settings: Settings  # `train.seed` is the first of the seeds
+    cells: tuple[Cell, ...]
+
+    @property
+    def gradients(self) -> int:
+        """Gradient evaluations of one training."""
+        return self.settings.train.meta_iterations * gradients(self.settings.train)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one training, by the mean rate of the seeds."""
+        return self.settings.train.meta_iterations / float(
+            np.mean([_rate(self.settings.train, cell.training) for cell in self.cells])
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result: algorithms in the order in which they were asked for."""
+
+    budget: Budget
+    ways: int
+    data: PreparedData
+    objective: Objective
+    entries: tuple[Entry, ...]
+
+    @property
+    def modes(self) -> tuple[BatchNormMode, ...]:
+        """The modes to show: where no prediction depends on a batch, both are the same."""
+        return MODES if any("transductive" in _modes(each) for each in self.entries) else MODES[:1]
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """The numbers of shots, fewest first."""
+        return tuple(self.entries[0].cells[0].scores)
+
+    def score(self, entry: Entry, shots: int, mode: str) -> Score | None:
+        """Return the score of an algorithm; None if it has none in this mode."""
+        return _joint([_scores(cell, shots, mode) for cell in entry.cells])
+
+    def difference(self, entry: Entry, shots: int) -> Score | None:
+        """Return an algorithm's score less the first one's, task by task, each query alone."""
+        pairs = zip(entry.cells, self.entries[0].cells, strict=True)
+        pairs_of_scores = [
+            (_scores(ours, shots, "frozen"), _scores(first, shots, "frozen"))
+            for ours, first in pairs
+        ]
+        return _joint([ours - first for ours, first in pairs_of_scores])  # type: ignore[operator]
 
 
 def compare(
-    comparison: ComparisonFile,
-    learners: Sequence[str],
+    settings: Settings,
+    algorithms: Sequence[str],
     seeds: int,
     budget: Budget,
+    prepared: Path,
     folder: Path,
     *,
-    data: str | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     on_progress: Reported = lambda what, done, total: None,
-) -> str:
-    """Train and measure each learner with each seed.
+) -> Comparison:
+    """Train and measure every algorithm with every seed; write `result.json`, `.md` and `.html`.
 
-    Writes `result.json`, `result.md` and `curves.svg`.
+    With a budget of gradient evaluations the same seed gives the same weights. With one of seconds
+    the meta-iterations that fit are found by timing some, once; after that they are fixed too.
 
     Args:
-        comparison: the settings.
-        learners: which of its learners; empty for all that fit the data.
-        seeds: how many training seeds, from 0 on. The test tasks are the same for all.
+        settings: what all algorithms share: data, network, test tasks.
+        algorithms: names, the first of which the others are compared with.
+        seeds: how many, from `settings.train.seed` on.
         budget: of each training.
-        folder: where everything goes: `prepared`, and a folder for each cell.
-        data: a prepared folder, or another source than the file's.
+        prepared: the prepared data.
+        folder: where everything goes: a folder for each algorithm, with one for each seed.
+        changes: by algorithm, further changes of its settings, as in params.yaml.
         on_progress: called with the progress.
 
-    Returns:
-        The table.
+    Raises:
+        InputError: an unknown algorithm or one that does not suit the data, a budget too small for
+            one meta-iteration, or whatever the stages refuse; before anything is trained.
+    """
+    data = load_prepared(prepared)
+    objective = objective_of(data.values)
+    own = {
+        name: settings_of(name, settings, data, (changes or {}).get(name, {}))
+        for name in algorithms
+    }
+    ways = settings.evaluate.ways or (settings.train.ways if not data.values else 1)
+    for each in own.values():
+        check_objective(each.train, objective)
+        untrained(each.train, data)
+    planned = {
+        name: _with_iterations(each, budget, data, folder / name) for name, each in own.items()
+    }
+    entries = []
+    for name, each in planned.items():
+        cells = []
+        for number in range(seeds):
+            seed = settings.train.seed + number
+            training = each.train.model_copy(update={"seed": seed})
+            label = f"{name}, seed {number + 1} of {seeds}"
+            place = folder / name / f"seed-{seed}"
+            cells.append(
+                _cell(training, each.evaluate, ways, data, prepared, place, label, on_progress)
+            )
+        entries.append(Entry(name, each, tuple(cells)))
+    result = Comparison(budget, ways, data, objective, tuple(entries))
+    write_json(folder / "result.json", as_json(result))
+    for suffix, text in (("md", markdown(result)), ("html", html(result))):
+        with atomic_file(folder / f"result.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return result
+
+
+def settings_of(
+    algorithm: str, settings: Settings, data: PreparedData, changes: Mapping[str, Any]
+) -> Settings:
+    """Return the settings of one algorithm: the shared ones, its paper's, and the user's changes.
 
     Raises:
-        InputError: a learner is unknown, the budget is too small for a meta-iteration, or whatever
-            the stages refuse.
+        InputError: there is no such algorithm, or a setting is unknown or out of range.
     """
-    names = list(learners or comparison.learners)
-    for name in names:
-        if name not in comparison.learners:
-            raise InputError(
-                f"--learner {name}: there is none of this name; use "
-                f"{', '.join(comparison.learners)}"
-            )
-        comparison.training(name)  # all settings are checked before any training
-        comparison.evaluation(name)
-    if (budget.seconds is None) == (budget.gradients is None):
-        raise InputError("give one budget: --seconds or --gradients")
-    prepared = _prepared(comparison, folder, data, on_progress)
-    cells = [
-        _cell(comparison, name, seed, budget, prepared, folder, on_progress)
-        for name in names
-        for seed in range(seeds)
-    ]
-    source = load_prepared(prepared)
-    text = markdown(comparison, source, cells, budget)
-    write_json(folder / "result.json", {"budget": budget._asdict(), "cells": cells})
-    for name, content in (("result.md", text), ("curves.svg", curves(source, cells))):
-        with atomic_file(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    return text
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"{algorithm}: no such algorithm; there are {', '.join(ALGORITHMS)}")
+    objective = objective_of(data.values)
+    values: dict[str, Any] = settings.model_dump(mode="json")
+    train, test = values["train"], values["evaluate"]
+    train["algorithm"] = algorithm
+    most = max(test["shots"])
+    if algorithm in ("protonet", "ridge", "bayes"):
+        classes = len(data.split("train").starts)
+        train["ways"] = min(EPISODE_WAYS, classes) if objective is CLASSIFICATION else 1
+        train["episode"]["shots"] = test["shots"] if not data.values else [*range(1, 2 * most + 1)]
+    elif algorithm not in (
+        "reptile",
+        "fomaml",
+        "pretrain",
+    ):  # trained on tasks as they will be, all at once
+        train["train_shots"] = min(test["shots"]) if objective is CLASSIFICATION else most
+        train["inner_batch"] = train["ways"] * train["train_shots"]
+        test["batch"] = train["ways"] * most
+    for more in (PUBLISHED[objective.name].get(algorithm, {}), changes):
+        _update(values, more)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{algorithm}: {line}" for line in describe(error))) from None
 
 
-def _prepared(
-    comparison: ComparisonFile, folder: Path, data: str | None, on_progress: Reported
-) -> Path:
-    if data is not None and (Path(data) / INDEX_FILE).is_file():
-        return Path(data)
-    settings, prepared = comparison.prepare, folder / "prepared"
-    if data is not None:
-        settings = settings.model_copy(update={"source": data})
-    wanted = settings.model_dump(mode="json")
-    if not (prepared / INDEX_FILE).is_file() or load_prepared(prepared).index.settings != wanted:
-        stages.prepare(
-            settings, prepared, lambda done, total: on_progress("preparing", done, total)
+def gradients(settings: TrainSettings) -> int:
+    """Return the gradient evaluations of a meta-iteration, each of one example.
+
+    A second derivative, as MAML's, counts as one more.
+    """
+    episode = settings.episode
+    if settings.interpolates:
+        each = settings.inner_steps * settings.inner_batch
+    elif settings.algorithm == "pretrain":
+        each = settings.inner_batch
+    elif settings.closed_form:
+        each = round(settings.ways * (float(np.mean(episode.shots)) + episode.queries))
+    else:
+        queries = settings.ways * episode.queries
+        queries *= settings.inner_steps if episode.multi_step_loss else 1
+        each = 2 * settings.inner_steps * settings.inner_batch + queries
+    return settings.meta_batch * each
+
+
+def markdown(result: Comparison) -> str:
+    """Return the table."""
+    header, rows = _table(result)
+    lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(result))]) + "\n"
+
+
+def html(result: Comparison) -> str:
+    """Return a page with the table and the learning curves."""
+    environment = Environment(
+        loader=PackageLoader("reptile.experiments", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    header, rows = _table(result)
+    return environment.get_template("compare.html").render(
+        dataset=result.data.name,
+        budget=result.budget.shown,
+        header=header,
+        rows=rows,
+        notes=_notes(result),
+        charts=[_curves(result, over_time=False), _curves(result, over_time=True)],
+    )
+
+
+def as_json(result: Comparison) -> dict[str, Any]:
+    """Return everything as plain values."""
+    return {
+        "version": VERSION,
+        "budget": result.budget._asdict(),
+        "objective": result.objective.name,
+        "metric": result.objective.metric,
+        "ways": result.ways,
+        "data_sha256": result.data.content_sha256,
+        "splits_sha256": result.data.splits_sha256,
+        "tasks_sha256": result.entries[0].cells[0].tasks_sha256,
+        "code_sha256": code_sha256("train", "evaluate"),
+        "versions": versions("torch", "numpy"),
+        "algorithms": [_entry(result, entry) for entry in result.entries],
+    }
+
+
+def _entry(result: Comparison, entry: Entry) -> dict[str, Any]:
+    scores = {
+        str(shots): {
+            mode: asdict(score)
+            for mode in result.modes
+            if (score := result.score(entry, shots, mode)) is not None
+        }
+        for shots in result.shots
+    }
+    first = entry is result.entries[0]
+    differences = {
+        str(shots): asdict(score)
+        for shots in result.shots
+        if not first and (score := result.difference(entry, shots)) is not None
+    }
+    return {
+        "algorithm": entry.algorithm,
+        "settings": entry.settings.model_dump(mode="json", include={"train", "evaluate"}),
+        "gradients": entry.gradients,
+        "scores": scores,
+        "differences": differences,
+        "seeds": [
+            {
+                "training": cell.training.model_dump(mode="json"),
+                "curve": [point.model_dump(mode="json") for point in cell.curve],
+            }
+            for cell in entry.cells
+        ],
+    }
+
+
+def _with_iterations(
+    settings: Settings, budget: Budget, data: PreparedData, folder: Path
+) -> Settings:
+    """Return the settings with as many meta-iterations as fit into the budget."""
+    if budget.gradients is not None:
+        number = budget.gradients // gradients(settings.train)
+    else:
+        assert budget.seconds is not None
+        number = int(budget.seconds / _seconds_per_iteration(settings.train, data, folder))
+    if number < 1:
+        raise InputError(
+            f"{settings.train.algorithm}: one meta-iteration takes more than {budget.shown}; "
+            "raise the budget"
         )
-    return prepared
+    every = max(1, number // POINTS)
+    train = {"meta_iterations": number, "checkpoint_every": every}
+    return settings.model_copy(update={"train": settings.train.model_copy(update=train)})
+
+
+def _seconds_per_iteration(settings: TrainSettings, data: PreparedData, folder: Path) -> float:
+    """Time meta-iterations after a first one; what was found is kept in `folder/timing.json`."""
+    identity = settings_sha256(
+        settings.model_dump(mode="json", exclude={"meta_iterations", "checkpoint_every", "seed"})
+        | {"data": data.content_sha256, "code": code_sha256("train"), "cpus": available_cpus()}
+    )
+    record = folder / "timing.json"
+    if record.is_file():
+        kept = json.loads(record.read_text(encoding="utf-8"))
+        if kept["identity"] == identity:
+            return float(kept["seconds_per_iteration"])
+    model, state, info = untrained(settings, data)
+    device = choose_device(settings.device)
+    engine = make_engine(settings.engine, model, settings.optimizer, data.images, device)
+    algorithm, state = algorithm_of(settings, model, info.values, info.classes), state.to(device)
+    times: list[float] = []
+    while sum(times[1:]) < TIMED_SECONDS:
+        start = perf_counter()
+        state, losses = algorithm.iterate(engine, state, data.split("train"), len(times))
+        losses.sum().item()  # waits for a device
+        times.append(perf_counter() - start)
+    found = float(np.mean(times[1:]))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"identity": identity, "seconds_per_iteration": found})
+    return found
 
 
 def _cell(
-    comparison: ComparisonFile,
-    name: str,
-    seed: int,
-    budget: Budget,
+    training: TrainSettings,
+    test: EvaluateSettings,
+    ways: int,
+    data: PreparedData,
     prepared: Path,
     folder: Path,
-    on_progress: Reported,
-) -> dict[str, Any]:
-    """Return a cell, trained and measured if it was not before."""
-    data, label = load_prepared(prepared), f"{name}, seed {seed}"
-    training, evaluation = comparison.training(name, seed=seed), comparison.evaluation(name)
-    steps = (evaluation.steps,) if training.closed_form else comparison.steps or (evaluation.steps,)
-    cell = folder / name / f"seed-{seed}"
-    identity = settings_sha256(
-        {
-            "train": training.model_dump(mode="json"),
-            "evaluate": evaluation.model_dump(mode="json"),
-            "protocol": [comparison.ways, list(steps), comparison.mode],
-            "budget": budget._asdict(),
-            "data": [data.content_sha256, data.splits_sha256],
-            "code": code_sha256("train", "evaluate"),
-        }
-    )
-    done = _read(cell / CELL_FILE)
-    if done and done["identity"] == identity:
-        return done
-    iterations = _iterations(training, data, budget, label, on_progress)
-    training = training.model_copy(
-        update={
-            "meta_iterations": iterations,
-            "checkpoint_every": max(1, iterations // POINTS),
-        }
-    )
-    values = _train(training, prepared, cell, label, on_progress)
-    values |= {
-        "identity": identity,
-        "learner": name,
-        "seed": seed,
-        "train": training.model_dump(mode="json"),
-        "evaluate": evaluation.model_dump(mode="json"),
-        "closed_form": training.closed_form,
-        "scores": _scores(comparison, evaluation, steps, prepared, cell, label, on_progress),
-    }
-    write_json(cell / CELL_FILE, values)
-    return values
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return values
-
-
-def _iterations(
-    settings: TrainSettings, data: PreparedData, budget: Budget, label: str, on_progress: Reported
-) -> int:
-    """Return the meta-iterations that a budget allows; of seconds, after a short trial."""
-    each = gradients_of(settings)
-    if budget.gradients is not None:
-        if budget.gradients < each:
-            raise InputError(
-                f"--gradients {budget.gradients}: a meta-iteration of {label} takes {each}; "
-                "give more"
-            )
-        return budget.gradients // each
-    assert budget.seconds is not None
-    longest = min(TRIAL_MOST, TRIAL_SHARE * budget.seconds)
-    times: list[float] = []
-    endless = settings.model_copy(update={"meta_iterations": 10**9, "checkpoint_every": 10**9})
-    try:
-        run_training(
-            endless,
-            data,
-            on_progress=lambda progress: times.append(perf_counter()),
-            stop=lambda: len(times) > 3 and times[-1] - times[0] > longest,
-        )
-    except StoppedError:
-        on_progress(f"{label}: trial", 1, 1)
-    speed = (len(times) - 1) / (times[-1] - times[0])  # without the first, which warms up
-    return max(1, int(budget.seconds * speed))
-
-
-def _train(
-    settings: TrainSettings, prepared: Path, cell: Path, label: str, on_progress: Reported
-) -> dict[str, Any]:
-    """Train into the cell's folder; return the curve, the time, the memory and the speed."""
-    curve: list[dict[str, float]] = []
-    each, engine, start = gradients_of(settings), "", perf_counter()
-
-    def observe(progress: Progress) -> None:
-        nonlocal engine
-        engine = progress.engine
-        if len(progress.curve) > len(curve):
-            point = progress.curve[-1]
-            curve.append(
-                {
-                    "gradients": point.iteration * each,
-                    "seconds": round(perf_counter() - start, 2),
-                    "score": point.score,
-                }
-            )
-        on_progress(f"{label}: training", progress.iteration, progress.of)
-
-    forget_peak_memory()
-    stages.train(
-        settings,
-        prepared,
-        cell / "checkpoint",
-        curves=cell / "curves",
-        work=cell / "training",
-        on_progress=observe,
-    )
-    seconds = perf_counter() - start
-    return {
-        "curve": curve,
-        "seconds": round(seconds, 1),
-        "gradients": settings.meta_iterations * each,
-        "tasks_per_second": round(settings.meta_batch * settings.meta_iterations / seconds, 1),
-        "peak_memory": peak_memory(),
-        "engine": engine,
-        "cpus": available_cpus(),
-    }
-
-
-def _scores(
-    comparison: ComparisonFile,
-    settings: EvaluateSettings,
-    steps: Sequence[int],
-    prepared: Path,
-    cell: Path,
     label: str,
     on_progress: Reported,
-) -> dict[str, dict[str, list[float]]]:
-    """Return each test task's score, by shots and steps."""
-    checkpoint, data = load_checkpoint(cell / "checkpoint"), load_prepared(prepared)
-    scores: dict[str, dict[str, list[float]]] = {}
-    for number in steps:
-        result = evaluate(
-            settings.model_copy(update={"steps": number}),
+) -> Cell:
+    how = trained(training, data, prepared, folder, f"{label}: training", on_progress)
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    record = folder / "evaluation/scores.json"
+    wanted = {"settings": test.model_dump(mode="json"), "ways": ways}
+    wanted["code_sha256"] = code_sha256("evaluate")
+    kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if {key: kept.get(key) for key in wanted} != wanted:
+        evaluation = evaluate(
+            test,
             checkpoint,
             data,
             {},
             lambda done, total: on_progress(f"{label}: evaluating", done, total),
-            ways=comparison.ways,
+            ways=ways,
             baselines=False,
         )
-        for each in result.held_out:
-            found = each.scores("trained", comparison.mode)
-            scores.setdefault(str(each.shots), {})[str(number)] = [round(x, 6) for x in found]
-    return scores
-
-
-def markdown(
-    comparison: ComparisonFile, data: PreparedData, cells: Sequence[dict[str, Any]], budget: Budget
-) -> str:
-    """Return the table: a row for each learner, a column for each number of shots and steps."""
-    objective, first = objective_of(data.values), cells[0]["learner"]
-    names = list(dict.fromkeys(cell["learner"] for cell in cells))
-    shots = list(cells[0]["scores"])
-    steps = list(map(str, comparison.steps)) or [""]
-    published = any(comparison.learners[name].published for name in names)
-    columns = [(k, s) for k in shots for s in steps]
-    head = ["learner"]
-    for k, s in columns:
-        what = f"{k}-shot{f', {s} steps' * bool(s)}"
-        head += [what, f"less {first}, paired"]
-    head += ["gradients", "tasks/s", "peak memory, MiB", *(["published"] * published)]
-    lines = [_row(head), _row(["---"] * len(head))]
-    for name in names:
-        own = [cell for cell in cells if cell["learner"] == name]
-        row = [f"`{name}`"]
-        for k, s in columns:
-            found, base = (_tasks(cells, each, k, s) for each in (name, first))
-            row.append(f"**{objective.show(*Score.of(found))}**")
-            row.append("–" if name == first else objective.show(*Score.of(found - base)))
-        memory = [cell["peak_memory"] for cell in own if cell["peak_memory"]]
-        row += [
-            f"{np.mean([cell['gradients'] for cell in own]):,.0f}",
-            f"{np.mean([cell['tasks_per_second'] for cell in own]):,.0f}",
-            f"{max(memory) / 2**20:,.0f}" if memory else "–",
-        ]
-        row += [comparison.learners[name].published or "–"] * published
-        lines.append(_row(row))
-    seeds, tasks = len({cell["seed"] for cell in cells}), len(_tasks(cells, first, *columns[0]))
-    what = "Accuracy, %" if data.values == 0 else "Mean squared error"
-    notes = [
-        f"{what}, of {tasks:,} test tasks of {data.name}, the same for all; ± is 1.96·s/√n over "
-        f"tasks{f', each the mean of {seeds} training seeds' * (seeds > 1)}.",
-        f"Budget: {budget} for each training, {cells[0]['cpus']} CPUs.",
-    ]
-    if data.values == 0:
-        notes.append(f"Batch norm of learners of gradient steps: {comparison.mode}.")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
-
-
-def _tasks(
-    cells: Sequence[dict[str, Any]], name: str, shots: str, steps: str
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return each task's score [T], the mean over seeds; learners without steps have one."""
-    scores = []
-    for cell in cells:
-        if cell["learner"] == name:
-            by_steps = cell["scores"][shots]
-            scores.append(by_steps.get(steps) or next(iter(by_steps.values())))
-    return np.asarray(np.mean(scores, axis=0))
-
-
-def curves(data: PreparedData, cells: Sequence[dict[str, Any]]) -> str:
-    """Return an SVG of the learning curves over seconds and over gradient evaluations."""
-    objective = objective_of(data.values)
-    factor = 100 if data.values == 0 else 1
-    names = list(dict.fromkeys(cell["learner"] for cell in cells))
-    highest = max(factor * point["score"] for cell in cells for point in cell["curve"])
-    vertical = axis(objective.title, 100.0 if data.values == 0 else highest)
-    charts = []
-    for place, what in enumerate(("seconds", "gradients")):
-        lines = [
-            Line(
-                cell["learner"] if cell["seed"] == 0 else "",
-                f"learner-{names.index(cell['learner'])}",
-                [point[what] for point in cell["curve"]],
-                [factor * point["score"] for point in cell["curve"]],
-            )
-            for cell in cells
-        ]
-        horizontal = axis(what, max(max(line.x) for line in lines))
-        chart = line_chart(f"{objective.title} over {what}", lines, horizontal, vertical)
-        charts.append(
-            chart.replace("<svg ", f'<svg y="{300 * place}" width="480" height="290" ', 1)
-        )
-    style = "text{font:12px sans-serif;fill:#444}.line{fill:none;stroke-width:1.5}"
-    style += ".grid{stroke:#ddd}.axis{stroke:#888}"
-    for number in range(len(names)):
-        colour = PALETTE[number % len(PALETTE)]
-        style += f".line.learner-{number}{{stroke:{colour}}}"
-        style += f".label.learner-{number},.dot.learner-{number}{{fill:{colour}}}"
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 590" width="480" height="590">'
-        f'<style>{style}</style><rect width="480" height="590" fill="white"/>{"".join(charts)}'
-        "</svg>\n"
+        digest = hashlib.sha256()
+        scores: dict[str, dict[str, list[float]]] = {}
+        for measured in evaluation.held_out:
+            for task in measured.tasks:
+                digest.update(task.support.tobytes() + task.query.tobytes())
+            scores[str(measured.shots)] = {
+                mode: values.tolist()
+                for mode, values in measured.task_scores["trained"].items()
+                if mode == "none" or (mode in MODES and mode in evaluation.modes)
+            }
+        kept = wanted | {"tasks_sha256": digest.hexdigest(), "scores": scores}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, kept)
+    return Cell(
+        how,
+        checkpoint.info.curve,
+        {
+            int(shots): {mode: np.array(values) for mode, values in by_mode.items()}
+            for shots, by_mode in kept["scores"].items()
+        },
+        kept["tasks_sha256"],
     )
 
 
-def forget_peak_memory() -> None:
-    """Let the peak of this process's memory start anew; without effect where Linux is not."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def _scores(cell: Cell, shots: int, mode: str) -> FloatArray | None:
+    """Return the score of each task [T]; of a learner without modes only each query alone."""
+    by_mode = cell.scores[shots]
+    return by_mode["none"] if "none" in by_mode and mode == "frozen" else by_mode.get(mode)
 
 
-def peak_memory() -> int | None:
-    """Return the peak of this process's memory in bytes; None where Linux is not."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
+def _modes(entry: Entry) -> set[str]:
+    return {mode for by_mode in entry.cells[0].scores.values() for mode in by_mode}
+
+
+def _joint(scores: Sequence[FloatArray | None]) -> Score | None:
+    """Return the mean with its interval: over the tasks of one seed, or over several seeds."""
+    found = [each for each in scores if each is not None]
+    if not found:
         return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    return Score.of(found[0]) if len(found) == 1 else over_seeds([float(x.mean()) for x in found])
+
+
+def _rate(settings: TrainSettings, training: Training) -> float:
+    return training.tasks_per_second / settings.meta_batch
+
+
+def _table(result: Comparison) -> tuple[list[str], list[list[str]]]:
+    show = result.objective.show
+    first = result.entries[0].algorithm
+    header = ["algorithm"]
+    for shots in result.shots:
+        header += [f"{shots}-shot" + ", transductive" * (mode != "frozen") for mode in result.modes]
+        header += [f"less {first}"] if len(result.entries) > 1 else []
+    header += ["meta-iterations", "gradients", "minutes", "tasks/s", "peak memory"]
+    rows = []
+    for entry in result.entries:
+        row = [entry.algorithm]
+        for shots in result.shots:
+            found = [result.score(entry, shots, mode) for mode in result.modes]
+            row += ["–" if score is None else show(*score) for score in found]
+            if len(result.entries) > 1:
+                apart = result.difference(entry, shots)
+                itself = entry is result.entries[0] or apart is None
+                row.append("–" if itself or apart is None else _signed(show, apart))
+        peaks = [cell.training.peak_bytes for cell in entry.cells]
+        rate = float(np.mean([cell.training.tasks_per_second for cell in entry.cells]))
+        row += [
+            f"{entry.settings.train.meta_iterations:,}",
+            f"{entry.gradients:,}",
+            f"{entry.seconds / 60:.1f}",
+            f"{rate:,.0f}",
+            "–" if None in peaks else f"{max(p for p in peaks if p) / 2**20:,.0f} MiB",
+        ]
+        rows.append(row)
+    return header, rows
+
+
+def _signed(show: Any, score: Score) -> str:
+    return "+" * (score.mean > 0) + str(show(*score))
+
+
+def _notes(result: Comparison) -> list[str]:
+    test, cells = result.entries[0].settings.evaluate, result.entries[0].cells
+    unit = "accuracy in %" if result.objective is CLASSIFICATION else result.objective.title
+    several = len(cells) > 1
+    notes = [
+        f"{unit[0].upper()}{unit[1:]}, {result.ways}-way, on the same {test.tasks:,} test tasks of "
+        f"{result.data.name}; each training had {result.budget.shown}.",
+        (
+            f"± is Student's t interval of {len(cells)} seeds, differences paired by seed."
+            if several
+            else "± is 1.96·s/√n over the tasks, differences paired by task."
+        ),
+    ]
+    if len(result.modes) > 1:
+        notes.append(
+            "Each query alone (batch norm frozen), or with all queries of a task in one batch "
+            "(transductive); a closed-form learner predicts each query alone."
+        )
+    steps = {each.settings.evaluate.steps: each.algorithm for each in result.entries}
+    notes.append(
+        "Gradients: of one example each; a second derivative counts as one more. Minutes: of one "
+        "training, with its validation."
+    )
+    if len(steps) > 1:
+        told = [
+            f"{each.algorithm} {each.settings.evaluate.steps}"
+            for each in result.entries
+            if not each.settings.train.closed_form
+        ]
+        notes.append(f"Steps at test time: {', '.join(told)}.")
+    return notes
+
+
+def _curves(result: Comparison, *, over_time: bool) -> Markup:
+    """Draw the validation score of each algorithm's first seed over time or gradients."""
+    scale = result.objective.scale
+    lines, ends = [], []
+    for number, entry in enumerate(result.entries):
+        train, cell = entry.settings.train, entry.cells[0]
+        minutes = 1 / (60 * _rate(train, cell.training))
+        unit = minutes if over_time else gradients(train) / 1e6  # of a meta-iteration
+        x = [unit * point.iteration for point in cell.curve]
+        y = [scale * point.score for point in cell.curve]
+        ends.append(x[-1])
+        lines.append(Line(entry.algorithm, f"line-{number % 8}", x, y))
+    title = "minutes of training" if over_time else "million gradient evaluations"
+    high = max(max(line.y) for line in lines)
+    if result.objective is CLASSIFICATION:
+        y_axis = Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
+    else:
+        y_axis = axis("", 1.05 * high)
+    x_axis = axis(title, max(ends))
+    return line_chart(f"validation {result.objective.title} over {title}", lines, x_axis, y_axis)
+
+
+def _update(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put nested changes into nested values."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _update(values[key], value)
+        else:
+            values[key] = value
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -5,25 +5,21 @@ finished seed is not trained again, an interrupted one resumes. No export.
 """
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from scipy import stats
 
 from reptile import stages
-from reptile.cpus import available_cpus
 from reptile.data.dataset import INDEX_FILE, PreparedData, load_prepared
-from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics, Score, read_metrics
+from reptile.experiments.cells import Reported, Training, trained
 from reptile.experiments.presets import Preset, changes
 from reptile.files import atomic_file, write_json
 from reptile.learn.checkpoint import CurvePoint, load_checkpoint
-from reptile.learn.train import Progress
 from reptile.objectives import objective_named
 from reptile.provenance import code_sha256, versions
 from reptile.settings import (
@@ -34,25 +30,8 @@ from reptile.settings import (
     Settings,
 )
 
-Reported = Callable[[str, int, int], None]
-"""Called with the current step, the number done and the total."""
-
 RUN_ONLY_SETTINGS = ("train.seed", "train.device", "train.engine", "train.checkpoint_every")
 """Settings that may differ from the preset's without making another experiment."""
-
-
-class Training(BaseModel):
-    """How a seed was trained, as in training.json. Of an interrupted run, only the last part."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    engine: str
-    cpus: int
-    first_iteration: int
-    """0, or where this part resumed."""
-    seconds: float
-    tasks_per_second: float
-    """Including validation."""
 
 
 @dataclass(frozen=True)
@@ -244,12 +223,7 @@ def _seed(
     on_progress: Reported,
 ) -> Seed:
     checkpoint, evaluation = folder / "checkpoint", folder / "evaluation"
-    record = folder / "training.json"
-    training = _trained(settings, data, checkpoint, record)
-    if training is None:
-        shutil.rmtree(evaluation, ignore_errors=True)
-        training = _train(settings, prepared, folder, f"{label}: training", on_progress)
-        write_json(record, training.model_dump(mode="json"))
+    training = trained(settings.train, data, prepared, folder, f"{label}: training", on_progress)
     if not _evaluated(settings, evaluation):
         stages.evaluate(
             settings.evaluate,
@@ -262,57 +236,12 @@ def _seed(
     return Seed(settings.train.seed, training, curve, read_metrics(evaluation))
 
 
-def _trained(
-    settings: Settings, data: PreparedData, checkpoint: Path, record: Path
-) -> Training | None:
-    """Return how this run was trained, if it was."""
-    try:
-        info = load_checkpoint(checkpoint).info
-        training = Training.model_validate_json(record.read_bytes())
-    except (InputError, FileNotFoundError, ValidationError):
-        return None
-    theirs = info.settings, info.data_sha256, info.splits_sha256
-    same = theirs == (settings.train, data.content_sha256, data.splits_sha256)
-    return training if same else None
-
-
 def _evaluated(settings: Settings, evaluation: Path) -> bool:
     try:
         text = (evaluation / "settings.json").read_bytes()
         return EvaluateSettings.model_validate_json(text) == settings.evaluate
     except (FileNotFoundError, ValidationError):
         return False
-
-
-def _train(
-    settings: Settings, prepared: Path, folder: Path, label: str, on_progress: Reported
-) -> Training:
-    start = perf_counter()
-    first, engine = settings.train.meta_iterations, ""
-
-    def observe(progress: Progress) -> None:
-        nonlocal first, engine
-        first, engine = min(first, progress.iteration - 1), progress.engine
-        on_progress(label, progress.iteration, progress.of)
-
-    stages.train(
-        settings.train,
-        prepared,
-        folder / "checkpoint",
-        curves=folder / "curves",
-        work=folder / "training",
-        resume=True,
-        on_progress=observe,
-    )
-    seconds = perf_counter() - start
-    tasks = settings.train.meta_batch * (settings.train.meta_iterations - first)
-    return Training(
-        engine=engine,
-        cpus=available_cpus(),
-        first_iteration=first,
-        seconds=round(seconds, 1),
-        tasks_per_second=round(tasks / seconds, 1),
-    )
 
 
 def _notes(result: Reproduction) -> list[str]:

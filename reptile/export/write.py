@@ -35,7 +35,7 @@ from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
-from reptile.objectives import CLASSIFICATION, objective_named
+from reptile.objectives import CLASSIFICATION
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
 from reptile.tasks import (
@@ -123,10 +123,7 @@ def export_bundles(
     Raises:
         InputError: as `export_bundle`.
     """
-    chosen = next(iter(learners))
-    if metrics.chosen:
-        better, scores = objective_named(metrics.objective).better, metrics.chosen.scores
-        chosen = max(learners, key=lambda method: better * scores[method].mean)
+    chosen = metrics.best_of(list(learners))
     names = bundle_folders({name: each.info.settings.algorithm for name, each in learners.items()})
     with atomic_directory(folder) as temporary:
         for method, checkpoint in learners.items():

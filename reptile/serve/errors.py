@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from reptile.errors import DivergedError, InputError
-from reptile.serve.service import UnknownError
+from reptile.serve.service import ConflictError, UnknownError
 from reptile.serve.task_store import StorageError
 from reptile.serve.workers import BusyError
 
@@ -60,6 +60,9 @@ def exception_handlers(
     async def unknown(request: Request, error: UnknownError) -> Response:
         return answer(404, str(error))
 
+    async def conflict(request: Request, error: ConflictError) -> Response:
+        return answer(409, str(error))
+
     async def failed(request: Request, error: Exception) -> Response:
         return answer(500, FAULT)
 
@@ -71,6 +74,7 @@ def exception_handlers(
         TimeoutError: late,
         HTTPException: http,
         UnknownError: unknown,
+        ConflictError: conflict,
         Exception: failed,
     }
 

@@ -1,7 +1,7 @@
 """What the server does with a bundle, without HTTP: adapt, predict, run graphs as models."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from reptile.runtime.inputs import check_images, check_learning_rate
 from reptile.runtime.provider import run_within
 from reptile.serve.pixels import whole_pixels
 from reptile.serve.settings import ServeSettings
-from reptile.serve.task_store import AdaptedTask, TaskStore, check_labels
+from reptile.serve.task_store import AdaptedTask, StorageError, TaskStore, check_labels
 from reptile.serve.workers import Adapter, Predictor
 
 Array = npt.NDArray[Any]
@@ -27,6 +27,10 @@ TASK = "task-"  # prefix of the model name of an adapted task; its id follows
 
 class UnknownError(Exception):
     """There is no such model or task."""
+
+
+class ConflictError(Exception):
+    """Another request changed the same task first."""
 
 
 class Service:
@@ -105,6 +109,56 @@ class Service:
             return task
 
         return await self.adapter.run(work)
+
+    async def add(self, name: str, images: Array, labels: list[Any]) -> AdaptedTask:
+        """Add examples, of its classes or of new ones, to a task of a closed-form bundle.
+
+        Raises:
+            As `adapt`; and UnknownError, ConflictError: see there.
+        """
+        check_labels([*self.task(name).model.labels, *labels])
+        return await self._change(
+            name, lambda model, seconds: model.add(images, labels, timeout=seconds)
+        )
+
+    async def remove(self, name: str, label: str) -> AdaptedTask:
+        """Remove a class, given as text, from a task of a closed-form bundle.
+
+        Raises:
+            As `add`.
+        """
+        labels = {str(each): each for each in self.task(name).model.labels}
+        if label not in labels:
+            raise UnknownError(
+                f"no label {label[:50]!r}: GET /tasks/{name} lists the task's labels"
+            )
+        return await self._change(
+            name, lambda model, seconds: model.remove(labels[label], timeout=seconds)
+        )
+
+    async def _change(
+        self, name: str, change: Callable[[AdaptedModel, float], AdaptedModel]
+    ) -> AdaptedTask:
+        """Put a changed task in a task's place; once it returns, it survives a restart."""
+        task, loop = self.task(name), asyncio.get_running_loop()
+        done: asyncio.Future[bool] = loop.create_future()
+
+        def replace(changed: AdaptedTask) -> None:
+            try:
+                done.set_result(self.store.replace(task, changed))
+            except StorageError as error:
+                done.set_exception(error)
+
+        def work(seconds: float) -> None:
+            changed = self.store.write(change(task.model, seconds), task)
+            # Even if its client has gone by now, as in `adapt`.
+            loop.call_soon_threadsafe(replace, changed)
+
+        await self.adapter.run(work)
+        if await done:
+            return self.task(name)
+        self.task(name)  # unless it was deleted
+        raise ConflictError("another request changed the task first: send this one again")
 
     def task(self, name: str) -> AdaptedTask:
         """Return an adapted task.

@@ -1,7 +1,7 @@
-"""The task API for people: adapt, list, delete, classify. Models' tensors are elsewhere."""
+"""The task API for people: adapt, change, list, delete, classify. Models' tensors are elsewhere."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,8 @@ class Options(BaseModel):
     seed: int | None = None
 
 
-class Support(Options):
-    """A support set, as JSON."""
+class Examples(BaseModel):
+    """Labelled images, as JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,6 +46,13 @@ class Support(Options):
     """[N, C, H, W], or [N, H, W] where C is 1; pixels 0..255."""
     labels: list[Label]
     """The label of each image."""
+
+
+class Support(Examples, Options):
+    """A support set, as JSON."""
+
+
+Read = TypeVar("Read", bound=Examples)
 
 
 class Images(BaseModel):
@@ -64,7 +71,7 @@ class Task(BaseModel):
     losses: list[float]
     """The loss before each inner step."""
     taught: datetime
-    """When it was adapted."""
+    """When it was adapted or last changed."""
     expires: datetime
 
 
@@ -80,25 +87,37 @@ def task_routes(service: Service) -> list[BaseRoute]:
             expires=datetime.fromtimestamp(service.store.expires(task), UTC),
         )
 
-    async def adapt(request: Request) -> Response:
-        options = _options(request)
+    async def labelled(request: Request, kind: type[Read]) -> tuple[Array, list[Any], Read | None]:
+        """Read images and their labels from a form or from JSON, which is returned too."""
         if is_form(request):
             files = await read_files(request, service)
-            images = np.stack([image for _, image in files])
-            labels: list[Any] = [name for name, _ in files]
-        else:
-            body = await json_body(request, service)
+            return np.stack([image for _, image in files]), [name for name, _ in files], None
+        body = await json_body(request, service)
 
-            def read() -> tuple[Array, Support]:
-                support = parse(Support, body)
-                return service.images(support.images), support
+        def read() -> tuple[Array, Read]:
+            examples = parse(kind, body)
+            return service.images(examples.images), examples
 
-            images, support = await in_thread_if_large(len(body), read)
-            labels = support.labels
+        images, examples = await in_thread_if_large(len(body), read)
+        return images, examples.labels, examples
+
+    async def adapt(request: Request) -> Response:
+        options = _options(request)
+        images, labels, support = await labelled(request, Support)
+        if support:
             in_body = support.model_dump(include=set(Options.model_fields), exclude_none=True)
             options = in_body | options
         task = await unless_disconnected(request, service.adapt(images, labels, **options))
         return _json(shown(task), 201, {"location": f"/tasks/{task.id}"})
+
+    async def add(request: Request) -> Response:
+        name = service.task(request.path_params["task_id"]).id
+        images, labels, _ = await labelled(request, Examples)
+        return _json(shown(await unless_disconnected(request, service.add(name, images, labels))))
+
+    async def remove(request: Request) -> Response:
+        name, label = request.path_params["task_id"], request.path_params["label"]
+        return _json(shown(await service.remove(name, label)))
 
     async def list_all(request: Request) -> Response:
         return _json({"tasks": [shown(task) for task in service.store]})
@@ -134,6 +153,8 @@ def task_routes(service: Service) -> list[BaseRoute]:
 
     return [
         Route("/tasks/{task_id}/predict", predict, methods=["POST"]),
+        Route("/tasks/{task_id}/examples", add, methods=["POST"]),
+        Route("/tasks/{task_id}/labels/{label:path}", remove, methods=["DELETE"]),
         Route("/tasks", adapt, methods=["POST"]),
         Route("/tasks", list_all),
         Route("/tasks/{task_id}", get),

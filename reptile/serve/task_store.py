@@ -9,7 +9,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reptile.errors import InputError
@@ -29,12 +29,13 @@ class StorageError(Exception):
 
 @dataclass(frozen=True)
 class AdaptedTask:
-    """One task: the adapted model, when it was created, and its size."""
+    """One task: the adapted model, when it was created or changed, its size and its file."""
 
     id: str
     model: AdaptedModel
     created: float  # seconds since 1970
     size: int  # bytes
+    file: Path | None  # None: in memory only
 
 
 def check_labels(labels: Sequence[object]) -> None:
@@ -92,7 +93,7 @@ class TaskStore:
             except (InputError, OSError, ValueError) as error:
                 log.warning("%s is left out: %s", file, error)
                 continue
-            found.append(AdaptedTask(file.stem, adapted, status.st_mtime, status.st_size))
+            found.append(AdaptedTask(file.stem, adapted, status.st_mtime, status.st_size, file))
         for task in sorted(found, key=lambda task: task.created):
             self.add(task)
 
@@ -100,16 +101,24 @@ class TaskStore:
         """Let other servers use the folder."""
         self._lock.close()
 
-    def write(self, adapted: AdaptedModel) -> AdaptedTask:
-        """Save a new task to disk; to be called from a worker thread, before `add`.
+    def write(self, adapted: AdaptedModel, changes: AdaptedTask | None = None) -> AdaptedTask:
+        """Save a task to disk; to be called from a worker thread, before `add` or `replace`.
+
+        Args:
+            adapted: the model.
+            changes: the task that it takes the place of; None for a new task. Its file is left
+                alone until `replace`.
 
         Raises:
             InputError: it alone is larger than the bound.
             StorageError: the folder cannot be written to.
         """
-        name, most = str(uuid.uuid4()), self._settings.max_task_bytes
+        name, most = changes.id if changes else str(uuid.uuid4()), self._settings.max_task_bytes
         size = sum(array.nbytes for array in adapted.state.tensors.values())
-        if path := self._path(name):
+        path = self._path(name)
+        if path and changes:
+            path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        if path:
             try:
                 adapted.save(path)
             except InputError as error:
@@ -117,13 +126,14 @@ class TaskStore:
                     raise StorageError(str(error)) from error
                 raise
             size = path.stat().st_size
+        task = AdaptedTask(name, adapted, time.time(), size, path)
         if size > most:
-            self._erase(name)
+            _erase(task)
             raise InputError(
                 f"a task of {size} bytes is above max_task_bytes = {most}: "
                 "start the server with a larger bound"
             )
-        return AdaptedTask(name, adapted, time.time(), size)
+        return task
 
     def add(self, task: AdaptedTask) -> None:
         """Take a task in that was written, and make room for it."""
@@ -134,6 +144,29 @@ class TaskStore:
             len(self._tasks) > self._settings.max_tasks or self.size > self._settings.max_task_bytes
         ):
             self.remove(next(iter(self._tasks)))
+
+    def replace(self, old: AdaptedTask, new: AdaptedTask) -> bool:
+        """Put a task that was written in the place of another, and make room for it.
+
+        Returns:
+            False if `old` was removed or replaced meanwhile; then nothing changes.
+
+        Raises:
+            StorageError: the folder cannot be written to.
+        """
+        if self.get(old.id) is not old:
+            _erase(new)
+            return False
+        if new.file and old.file:
+            try:
+                new.file.replace(old.file)
+            except OSError as error:
+                _erase(new)
+                raise StorageError(f"{old.file} cannot be written: {error.strerror}") from error
+        del self._tasks[old.id]
+        self.size -= old.size
+        self.add(replace(new, file=old.file))
+        return True
 
     def get(self, name: str) -> AdaptedTask | None:
         """Return a task and mark it as used; None if there is none of this id."""
@@ -151,7 +184,7 @@ class TaskStore:
         if task is None:
             return False
         self.size -= task.size
-        self._erase(name)
+        _erase(task)
         return True
 
     def expires(self, task: AdaptedTask) -> float:
@@ -168,9 +201,10 @@ class TaskStore:
         folder = self._settings.tasks
         return folder / f"{name}{SUFFIX}" if folder else None
 
-    def _erase(self, name: str) -> None:
-        if path := self._path(name):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("%s cannot be removed: %s", path, error.strerror)
+
+def _erase(task: AdaptedTask) -> None:
+    if task.file:
+        try:
+            task.file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", task.file, error.strerror)

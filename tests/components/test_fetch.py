@@ -23,20 +23,24 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["default remote", "remote of the data"])
+def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone whose data has two versions; its remote lies inside it, as this project's does."""
+    default = ("--default",) if request.param == "default remote" else ()
     folder = tmp_path_factory.mktemp("repository")
     run(folder, "git", "init", "--quiet", "--initial-branch=main")
     for name, value in (("user.name", "Test"), ("user.email", "test@example.org")):
         run(folder, "git", "config", name, value)
     run(folder, "dvc", "init", "--quiet")
-    run(folder, "dvc", "remote", "add", "--quiet", "--default", "near", ".dvc/near")
+    run(folder, "dvc", "remote", "add", "--quiet", *default, "near", ".dvc/near")
     for version in ("first", "second"):
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / "letters.txt").write_text(version)
         run(folder, "dvc", "add", "--quiet", "data")
-        run(folder, "dvc", "push", "--quiet")
+        if not default and version == "first":  # `dvc add` keeps it
+            with (folder / "data.dvc").open("a") as pointer:
+                pointer.write("  remote: near\n")
+        run(folder, "dvc", "push", "--quiet", "--remote", "near")
         run(
             folder,
             "git",
@@ -70,6 +74,15 @@ def test_the_revision_asked_for_comes(
     assert (tmp_path / "data/letters.txt").read_text() == revision
     assert content_md5(tmp_path / "data") == md5
     assert run(repository, "git", "status", "--short") == ""
+
+
+def test_what_only_a_clone_s_cache_has_comes_too(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    run(copy, "dvc", "fetch", "--quiet")
+    shutil.rmtree(copy / ".dvc/near")
+    fetch(str(copy), "second", "data", pinned(repository, "second"), tmp_path / "there")
+    assert (tmp_path / "there/data/letters.txt").read_text() == "second"
 
 
 def test_a_clones_working_tree_may_be_asked_for(repository: Path, tmp_path: Path) -> None:

@@ -127,9 +127,13 @@ class Trainer(ThreadingHTTPServer):
         self.started: list[dict[str, Any]] = []
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.trained = True  # whether Kubeflow Trainer is installed
+        self.patches = True  # whether its TrainJob has `runtimePatches`; else they are dropped
 
     def start_job(self, job: dict[str, Any]) -> None:
-        assert TrainerV1alpha1TrainJob.from_dict(job), "of Trainer's own types"
+        typed = TrainerV1alpha1TrainJob.from_dict(job)
+        assert typed and typed.to_dict() == job, "nothing that Trainer's own types do not have"
+        if not self.patches:
+            job["spec"].pop("runtimePatches")
         job["metadata"] |= {"namespace": "team", "creationTimestamp": "2027-01-31T00:00:00Z"}
         self.job = job
         self.started.append(job)
@@ -363,6 +367,14 @@ def test_without_trainer_the_way_out_is_named(trainer: Trainer) -> None:
     trainer.trained = False
     with pytest.raises(ClusterError, match=r"needs Kubeflow Trainer with its runtime torch-d"):
         nodes.train_on_nodes(2, "reptile-x", ["torchrun"], interval=0.1)
+
+
+def test_a_trainer_that_drops_the_volumes_is_refused(trainer: Trainer) -> None:
+    trainer.patches = False
+    with pytest.raises(ClusterError, match=r"no volumes; nodes needs Trainer 2\.2 or later"):
+        nodes.train_on_nodes(2, "reptile-x", ["torchrun", "--help"], interval=0.1)
+    assert len(trainer.started) == 1
+    assert trainer.job is None
 
 
 def test_nodes_that_share_no_volume_are_refused(tmp_path: Path) -> None:

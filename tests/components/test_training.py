@@ -9,58 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from object_store import BUCKET, ObjectStore, object_store
 from patterns import make_data
+from training_task import FILES, SCRIPT, SETTINGS, write_prepared
 
 from components.store import Store
 from reptile.errors import InputError, PlatformError
-from reptile.files import write_json
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
 from reptile.learn.run import run_training
 from reptile.learn.run_folder import is_whole, keep
 from reptile.learn.train import untrained
-from reptile.settings import TrainSettings
-
-SETTINGS = TrainSettings.model_validate(
-    {
-        "engine": "eager",
-        "model": {"filters": 4},
-        "ways": 3,
-        "train_shots": 4,
-        "inner_steps": 3,
-        "inner_batch": 4,
-        "meta_batch": 2,
-        "meta_iterations": 600,
-        "checkpoint_every": 100,
-        "validation_tasks": 1,
-        "device": "cpu",
-    }
-)
-FILES = ("weights.safetensors", "checkpoint.json")
-# The component's call, with the least that KFP's artifacts have.
-SCRIPT = """
-import json, logging, sys
-from pathlib import Path
-from types import SimpleNamespace
-from components import artifacts, supervise
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-supervise.PAUSE = 0
-folder, settings, work, secret = Path(sys.argv[1]), *sys.argv[2:]
-made = {name: SimpleNamespace(path=str(folder / name), metadata={})
-        for name in ("prepared", "checkpoint", "curves")}
-artifacts.train(settings, work, 1, *made.values(), Path(secret))
-print(json.dumps(made["checkpoint"].metadata))
-"""
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    data = make_data()
-    np.save(folder / "images.npy", data.images)
-    write_json(folder / "dataset.json", data.index.model_dump(mode="json"))
+    write_prepared(folder)
     return folder
 
 

@@ -1,9 +1,11 @@
 """What the images install: the versions that are tested, each file known by its hash."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -23,6 +25,21 @@ def test_every_package_is_pinned_with_hashes_and_no_address(path: Path) -> None:
     for entry in filter(None, entries):
         assert re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", entry, re.DOTALL), entry
     assert "://" not in text
+
+
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("train", ["train", "dvc", "kubeflow"]), ("serve", ["serve"])]
+)
+@pytest.mark.parametrize("ort", ["cpu", "gpu"])
+def test_a_lock_pins_a_fitting_version_of_all_that_the_project_asks_for(
+    lock: str, extras: list[str], ort: str
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["optional-dependencies"][extra] for extra in (*extras, ort)]
+    found = pins(ROOT / f"requirements/{lock}-{ort}.txt")
+    for text in [*project["dependencies"], *(line for group in groups for line in group)]:
+        wanted = Requirement(text)
+        assert found.get(wanted.name, "missing") in wanted.specifier, text
 
 
 def test_the_image_has_the_versions_that_are_tested_and_one_onnx_runtime() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from reptile.errors import GateError, InputError
 from reptile.evaluate.gate import check_gate, read_champion, refusal
-from reptile.evaluate.metrics import Metrics, Mode, Score, upgrade
+from reptile.evaluate.metrics import Choice, Metrics, Mode, Score, upgrade
 from reptile.settings import GateSettings
 
 FLOOR = GateSettings(shots=1, mode="frozen", accuracy=0.6, above_random=0.2)
@@ -72,6 +72,45 @@ def test_only_an_interval_wholly_below_the_champions_is_worse(
     reason = refusal(FLOOR, scores(0.70, 0.02), champion)
     assert (reason is None) == passes
     assert passes or "champion" in str(reason)
+
+
+def two_learners(trained: float, beside: float, best: str) -> Metrics:
+    """Metrics of a learner and one beside, of which one is best on validation tasks."""
+    methods = scores(trained).scores["letters"][1] | {
+        "ridge-trained": {"none": Score(beside, 0.02)}
+    }
+    names = ("trained", "ridge-trained")
+    return Metrics(
+        **scores(trained).model_dump(exclude={"scores", "beside", "chosen"}),
+        scores={"letters": {1: methods}},
+        beside=("ridge-trained",),
+        chosen=Choice(
+            best=best,
+            tasks=50,
+            ways=5,
+            scores={name: Score(0.9 if name == best else 0.8, 0.02) for name in names},
+            differences={},
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("champion", "words"),
+    [
+        (0.94, None),  # itself
+        (0.99, "second learner, trained through ridge regression (ridge-trained) is 0.9400"),
+    ],
+)
+def test_the_learner_that_would_be_exported_is_held_to_the_champion(
+    champion: float, words: str | None
+) -> None:
+    there = two_learners(0.7, champion, "ridge-trained").model_copy(
+        update={"learner": "ridge-trained"}  # as in a bundle
+    )
+    reason = refusal(FLOOR, two_learners(0.7, 0.94, "ridge-trained"), there)
+    assert reason is None if words is None else words in str(reason)
+    not_chosen = refusal(FLOOR, two_learners(0.7, 0.94, "trained"), there)
+    assert "is 0.7000" in str(not_chosen), "the score of what would be exported"
 
 
 def test_beating_the_champion_is_not_enough_below_the_floor() -> None:

@@ -1,163 +1,270 @@
-"""Comparing learners: the budget, the scores of an evaluation of its own, paired, and reuse."""
+"""Algorithms within one budget, on the same tasks: the table, its intervals, and what is reused."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from patterns import draw_letters
 
-from reptile import cli, stages
-from reptile.data.dataset import load_prepared
+from reptile import cli
+from reptile.data.dataset import IMAGES_FILE, INDEX_FILE, PreparedData, load_prepared
+from reptile.data.prepare import prepare
 from reptile.errors import InputError
-from reptile.evaluate.measure import evaluate
-from reptile.experiments.compare import Budget, compare, forget_peak_memory, peak_memory
-from reptile.experiments.comparisons import FOLDER, load_comparison
-from reptile.learn.checkpoint import load_checkpoint
-from reptile.settings import PrepareSettings
+from reptile.experiments.compare import Budget, Comparison, compare, gradients, settings_of
+from reptile.files import write_json
+from reptile.settings import PrepareSettings, Settings
 
-FILE = """
-prepare: {source: SOURCE, cross_domain: [], image_size: 14, test: 2, rotations: false,
-          images_per_class: 6}
-train: {model: {name: mlp, hidden: [8]}, ways: 3, train_shots: 3, inner_steps: 2, inner_batch: 3,
-        meta_batch: 2, validation_tasks: 2}
-evaluate: {tasks: 6, shots: [1], steps: 3}
-ways: 3
-learners:
-  reptile: {published: "97.68"}
-  anil: {train: {optimizer: {name: sgd, learning_rate: 0.1}, episode: {queries: 2}}}
-  protonet: {train: {episode: {shots: [1], queries: 2}}}
-"""
+SMALL: dict[str, Any] = {
+    "train": {
+        "engine": "eager",
+        "device": "cpu",
+        "model": {"filters": 4},
+        "ways": 3,
+        "train_shots": 4,
+        "inner_steps": 2,
+        "inner_batch": 4,
+        "meta_batch": 2,
+        "validation_tasks": 2,
+    },
+    "evaluate": {"tasks": 8, "steps": 2, "shots": [1, 2]},
+}
+FEW: dict[str, Any] = {
+    "maml": {"train": {"meta_batch": 2}},
+    "ridge": {"train": {"ways": 4}},
+}
+NAMES = ("reptile", "maml", "ridge")
+BUDGET = Budget(gradients=200)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    draw_letters(folder / "letters")
-    (folder / "small.yaml").write_text(FILE.replace("SOURCE", str(folder / "letters")))
+def prepared(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    folder.mkdir()
+    np.save(folder / IMAGES_FILE, data.images)
+    write_json(folder / INDEX_FILE, data.index.model_dump(mode="json"))
     return folder
 
 
+def run(
+    prepared: Path,
+    folder: Path,
+    seeds: int = 1,
+    budget: Budget = BUDGET,
+    changes: dict[str, Any] = FEW,
+) -> tuple[Comparison, set[str]]:
+    said = set()
+    result = compare(
+        Settings.model_validate(SMALL),
+        NAMES,
+        seeds,
+        budget,
+        prepared,
+        folder,
+        changes=changes,
+        on_progress=lambda what, done, total: said.add(what),
+    )
+    return result, said
+
+
 @pytest.fixture(scope="module")
-def table(folder: Path) -> str:
-    comparison = load_comparison(str(folder / "small.yaml"))
-    return compare(comparison, (), 1, Budget(None, 40), folder / "out")
+def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, run(prepared, folder, 2)[0]
 
 
-def cells(folder: Path) -> dict[str, dict[str, object]]:
-    found = json.loads((folder / "out/result.json").read_text())["cells"]
-    return {cell["learner"]: cell for cell in found}
+def task_scores(folder: Path, name: str, seed: int, shots: int) -> np.ndarray:
+    scores = json.loads((folder / name / f"seed-{seed}/evaluation/scores.json").read_text())
+    by_mode = scores["scores"][str(shots)]
+    return np.array(by_mode.get("none", by_mode.get("frozen")))
 
 
-def test_all_use_the_same_number_of_gradients(folder: Path, table: str) -> None:
-    found = cells(folder)
-    used = {name: cell["gradients"] for name, cell in found.items()}
-    assert used == {"reptile": 40, "anil": 40, "protonet": 40}
-    trained = {name: cell["train"]["meta_iterations"] for name, cell in found.items()}  # type: ignore[index]
-    assert trained == {"reptile": 10, "anil": 4, "protonet": 20}  # of 4, 10 and 2 gradients each
+def test_every_training_takes_the_budget_and_no_more(finished: tuple[Path, Comparison]) -> None:
+    _, result = finished
+    assert [entry.algorithm for entry in result.entries] == list(NAMES)
+    # reptile: 2 tasks of 2 steps of 4 images. maml: 2 tasks of one step of 3 images, counted twice,
+    # and 3 x 5 queries. ridge: 4 classes of 1 or 2 shots and 5 queries.
+    for entry, each in zip(result.entries, (16, 2 * (2 * 3 + 15), 26), strict=True):
+        assert gradients(entry.settings.train) == each
+        assert entry.settings.train.meta_iterations == 200 // each
+        assert entry.gradients <= 200 < entry.gradients + each
 
 
-def test_a_cell_is_what_an_evaluation_of_its_own_gives(folder: Path, table: str) -> None:
-    comparison = load_comparison(str(folder / "small.yaml"))
-    data = load_prepared(folder / "out/prepared")
-    for name in ("reptile", "anil", "protonet"):
-        checkpoint = load_checkpoint(folder / "out" / name / "seed-0/checkpoint")
-        result = evaluate(
-            comparison.evaluation(name), checkpoint, data, {}, ways=3, baselines=False
-        )
-        wanted = result.held_out[0].scores("trained", "transductive")
-        own = cells(folder)[name]["scores"]["1"]["3"]  # type: ignore[index]
-        np.testing.assert_allclose(own, wanted, atol=1e-6)
+def test_all_are_measured_on_the_same_tasks(finished: tuple[Path, Comparison]) -> None:
+    _, result = finished
+    digests = {cell.tasks_sha256 for entry in result.entries for cell in entry.cells}
+    assert len(digests) == 1
+    assert len({entry.settings.evaluate.steps for entry in result.entries}) == 2
 
 
-def test_differences_are_paired(folder: Path, table: str) -> None:
-    ours, theirs = (
-        np.array(cells(folder)[name]["scores"]["1"]["3"])  # type: ignore[index]
-        for name in ("anil", "reptile")
-    )
-    row = next(line for line in table.splitlines() if line.startswith("| `anil`"))
-    off = ours - theirs
-    half = 1.96 * off.std(ddof=1) / 6**0.5
-    text = f"{100 * off.mean():.1f} ± {100 * half:.1f}".replace("-", "\N{MINUS SIGN}")
-    assert row.split("|")[3].strip() == text
-    assert "97.68" in table
-
-
-def test_a_finished_cell_is_not_trained_again(
-    folder: Path, table: str, monkeypatch: pytest.MonkeyPatch
+def test_differences_are_paired_by_task_of_one_seed_and_by_seed_of_several(
+    prepared: Path, finished: tuple[Path, Comparison]
 ) -> None:
-    trained = []
-    whole = stages.train
-    monkeypatch.setattr(
-        stages, "train", lambda *given, **more: trained.append(given) or whole(*given, **more)
-    )
-    comparison = load_comparison(str(folder / "small.yaml"))
-    assert compare(comparison, (), 1, Budget(None, 40), folder / "out") == table
-    assert trained == []
-    compare(comparison, ["protonet"], 2, Budget(None, 40), folder / "out")
-    assert [settings.seed for settings, *_ in trained] == [1]
+    folder, two = finished
+    one, _ = run(prepared, folder, 1)
+    for shots in (1, 2):
+        apart = task_scores(folder, "ridge", 0, shots) - task_scores(folder, "reptile", 0, shots)
+        found = one.difference(one.entries[2], shots)
+        assert found is not None
+        assert found.mean == pytest.approx(apart.mean())
+        assert found.interval == pytest.approx(1.96 * apart.std(ddof=1) / math.sqrt(len(apart)))
+
+        means = [
+            float(
+                (
+                    task_scores(folder, "ridge", s, shots)
+                    - task_scores(folder, "reptile", s, shots)
+                ).mean()
+            )
+            for s in (0, 1)
+        ]
+        found = two.difference(two.entries[2], shots)
+        assert found is not None
+        assert found.mean == pytest.approx(np.mean(means))
+        # Student's t with one degree of freedom, from a printed table.
+        assert found.interval == pytest.approx(12.706 * abs(means[0] - means[1]) / 2, rel=1e-4)
 
 
-def test_a_budget_of_seconds_is_kept_about(folder: Path) -> None:
-    comparison = load_comparison(str(folder / "small.yaml"))
-    compare(comparison, ["reptile"], 1, Budget(0.5, None), folder / "timed", data=None)
-    (cell,) = json.loads((folder / "timed/result.json").read_text())["cells"]
-    assert cell["train"]["meta_iterations"] > 3
-    assert 0.05 < cell["seconds"] < 10  # a machine may be busy
-    drawn = (folder / "timed/curves.svg").read_text()
-    assert "over seconds" in drawn
-    assert "over gradients" in drawn
-
-
-def test_mistakes_are_refused(folder: Path) -> None:
-    comparison = load_comparison(str(folder / "small.yaml"))
-    for learners, budget, message in (
-        (["mamll"], Budget(1, None), "use reptile, anil, protonet"),
-        ([], Budget(None, None), "--seconds or --gradients"),
-        ([], Budget(1, 1), "--seconds or --gradients"),
-        ([], Budget(None, 1), "a meta-iteration of reptile, seed 0 takes 4"),
-    ):
-        with pytest.raises(InputError, match=message):
-            compare(comparison, learners, 1, budget, folder / "out")
-    with pytest.raises(InputError, match="did you mean omniglot"):
-        load_comparison("omniglott")
-    wrong = folder / "wrong.yaml"
-    wrong.write_text("learners: {reptile: {train: {meta_batches: 3}}}")
-    with pytest.raises(InputError, match=r"learners.reptile.train: meta_batches: no such setting"):
-        compare(load_comparison(str(wrong)), (), 1, Budget(1, None), folder / "out")
-
-
-@pytest.mark.parametrize("path", FOLDER.glob("*.yaml"), ids=lambda path: path.stem)
-def test_the_files_are_valid(path: Path) -> None:
-    comparison = load_comparison(path.stem)
-    for name in comparison.learners:
-        assert comparison.training(name).algorithm == name
-        comparison.evaluation(name)
-    assert isinstance(comparison.prepare, PrepareSettings)
-
-
-def test_the_peak_of_memory_starts_anew() -> None:
-    before = peak_memory()
-    if before is None:
-        pytest.skip("only Linux tells")
-    block = np.ones(30 * 2**20, dtype=np.uint8)
-    with_block = peak_memory()
-    assert with_block is not None
-    assert with_block - before > 10 * 2**20 or before > with_block - block.nbytes
-    del block
-    forget_peak_memory()
-    after = peak_memory()
-    assert after is not None
-    assert after < with_block
-
-
-def test_the_command_prints_the_table(
-    folder: Path, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_files_say_what_the_result_is(
+    prepared: Path, finished: tuple[Path, Comparison]
 ) -> None:
-    words = ["compare", str(folder / "small.yaml"), "--gradients", "40"]
-    monkeypatch.setattr("sys.argv", ["reptile", *words, "--artifacts", str(folder / "out")])
-    with pytest.raises(SystemExit) as stop:
-        cli.run()
-    assert not stop.value.code
-    printed = capsys.readouterr().out
-    assert "| `protonet` |" in printed
+    folder, _ = finished
+    result, _ = run(prepared, folder, 2)
+    text = (folder / "result.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert header[:5] == ["algorithm", "1-shot", "1-shot, transductive", "less reptile", "2-shot"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(NAMES)
+    ridge = [cell.strip() for cell in lines[4].strip("|").split("|")]
+    assert ridge[2] == "–", "a closed-form learner predicts each query alone"
+    written = json.loads((folder / "result.json").read_text())
+    assert written["version"] == 1
+    assert written["algorithms"][2]["scores"]["1"]["frozen"]["mean"] == pytest.approx(
+        np.mean([task_scores(folder, "ridge", seed, 1).mean() for seed in (0, 1)])
+    )
+    assert [len(each["seeds"]) for each in written["algorithms"]] == [2, 2, 2]
+    page = (folder / "result.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("<polyline") == 2 * len(result.entries)
+
+
+def test_what_is_finished_is_not_done_again(
+    prepared: Path, finished: tuple[Path, Comparison]
+) -> None:
+    folder, _ = finished
+    assert run(prepared, folder, 2)[1] == set()
+    other = FEW | {"maml": {"train": {"meta_batch": 1}}}
+    _, said = run(prepared, folder, 2, changes=other)
+    assert said == {
+        f"maml, seed {seed} of 2: {what}" for seed in (1, 2) for what in ("training", "evaluating")
+    }
+    run(prepared, folder, 2)  # as it was, for other tests
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(
+    prepared: Path, finished: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "ridge, seed 1 of 1: training" and done == 3:
+            raise KeyboardInterrupt
+
+    settings = Settings.model_validate(SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, NAMES, 1, BUDGET, prepared, tmp_path, changes=FEW, on_progress=stop)
+    result, said = run(prepared, tmp_path)
+    assert said == {"ridge, seed 1 of 1: training"}
+    assert result.entries[2].cells[0].training.first_iteration > 0
+    weights = "ridge/seed-0/checkpoint/weights.safetensors"
+    assert (tmp_path / weights).read_bytes() == (finished[0] / weights).read_bytes()
+
+
+def test_a_budget_of_time_is_measured_once(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reptile.experiments.compare.TIMED_SECONDS", 0.1)
+    first, _ = run(prepared, tmp_path, budget=Budget(seconds=0.5))
+    again, said = run(prepared, tmp_path, budget=Budget(seconds=0.5))
+    assert said == set()
+    for one, two in zip(first.entries, again.entries, strict=True):
+        timed = json.loads((tmp_path / one.algorithm / "timing.json").read_text())
+        number = one.settings.train.meta_iterations
+        assert number == int(0.5 / timed["seconds_per_iteration"])
+        assert two.settings.train.meta_iterations == number
+
+
+def test_values_are_compared_too(tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    prepare(
+        PrepareSettings(source="sinusoid", cross_domain=(), images_per_class=50, test=0.16), folder
+    )
+    model = {"name": "mlp", "hidden": [8], "activation": "tanh"}
+    sgd = {"name": "sgd", "learning_rate": 0.02, "state": "reset"}
+    train = SMALL["train"] | {"model": model, "ways": 1, "optimizer": sgd}
+    settings = Settings.model_validate(
+        {"train": train, "evaluate": {"tasks": 4, "steps": 2, "shots": [5], "batch": 5}}
+    )
+    budget = Budget(gradients=5000)
+    result = compare(settings, ("reptile", "maml", "bayes"), 1, budget, folder, tmp_path / "out")
+    text = (tmp_path / "out/result.md").read_text()
+    assert "transductive" not in text
+    assert "Mean squared error" in text
+    assert all(result.score(entry, 5, "frozen") for entry in result.entries)
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "budget", "message"),
+    [
+        (["reptile", "mamal"], {}, BUDGET, "mamal: no such algorithm; there are reptile, fomaml"),
+        (["bayes"], {}, BUDGET, "train.algorithm = bayes: for regression"),
+        (["reptile"], {}, Budget(gradients=3), "more than 3 gradient evaluations"),
+        (["maml"], {"maml": {"train": {"inner_stps": 3}}}, BUDGET, "train.inner_stps: no such"),
+        (["ridge"], {"ridge": {"train": {"ways": 99}}}, BUDGET, "99-way task"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
+    names: list[str],
+    changes: dict[str, Any],
+    budget: Budget,
+    message: str,
+    prepared: Path,
+    tmp_path: Path,
+) -> None:
+    settings = Settings.model_validate(SMALL)
+    with pytest.raises(InputError, match=message):
+        compare(settings, names, 1, budget, prepared, tmp_path, changes=changes)
+    assert not list(tmp_path.rglob("checkpoint"))
+
+
+def test_a_users_change_is_for_one_algorithm_alone(data: PreparedData) -> None:
+    settings = Settings.model_validate(SMALL)
+    own = settings_of("maml", settings, data, {"train": {"inner_steps": 4}})
+    assert own.train.inner_steps == 4
+    assert own.train.optimizer.name == "sgd"
+    assert settings_of("reptile", settings, data, {}).train == settings.train
+
+
+def test_the_command_compares_and_wants_one_budget(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(SMALL))
+    (tmp_path / "prepared").symlink_to(prepared)
+    words = ["compare", "reptile", "ridge", "--params", tmp_path / "params.json"]
+    more = ["--artifacts", tmp_path, "-S", "ridge.train.ways=4", "-S", "evaluate.tasks=4"]
+
+    def call(*budget: str) -> int:
+        monkeypatch.setattr("sys.argv", ["reptile", *map(str, [*words, *more, *budget])])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+        return int(stop.value.code or 0)
+
+    assert call() == 2
+    assert call("--seconds", "5", "--gradients", "100") == 2
+    assert "--seconds or --gradients, one of them" in capsys.readouterr().err
+    assert call("--gradients", "100") == 0
+    assert "| ridge |" in capsys.readouterr().out
+    assert load_prepared(tmp_path / "prepared").name
+    assert (tmp_path / "compare/result.html").is_file()

@@ -41,7 +41,15 @@ SMALL = {
         "checkpoint_every": 3,
         "validation_tasks": 2,
     },
-    "beside": {"algorithm": "none"},
+    "beside": {
+        "algorithm": "ridge",
+        "model": {"filters": 8},
+        "ways": 3,
+        "episode": {"shots": [1], "queries": 2},
+        "meta_iterations": 6,
+        "checkpoint_every": 3,
+        "validation_tasks": 2,
+    },
     "evaluate": {"tasks": 6, "shots": [1, 2], "steps": 5},
     # `insist`: so little training is worse than simpler methods.
     "export": {"gate": {"accuracy": 0.0, "above_random": -1.0, "insist": True}},

@@ -15,12 +15,21 @@ from kubeflow_server import (
     replay,
 )
 from kubernetes.client import V1PodCondition
-from kubernetes_server import KubernetesServer, container_waiting, waiting_pod, warning
+from kubernetes_server import (
+    KubernetesServer,
+    container_waiting,
+    ended_pod,
+    removed_pod,
+    waiting_pod,
+    warning,
+)
 
 from pipeline import progress
 from pipeline.failure import REFUSED
 
 REASON = "1-shot transductive accuracy on glyphs is 0.7560, below the gate of 0.99"
+# Of training, killed twice: the nodes of both attempts in that recorded run.
+KILLED = ("reptile-bwhz7-385082932", "reptile-bwhz7-4075908849")
 PREPARE = "reptile-tmmvc(0).root(0).exit-handler-1(0).prepare"
 
 
@@ -202,6 +211,80 @@ def test_a_failed_run_says_which_task_failed_and_how_its_last_log_ends(
         "  Killed",
         "  failed to execute component: exit status 137",
     ]
+
+
+@pytest.mark.parametrize(
+    ("pod", "reason"),
+    [
+        (
+            # As containerd does where the kernel killed a child: the launcher's exit code stays.
+            ended_pod(KILLED[1], 1, "OOMKilled"),
+            "OOMKilled (container main, exit code 1, memory limit 8Gi)",
+        ),
+        (
+            removed_pod(KILLED[1], "Evicted", "The node was low on resource: memory. "),
+            "Evicted: The node was low on resource: memory",
+        ),
+        (
+            removed_pod(
+                KILLED[1],
+                "DeadlineExceeded",
+                "Pod was active on the node longer than the specified deadline",
+            ),
+            "DeadlineExceeded: Pod was active on the node longer than the specified deadline",
+        ),
+        (
+            ended_pod(
+                KILLED[1],
+                137,
+                "ContainerStatusUnknown",
+                message="The container could not be\x1b\n located when the pod was terminated",
+            ),
+            "ContainerStatusUnknown (container main, exit code 137): "
+            "The container could not be located when the pod was terminated",
+        ),
+    ],
+    ids=["OOMKilled", "Evicted", "DeadlineExceeded", "ContainerStatusUnknown"],
+)
+@pytest.mark.parametrize("log", [True, False])
+def test_what_ended_the_pod_is_told_beside_its_log(
+    run: Callable[..., Result],
+    server: KubeflowServer,
+    kubernetes: KubernetesServer,
+    pod: Any,
+    reason: str,
+    log: bool,
+) -> None:
+    recorded = recorded_run("killed-not-retried")
+    server.looks = [recorded]
+    if log:
+        server.logs = {KILLED[1]: recorded_log("out-of-memory")}
+    # The first attempt ended otherwise, and what succeeded says nothing.
+    kubernetes.things = {"pods": [ended_pod(KILLED[0], 137, "StartError"), pod]}
+    result = run(*submitted("--wait"))
+    assert result.code == 1
+    first, *rest = result.error.splitlines()
+    assert first == f"train failed: {reason}; " + (
+        "its log ends:" if log else "no log of it can be read"
+    )
+    assert bool(rest) == log
+    status = run("status", only(server.runs)["run_id"])
+    assert (status.code, status.error) == (1, result.error)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_process_that_ended_by_itself_is_explained_by_its_log_alone(
+    run: Callable[..., Result],
+    server: KubeflowServer,
+    kubernetes: KubernetesServer,
+    readable: bool,
+) -> None:
+    server.looks = [recorded_run("killed-not-retried")]
+    how = ended_pod(KILLED[1], 1, "Error" if readable else "OOMKilled")
+    kubernetes.things = {"pods": [ended_pod(KILLED[0], 137, "OOMKilled"), how]}
+    kubernetes.forbidden = set() if readable else {"pods"}
+    result = run(*submitted("--wait"))
+    assert result.error == "train failed; no log of it can be read\n"
 
 
 def test_a_long_log_is_shown_from_its_end_without_control_characters(

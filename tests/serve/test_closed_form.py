@@ -1,13 +1,16 @@
 """A closed-form bundle being served: the same routes, without steps and losses."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from reptile.runtime import FewShotModel
+from reptile.runtime import AdaptedModel, FewShotModel
 
 Serve = Callable[..., TestClient]
 
@@ -112,3 +115,158 @@ def test_few_shot_refuses_labels_out_of_range(
     answer = client.post("/v2/models/few_shot/infer", json={"inputs": inputs})
     assert answer.status_code == 422
     assert "support" in answer.json()["error"]
+
+
+def post(server: TestClient, path: str, images: np.ndarray, labels: list[Any]) -> Any:
+    return server.post(path, json={"images": images.tolist(), "labels": labels})
+
+
+def probabilities(server: TestClient, task: str, queries: np.ndarray) -> dict[str, np.ndarray]:
+    answer = server.post(f"/tasks/{task}/predict", json={"images": queries.tolist()})
+    rows = [each["probabilities"] for each in answer.json()["predictions"]]
+    return {label: np.array([row[label] for row in rows]) for label in rows[0]}
+
+
+def same(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == wanted.keys()
+    for label, values in wanted.items():
+        np.testing.assert_allclose(actual[label], values, atol=1e-5)
+
+
+def test_examples_that_are_added_count_as_if_they_had_always_been_there(
+    client: TestClient,
+    serve: Serve,
+    closed_form_bundle: Path,
+    tmp_path: Path,
+    support: tuple[np.ndarray, list[str]],
+    queries: np.ndarray,
+) -> None:
+    """A new label, and another image of an old one; also after a restart."""
+    images, labels = support
+    whole = post(client, "/tasks", images, labels).json()["id"]
+    task = post(client, "/tasks", images[:5], labels[:5]).json()
+    answer = post(client, f"/tasks/{task['id']}/examples", images[5:], labels[5:])
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["id"] == task["id"]
+    assert answer.json()["labels"] == ["ring", "cross", "dot"]
+    assert answer.json()["taught"] > task["taught"]
+    wanted = probabilities(client, whole, queries)
+    same(probabilities(client, task["id"], queries), wanted)
+    client.__exit__(None, None, None)
+    again = serve(bundle=closed_form_bundle, tasks=tmp_path / "tasks")
+    same(probabilities(again, task["id"], queries), wanted)
+    assert len(list((tmp_path / "tasks").iterdir())) == 3  # two tasks, the lock; nothing temporary
+
+
+def test_a_label_that_is_removed_counts_as_if_it_had_never_been_there(
+    client: TestClient, support: tuple[np.ndarray, list[str]], queries: np.ndarray
+) -> None:
+    images, labels = support
+    odd = ["a/b c" if label == "cross" else label for label in labels]
+    kept = np.array([label != "a/b c" for label in odd])
+    rest = post(client, "/tasks", images[kept], [label for label in odd if label != "a/b c"])
+    task = post(client, "/tasks", images, odd).json()["id"]
+    answer = client.delete(f"/tasks/{task}/labels/a%2Fb%20c")
+    assert answer.json()["labels"] == ["ring", "dot"]
+    same(probabilities(client, task, queries), probabilities(client, rest.json()["id"], queries))
+    assert client.delete(f"/tasks/{task}/labels/a%2Fb%20c").status_code == 404
+    last = client.delete(f"/tasks/{task}/labels/dot")
+    assert last.status_code == 422 and client.get(f"/tasks/{task}").json()["labels"] == [
+        "ring",
+        "dot",
+    ]
+
+
+def test_labels_of_numbers_are_removed_by_their_text(
+    client: TestClient, support: tuple[np.ndarray, list[str]]
+) -> None:
+    images, _ = support
+    task = post(client, "/tasks", images[:3], [1, 2, 3]).json()["id"]
+    assert client.delete(f"/tasks/{task}/labels/2").json()["labels"] == [1, 3]
+    refused = post(client, f"/tasks/{task}/examples", images[:1], ["1"])
+    assert refused.status_code == 422 and "same as text" in refused.json()["error"]
+
+
+def test_a_change_that_is_refused_leaves_the_task_as_it_was(
+    serve: Serve,
+    closed_form_bundle: Path,
+    tmp_path: Path,
+    support: tuple[np.ndarray, list[str]],
+) -> None:
+    images, labels = support
+    folder = tmp_path / "tasks"
+    server = serve(bundle=closed_form_bundle, tasks=folder)
+    task = post(server, "/tasks", images[:6], labels[:6]).json()["id"]
+    size = (folder / f"{task}.safetensors").stat().st_size
+    server.__exit__(None, None, None)
+    server = serve(bundle=closed_form_bundle, tasks=folder, max_task_bytes=size, max_images=500)
+    before = server.get(f"/tasks/{task}").json()
+    path = f"/tasks/{task}/examples"
+    most = FewShotModel.load(closed_form_bundle).bundle.max_support
+    many = np.repeat(images[:1], min(most, 500), axis=0)
+    for answer, reason in (
+        (post(server, path, images[6:], labels[6:]), "max_task_bytes"),
+        (post(server, path, images[:2], labels[:1]), "labels"),
+        (post(server, path, many, ["ring"] * len(many)), str(most) if most <= 500 else "bytes"),
+        (server.post(f"{path}?steps=1", json={"images": []}), "labels"),
+    ):
+        assert answer.status_code == 422 and reason in answer.json()["error"], answer.text
+    assert server.get("/tasks").json() == {"tasks": [before]}
+    assert [each.name for each in folder.glob("*.safetensors")] == [f"{task}.safetensors"]
+    assert post(server, "/tasks/none/examples", images, labels).status_code == 404
+
+
+def test_of_two_changes_at_once_one_is_told_to_try_again(
+    serve: Serve,
+    closed_form_bundle: Path,
+    support: tuple[np.ndarray, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No example is lost in silence; nor does a task come back that was deleted meanwhile."""
+    images, labels = support
+    server = serve(bundle=closed_form_bundle, adaptations=2)
+    task, other = (post(server, "/tasks", images[:6], labels[:6]).json()["id"] for _ in range(2))
+    both, deleted = threading.Barrier(2), threading.Event()
+    plain = AdaptedModel.add
+
+    def together(self: AdaptedModel, *arguments: Any, **options: Any) -> AdaptedModel:
+        added = plain(self, *arguments, **options)
+        both.wait(10)
+        return added
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(AdaptedModel, "add", together)
+        path = f"/tasks/{task}/examples"
+        answers = [pool.submit(post, server, path, images[6:7], [name]) for name in ("a", "b")]
+        first, second = sorted((each.result() for each in answers), key=lambda a: a.status_code)
+        assert (first.status_code, second.status_code) == (200, 409)
+        assert server.get(f"/tasks/{task}").json()["labels"] == first.json()["labels"]
+
+        def late(self: AdaptedModel, *arguments: Any, **options: Any) -> AdaptedModel:
+            assert deleted.wait(10)
+            return plain(self, *arguments, **options)
+
+        monkeypatch.setattr(AdaptedModel, "add", late)
+        slow = pool.submit(post, server, f"/tasks/{other}/examples", images[6:], labels[6:])
+        while server.get("/metrics").text.count("reptile_adaptations_pending 1.0") == 0:
+            pass
+        server.delete(f"/tasks/{other}")
+        deleted.set()
+        assert slow.result().status_code == 404
+        assert server.get(f"/tasks/{other}").status_code == 404
+
+
+def test_a_bundle_that_learns_by_gradient_steps_says_what_to_do_instead(
+    serve: Serve, support: tuple[np.ndarray, list[str]]
+) -> None:
+    images, labels = support
+    server = serve()
+    task = server.post(
+        "/tasks", json={"images": images.tolist(), "labels": labels, "steps": 1}
+    ).json()["id"]
+    for answer in (
+        post(server, f"/tasks/{task}/examples", images, labels),
+        server.delete(f"/tasks/{task}/labels/dot"),
+    ):
+        assert answer.status_code == 422
+        assert "adapt again with all images" in answer.json()["error"]

@@ -60,6 +60,57 @@ def container_waiting(reason: str, message: str | None = None) -> list[Any]:
     ]
 
 
+def ended_pod(
+    node_id: str, exit_code: int, reason: str, memory: str = "8Gi", message: str | None = None
+) -> Any:
+    """A failed pod of a workflow's node: its main container ended so, beside Argo's own two."""
+    names = ("main", "wait")
+    ended = {
+        "main": client.V1ContainerStateTerminated(
+            exit_code=exit_code, reason=reason, message=message
+        ),
+    }
+    completed = client.V1ContainerStateTerminated(exit_code=0, reason="Completed")
+
+    def status(name: str) -> Any:
+        return client.V1ContainerStatus(
+            name=name,
+            image="",
+            image_id="",
+            ready=False,
+            restart_count=0,
+            state=client.V1ContainerState(terminated=ended.get(name, completed)),
+        )
+
+    limits = client.V1ResourceRequirements(limits={"cpu": "4", "memory": memory})
+    return client.V1Pod(
+        metadata=client.V1ObjectMeta(
+            name="pod",
+            labels={"workflows.argoproj.io/workflow": node_id.rpartition("-")[0]},
+            annotations={"workflows.argoproj.io/node-id": node_id},
+        ),
+        spec=client.V1PodSpec(
+            init_containers=[client.V1Container(name="init")],
+            containers=[
+                client.V1Container(name=name, resources=limits if name == "main" else None)
+                for name in names
+            ],
+        ),
+        status=client.V1PodStatus(
+            phase="Failed",
+            init_container_statuses=[status("init")],
+            container_statuses=[status(name) for name in names],
+        ),
+    )
+
+
+def removed_pod(node_id: str, reason: str, message: str) -> Any:
+    """A failed pod that its node ended as a whole; its containers' states are then not kept."""
+    pod = ended_pod(node_id, 0, "Completed")
+    pod.status = client.V1PodStatus(phase="Failed", reason=reason, message=message)
+    return pod
+
+
 def warning(uid: str, reason: str, message: str) -> Any:
     """An event that is told of a pod."""
     return client.CoreV1Event(

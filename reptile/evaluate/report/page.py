@@ -145,13 +145,12 @@ def _fits(evaluation: Evaluation) -> list[Markup]:
 
 def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
     objective = evaluation.objective
-    factor = 100 if objective is CLASSIFICATION else 1
     lines = []
     for start in evaluation.starts:
         for mode in PATH_MODES:
             if mode not in evaluation.modes:
                 continue
-            scores = [Score.of(factor * row) for row in measurement.by_step[start, mode]]
+            scores = [Score.of(objective.scale * row) for row in measurement.by_step[start, mode]]
             means, intervals = zip(*scores, strict=True)
             label = START_NAMES[start] if mode == HEADLINE_MODE else ""
             style = f"{start} {STYLES[mode]}"
@@ -188,8 +187,7 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     losses = [point.loss for point in curve]
     objective = evaluation.objective
     level, what = _without_a_network(evaluation)
-    factor = 100 if objective is CLASSIFICATION else 1
-    score = Line("validation", "trained", iterations, [factor * p.score for p in curve])
+    score = Line("validation", "trained", iterations, [objective.scale * p.score for p in curve])
     guess = Line(what, "chance", (0, x.high), (level, level))
     high = max(level, *score.y)
     loss = Line("training", "trained", iterations, losses)
