@@ -74,8 +74,8 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 """By objective and algorithm: the settings of the paper that has it, where they are not those of
-Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet: Snell et al. (2017). Ridge:
-Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
+Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet:
+Snell et al. (2017). Ridge: Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
 EPISODE_WAYS = 20  # of protonet and ridge in training, if there are so many classes
 
 
