@@ -33,7 +33,9 @@ _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "learn/inner_loop.py",
     "learn/optimizer.py",
     "learn/predict.py",
+    "learn/pretrain.py",
     "learn/reptile.py",
+    "learn/step_sizes.py",
     "learn/validate.py",
 )
 

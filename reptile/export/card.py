@@ -23,9 +23,13 @@ ALGORITHMS = {
     "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+    "anil": "ANIL (Raghu, Raghu, Bengio, Vinyals: arXiv 1909.09157)",
+    "meta-sgd": "Meta-SGD (Li, Zhou, Chen, Li: arXiv 1707.09835)",
     "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",
     "ridge": "ridge regression (Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136)",
     "bayes": "Bayesian linear regression (Harrison, Sharma, Pavone: arXiv 1807.08912)",
+    "pretrain": "none in training, a classifier of all training classes instead (Chen, Liu, Kira, "
+    "Wang, Huang: arXiv 1904.04232)",
 }
 
 

@@ -170,10 +170,10 @@ def _manifest(
     model, _, info = checkpoint
     optimizer, closed_form = info.settings.optimizer, info.settings.closed_form
     if closed_form:
-        learner = closed_form_learner(info.settings.algorithm)
+        learner = closed_form_learner(info.settings.head)
     else:
         learner = gradient_learner(
-            optimizer=optimizer.name,
+            optimizer=optimizer.name.removeprefix("scaled_"),  # the factors are in the graphs
             learning_rate=optimizer.learning_rate,
             weight_decay=optimizer.weight_decay,
             steps=protocol.steps,
