@@ -189,7 +189,7 @@ def _manifest(
         image_shape=model.image_shape,
         model=_network(checkpoint),
         pixels=info.pixels,
-        columns=coding and columns_of(coding),
+        columns=columns_of(coding) if coding else None,
         max_support=settings.max_support,
         graphs={
             name: {

@@ -16,6 +16,8 @@ from reptile.bundle_format import Column
 from reptile.errors import InputError
 
 Rows = npt.NDArray[np.float64]
+Inputs = npt.ArrayLike | Mapping[str, npt.ArrayLike] | Sequence[Mapping[str, Any]]
+"""Images or numbers; or rows of a table: columns by name, or a mapping for each row."""
 
 
 def check_rows(rows: Any, columns: Sequence[Column], what: str) -> Rows:

@@ -13,12 +13,10 @@ import numpy.typing as npt
 
 from reptile.bundle_format import MAX_LEARNING_RATE, Manifest
 from reptile.errors import InputError
-from reptile.runtime.columns import check_rows
+from reptile.runtime.columns import Inputs, check_rows
 
 
-def check_images(
-    images: npt.ArrayLike, shape: tuple[int, ...], what: str = "images"
-) -> npt.NDArray[Any]:
+def check_images(images: Inputs, shape: tuple[int, ...], what: str = "images") -> npt.NDArray[Any]:
     """Return images as an array [N, C, H, W] of unsigned, signed or floating pixels in 0..255.
 
     Args:

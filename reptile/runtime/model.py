@@ -16,6 +16,7 @@ from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle
 from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
+from reptile.runtime.columns import Inputs
 from reptile.runtime.inputs import (
     check_images,
     check_inputs,
@@ -70,7 +71,7 @@ class AdaptedModel:
         """
         return self.state.losses
 
-    def predict(self, images: npt.ArrayLike) -> Prediction:
+    def predict(self, images: Inputs) -> Prediction:
         """Classify each image independently of the others.
 
         Args:
@@ -85,7 +86,7 @@ class AdaptedModel:
         names = self.state.labels
         return Prediction([names[i] for i in logits.argmax(axis=1)], softmax(logits))
 
-    def logits(self, images: npt.ArrayLike) -> FloatArray:
+    def logits(self, images: Inputs) -> FloatArray:
         """Return the logits, before the softmax of `predict`, float32 [N, names].
 
         Raises:
@@ -119,7 +120,7 @@ class AdaptedModel:
         return replace(self, _sessions={**self._sessions, "predict_adapted": session}, _fed={})
 
     def add(
-        self, images: npt.ArrayLike, labels: Iterable[Hashable], *, timeout: float | None = None
+        self, images: Inputs, labels: Iterable[Hashable], *, timeout: float | None = None
     ) -> "AdaptedModel":
         """Return the task with more examples, of its classes or of new ones.
 
@@ -192,7 +193,7 @@ class AdaptedModel:
         write_adapted(Path(path), self.state, self.bundle)
 
 
-def _inputs(images: npt.ArrayLike, bundle: Bundle) -> npt.NDArray[Any]:
+def _inputs(images: Inputs, bundle: Bundle) -> npt.NDArray[Any]:
     """Check images, or inputs of any numbers where the bundle takes no pixels."""
     if bundle.pixels:
         return check_images(images, bundle.image_shape)
@@ -248,7 +249,7 @@ class FewShotModel(OpenedBundle):
 
     def adapt(
         self,
-        images: npt.ArrayLike,
+        images: Inputs,
         labels: Iterable[Hashable],
         *,
         steps: int | None = None,

@@ -166,7 +166,8 @@ def test_the_multi_step_loss_equals_a_literal_loop(done: float, data: PreparedDa
         outputs = model.forward(unflatten(model, weights), engine.images(rows).double())
         return F.cross_entropy(outputs, torch.from_numpy(targets))
 
-    shares = {0.0: [1 / 3, 1 / 3, 1 / 3], 0.5: [1 / 6, 1 / 6, 2 / 3], 1.0: [0, 0, 1]}[done]
+    thirds = [1 / 3, 1 / 3, 1 / 3]
+    shares = {0.0: thirds, 0.5: [1 / 6, 1 / 6, 2 / 3], 1.0: [0.0, 0.0, 1.0]}[done]
     leaf = start.clone().requires_grad_()
     weights, total = leaf, torch.zeros(())
     for batch, share in zip(task.batches, shares, strict=True):
