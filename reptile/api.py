@@ -39,9 +39,9 @@ class Initialisation:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The network's learnt weights by name."""
-        model = self.checkpoint.model
-        return unflatten(model, self.checkpoint.state.weights[: size(model)])
+        """The learnt weights by name."""
+        model, state, _ = self.checkpoint
+        return unflatten(model, state.weights[: size(model)])  # without a head's, or step sizes
 
     def module(self) -> nn.Module:
         """Return a copy of the user's module with the learnt weights, in evaluation mode.

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from reptile.errors import InputError
 
-FORMAT = 3
-READABLE = (1, 2, 3)
-"""Formats 1 and 2 have no `learner`: it is `gradient`. Format 1 differs in what `metrics` holds,
-which no consumer needs."""
+FORMAT = 4
+READABLE = (1, 2, 3, 4)
+"""Format 4 has `task.columns`: its graphs take the raw rows of a table, and give raw values. A
+bundle without them is written in format 3, which earlier consumers read too. Formats 1 and 2 have
+no `learner`: it is `gradient`. Format 1 differs in what `metrics` holds, which no consumer needs.
+"""
 KINDS = ("classification", "regression")  # the first where the manifest does not say
 GRAPHS = {
     "gradient": ("predict", "adapt", "predict_adapted", "few_shot"),
@@ -33,8 +35,10 @@ GOLDEN_FOLDER = "golden"
 GOLDEN_FILE = "golden.json"
 MAX_LEARNING_RATE = 100.0  # as in training's settings; far beyond anything that converges
 MAX_FILE_BYTES = 1 << 30  # protobuf's limit is 2 GiB
+MAX_ATOL = 1e30  # of values in the units of a table's column
+COLUMN_KINDS = ("number", "date", "category")
 
-_LAYOUT, _PIXEL_RANGE, _DTYPE = "NCHW", [0, 255], "float32"
+_LAYOUT, _PIXEL_RANGE, _DTYPE, _RAW_DTYPE = "NCHW", [0, 255], "float32", "float64"
 
 
 def graph_path(name: str) -> str:
@@ -71,6 +75,16 @@ class TensorType(NamedTuple):
         return f"{self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
 
 
+class Column(NamedTuple):
+    """A column of the table whose raw rows a bundle takes, or of the values that it predicts."""
+
+    name: str
+    kind: str
+    """number; date: seconds since 1970-01-01 UTC; or category: its place in `categories`."""
+    categories: tuple[str, ...]
+    """Empty of a number or date. Any number that is no place in it stands for all others."""
+
+
 class Graph(NamedTuple):
     """One graph of the manifest: its file and its tensors by name."""
 
@@ -90,6 +104,8 @@ class Manifest:
     outputs: int  # of the head: ways, or the values predicted for each input
     image_shape: tuple[int, ...]  # channels, height, width of an image
     pixels: bool  # whether inputs are images of pixels 0..255, or any numbers
+    columns: tuple[Column, ...]  # of the table whose raw rows [N, columns] are inputs; else none
+    targets: tuple[Column, ...]  # the columns of its values; none of a classifier
     steps: int  # this and the next four are 0 of a closed-form learner, which has no inner loop
     learning_rate: float
     batch: int
@@ -100,6 +116,11 @@ class Manifest:
     graphs: dict[str, Graph] = field(repr=False)
     weights: dict[str, Shape] = field(repr=False)  # what adapt hands to predict_adapted
     files: dict[str, str] = field(repr=False)  # SHA-256 of each file but manifest.json
+
+    @property
+    def input_dtype(self) -> str:
+        """The type of the graphs' inputs, and of a regressor's values: float64 of raw rows."""
+        return _RAW_DTYPE if self.columns else _DTYPE
 
 
 class GoldenCase(NamedTuple):
@@ -121,6 +142,7 @@ def manifest_json(
     outputs: int,
     image_shape: Sequence[int],
     pixels: bool,
+    columns: Mapping[str, Sequence[Mapping[str, Any]]] | None,
     model: Mapping[str, Any],
     max_support: int,
     graphs: Mapping[str, Mapping[str, list[dict[str, Any]]]],
@@ -137,6 +159,8 @@ def manifest_json(
         outputs: of the head; of a closed-form learner, the most classes of a task.
         image_shape: channels, height and width of an input.
         pixels: whether a classifier's inputs are pixels 0..255, or any numbers.
+        columns: where inputs are the raw rows of a table, `columns` and `targets`: for each its
+            name, its kind, and its mean and deviation in the training split or its categories.
         model: settings of the network.
         max_support: the most images of a support set.
         graphs: for each graph, `inputs` and `outputs` as lists of name, dtype and shape.
@@ -144,17 +168,19 @@ def manifest_json(
         provenance: dataset, hashes and versions.
     """
     head = {"ways": outputs} if kind == "classification" else {"outputs": outputs}
-    task = {"kind": kind, **head, "image_shape": list(image_shape)}
-    if len(image_shape) == 3:
+    task: dict[str, Any] = {"kind": kind, **head, "image_shape": list(image_shape)}
+    if columns:
+        task |= {"image_shape": [len(columns["columns"])], **columns}
+    elif len(image_shape) == 3:
         task["layout"] = _LAYOUT
     if kind == "classification" and pixels:
         task["pixel_range"] = _PIXEL_RANGE
     adapted = graphs["predict_adapted"]["inputs"]
     return {
-        "format": FORMAT,
+        "format": FORMAT if columns else FORMAT - 1,
         "name": name,
         "created_by": created_by,
-        "task": task | {"dtype": _DTYPE},
+        "task": task | {"dtype": _RAW_DTYPE if columns else _DTYPE},
         "model": dict(model),
         **learner,
         "limits": {**learner.get("limits", {}), "max_support": max_support},
@@ -225,7 +251,14 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         raise InputError(f"{where}: task.image_shape must be sizes such as [1, 28, 28]")
     if pixels and len(shape) != 3:
         raise InputError(f"{where}: task.image_shape must be [channels, height, width] of images")
-    fixed: dict[str, Any] = {"dtype": _DTYPE}
+    columns = _columns(manifest, "columns", where) if version >= 4 else ()
+    targets = _columns(manifest, "targets", where) if version >= 4 else ()
+    if columns and shape != [len(columns)]:
+        raise InputError(
+            f"{where}: task.image_shape must be the number of task.columns, [{len(columns)}]"
+        )
+    number = _RAW_DTYPE if columns else _DTYPE
+    fixed: dict[str, Any] = {"dtype": number}
     if len(shape) == 3:
         fixed["layout"] = _LAYOUT
     if pixels:
@@ -240,11 +273,15 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         outputs = ways = _whole(manifest, "task.ways", where, low=2)
     else:
         outputs, ways = _whole(manifest, "task.outputs", where), 1
+    if columns and len(targets) != (outputs if kind == "regression" else 0):
+        raise InputError(
+            f"{where}: task.targets must hold a column for each value, none of a classifier"
+        )
     graphs = {name: _graph(manifest, name, where) for name in _get(manifest, "graphs", dict, where)}
     if learner == "gradient":
-        features, weights = 0, _check_gradient(graphs, kind, outputs, shape, where)
+        features, weights = 0, _check_gradient(graphs, kind, outputs, shape, number, where)
     else:
-        features, weights = _check_closed_form(graphs, kind, outputs, shape, where)
+        features, weights = _check_closed_form(graphs, kind, outputs, shape, number, where)
     adapted = _get(manifest, "adapted", dict, where)
     if not all(isinstance(size, list) for size in adapted.values()) or weights != {
         name: TensorType.of(_DTYPE, size).shape for name, size in adapted.items()
@@ -264,6 +301,8 @@ def parse_manifest(content: bytes | str, where: str) -> Manifest:
         outputs=outputs,
         image_shape=tuple(shape),
         pixels=pixels,
+        columns=columns,
+        targets=targets,
         **_inner_loop(manifest, learner, where),
         features=features,
         max_support=_whole(manifest, "limits.max_support", where),
@@ -297,8 +336,10 @@ def parse_golden(content: bytes | str, where: str) -> list[GoldenCase]:
         if not paths[1]:
             raise InputError(f"{again} has no outputs; export the bundle again")
         tolerance = [_get(case, key, (int, float), again) for key in ("atol", "rtol")]
-        if not all(0 <= each <= 1 for each in tolerance):
-            raise InputError(f"{again}: atol and rtol must lie in 0..1, got {tolerance}")
+        if not 0 <= tolerance[0] <= MAX_ATOL or not 0 <= tolerance[1] <= 1:
+            raise InputError(
+                f"{again}: atol must lie in 0..{MAX_ATOL:g} and rtol in 0..1, got {tolerance}"
+            )
         found.append(GoldenCase(_get(case, "graph", str, again), *paths, *tolerance))
     return found
 
@@ -344,6 +385,23 @@ def _whole(value: Any, path: str, where: str, *, low: int = 1, high: int = 10**6
     return number
 
 
+def _columns(manifest: Any, key: str, where: str) -> tuple[Column, ...]:
+    found = []
+    for place, entry in enumerate(_get(manifest, f"task.{key}", list, where)):
+        here = f"{where}: task.{key}: column {place}"
+        kind = _get(entry, "kind", str, here)
+        allowed = COLUMN_KINDS if key == "columns" else COLUMN_KINDS[:2]
+        if kind not in allowed:
+            raise InputError(f"{here}: kind must be {' or '.join(allowed)}, got {kind!r}")
+        categories = _get(entry, "categories", list, here) if kind == "category" else []
+        if not all(isinstance(each, str) for each in categories):
+            raise InputError(f"{here}: categories must be names")
+        found.append(Column(_get(entry, "name", str, here), kind, tuple(categories)))
+    if key == "columns" and not found:
+        raise InputError(f"{where}: task.columns must hold a column")
+    return tuple(found)
+
+
 def _graph(manifest: Any, name: str, where: str) -> Graph:
     if "." in name:
         raise InputError(f"{where}: a graph's name has no dots, got {name!r}")
@@ -382,22 +440,28 @@ def _inner_loop(manifest: Any, learner: str, where: str) -> dict[str, Any]:
 
 
 def _check_gradient(
-    graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
+    graphs: dict[str, Graph],
+    kind: str,
+    outputs: int,
+    image_shape: list[int],
+    number: str,
+    where: str,
 ) -> dict[str, Shape]:
     """Hold the two graphs that the runtime runs to the format; return what passes between them."""
-    images = TensorType("float32", (None, *image_shape))
+    images = TensorType(number, (None, *image_shape))
     support = {
         "support_images": images,
         "support_labels": (
             TensorType("int64", (None,))
             if kind == "classification"
-            else TensorType("float32", (None, outputs))
+            else TensorType(number, (None, outputs))
         ),
         "batches": TensorType("int64", (None, None)),
         "learning_rate": TensorType("float32", ()),
     }
     trace = {"losses": TensorType("float32", (None,)), "finite": TensorType("bool", ())}
-    logits = {"logits": TensorType("float32", (None, outputs))}
+    answer = number if kind == "regression" else "float32"
+    logits = {"logits": TensorType(answer, (None, outputs))}
     inputs = graphs["predict_adapted"].inputs if "predict_adapted" in graphs else {}
     weights = {name: tensor for name, tensor in inputs.items() if name != "images"}
     _check_tensors(
@@ -416,12 +480,17 @@ def _check_gradient(
 
 
 def _check_closed_form(
-    graphs: dict[str, Graph], kind: str, outputs: int, image_shape: list[int], where: str
+    graphs: dict[str, Graph],
+    kind: str,
+    outputs: int,
+    image_shape: list[int],
+    number: str,
+    where: str,
 ) -> tuple[int, dict[str, Shape]]:
     """Hold the graphs that clients run to the format; return D and what passes between them."""
     found = graphs["embed"].outputs.get("features") if "embed" in graphs else None
     size = found.shape[1] if found and len(found.shape) == 2 else 0
-    images = TensorType("float32", (None, *image_shape))
+    images = TensorType(number, (None, *image_shape))
     features = {"features": TensorType("float32", (None, size))}
     if kind == "classification":
         labels = {"support_labels": TensorType("int64", (None,))}
@@ -432,12 +501,12 @@ def _check_closed_form(
         answers = {"logits": TensorType("float32", (None, None))}
     else:
         one_more = (size or 0) + 1  # of the constant
-        labels = {"support_labels": TensorType("float32", (None, outputs))}
+        labels = {"support_labels": TensorType(number, (None, outputs))}
         weights = {
             "head.mean": TensorType("float32", (one_more, outputs)),
             "head.covariance": TensorType("float32", (one_more, one_more)),
         }
-        answers = {name: TensorType("float32", (None, outputs)) for name in ("logits", "variance")}
+        answers = {name: TensorType(number, (None, outputs)) for name in ("logits", "variance")}
     finite = {"finite": TensorType("bool", ())}
     _check_tensors(
         graphs,

@@ -33,7 +33,9 @@ _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "learn/inner_loop.py",
     "learn/optimizer.py",
     "learn/predict.py",
+    "learn/pretrain.py",
     "learn/reptile.py",
+    "learn/step_sizes.py",
     "learn/validate.py",
 )
 
@@ -97,6 +99,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "export/closed_form.py",
         "export/closed_form_golden.py",
         "export/closed_form_reference.py",
+        "export/coding.py",
         "export/decompositions.py",
         "export/fold.py",
         "export/forms.py",
@@ -116,6 +119,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
         "bundle_format.py",
         "export/__init__.py",
         "export/closed_form_reference.py",
+        "export/coding.py",
         "export/decompositions.py",
         "export/fold.py",
         "export/forms.py",

@@ -290,7 +290,9 @@ class TowerSettings(ModelSettings):
 class OptimizerSettings(Section):
     """The optimiser of the inner loop, in training and at test time alike."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam", "sgd", "scaled_sgd"] = "adam"
+    """scaled_sgd: the step of each parameter is multiplied by a number of its own; it is what
+    `sgd` means for the algorithms anil and meta-sgd."""
     learning_rate: Rate = 1e-3
     weight_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Every weight is multiplied by this before each inner step; 1 is off."""
@@ -299,11 +301,11 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training on the loss of queries: protonet, ridge, bayes and maml."""
+    """Training on the loss of queries: in closed form, and maml, anil and meta-sgd."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
-    """Support images per class; each meta-iteration draws one of these numbers. maml: train_shots
-    instead."""
+    """Support images per class; each meta-iteration draws one of these numbers. maml, anil and
+    meta-sgd: train_shots instead."""
     queries: Positive = 5
     """Query images per class."""
     fit_prior: bool = False
@@ -313,10 +315,20 @@ class EpisodeSettings(Section):
     learning_rate: Rate = 1e-3
     """Of Adam at the start; it falls linearly to `learning_rate_final`."""
     learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5
+    multi_step_loss: bool = False
+    """maml, anil and meta-sgd: the queries' loss after every inner step counts (MAML++, Antoniou et
+    al., 2019), all alike at the start, the last alone at the end of training."""
+
+
+Algorithm = Literal[
+    "reptile", "fomaml", "maml", "anil", "meta-sgd", "protonet", "ridge", "bayes", "pretrain"
+]
+SCALED = ("anil", "meta-sgd")
+"""Algorithms whose inner step has a size of its own for each parameter."""
 
 
 class TrainSettings(Section):
-    """Meta-training: Reptile or FOMAML, or through a closed-form head."""
+    """Meta-training: by gradient steps, or through a closed-form head."""
 
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -327,10 +339,12 @@ class TrainSettings(Section):
     `norms` and the head, `{last: n}` (the last n blocks and the head), or a list of patterns of
     parameter names (`["layer4.*", "fc.*"]`); `none` for a closed-form head on frozen features.
     Towers have a setting each."""
-    algorithm: Literal["reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "reptile"
-    """Adapt by gradient steps (reptile, fomaml, maml), or in closed form on the network's features,
-    which the network is then trained through: by the nearest prototype (protonet), by ridge
-    regression on labels (ridge), or, for values, by Bayesian linear regression (bayes)."""
+    algorithm: Algorithm = "reptile"
+    """Adapt by gradient steps: reptile, fomaml, maml, anil (maml that adapts the head alone) or
+    meta-sgd (maml that learns a step size for each parameter). Or in closed form on the network's
+    features, which the network is then trained through: by the nearest prototype (protonet), by
+    ridge regression on labels (ridge), or, for values, by Bayesian linear regression (bayes).
+    pretrain: a classifier of all training classes; then the nearest prototype of its features."""
     tail_shots: Annotated[int, Field(ge=0)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
@@ -352,7 +366,17 @@ class TrainSettings(Section):
     @property
     def closed_form(self) -> bool:
         """Whether a task is learnt in closed form, without gradient steps."""
-        return self.algorithm in ("protonet", "ridge", "bayes")
+        return self.algorithm in ("protonet", "ridge", "bayes", "pretrain")
+
+    @property
+    def head(self) -> str:
+        """The closed-form head, by the name of the algorithm that trains through it."""
+        return "protonet" if self.algorithm == "pretrain" else self.algorithm
+
+    @property
+    def second_order(self) -> bool:
+        """Whether it is MAML or one of its variants, which differentiate the inner loop."""
+        return self.algorithm in ("maml", *SCALED)
 
     @property
     def interpolates(self) -> bool:
@@ -362,11 +386,22 @@ class TrainSettings(Section):
     @property
     def images_per_class(self) -> int:
         """Images of each class that a training task takes."""
-        if self.algorithm == "maml":
+        if self.second_order:
             return self.train_shots + self.episode.queries
+        if self.algorithm == "pretrain":
+            return 1
         if self.closed_form:
             return max(self.episode.shots) + self.episode.queries
         return self.train_shots
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sgd_of_scaled_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("algorithm") in SCALED:
+            optimizer = values.get("optimizer", {})
+            if isinstance(optimizer, dict) and optimizer.get("name") == "sgd":
+                values = values | {"optimizer": optimizer | {"name": "scaled_sgd"}}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
@@ -393,9 +428,30 @@ class TrainSettings(Section):
                 f"inner_batch = {self.inner_batch} with replacement: a task has only "
                 f"ways x train_shots = {size} images"
             )
-        if self.algorithm == "maml" and self.optimizer.name != "sgd":
+        if self.second_order and self.optimizer.name == "adam":
             raise ValueError(
-                "algorithm = maml: its inner loop is plain SGD; set optimizer.name to sgd"
+                f"algorithm = {self.algorithm}: its inner loop is plain SGD; set optimizer.name to "
+                "sgd"
+            )
+        if self.second_order and self.optimizer.weight_decay != 1:
+            raise ValueError(
+                f"optimizer.weight_decay = {self.optimizer.weight_decay:g}: {self.algorithm} has "
+                "none; set it to 1"
+            )
+        if self.optimizer.name == "scaled_sgd" and self.algorithm not in SCALED:
+            raise ValueError(
+                f"optimizer.name = scaled_sgd: is for {' and '.join(SCALED)}, not for "
+                f"{self.algorithm}; use sgd"
+            )
+        if self.optimizer.name == "scaled_sgd" and self.engine == "native":
+            raise ValueError(
+                f"engine = native: has one step size for all parameters, {self.algorithm} one "
+                "each; use auto"
+            )
+        if self.episode.multi_step_loss and not self.second_order:
+            raise ValueError(
+                f"episode.multi_step_loss: is for maml, {' and '.join(SCALED)}, not for "
+                f"{self.algorithm}; leave it out"
             )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")
@@ -411,7 +467,7 @@ class TrainSettings(Section):
 class BesideSettings(TrainSettings):
     """A second learner, trained on the same data and measured on the same tasks."""
 
-    algorithm: Literal["none", "reptile", "fomaml", "maml", "protonet", "ridge", "bayes"] = "none"  # type: ignore[assignment]
+    algorithm: Literal["none"] | Algorithm = "none"  # type: ignore[assignment]
     """As in `train`; `none` trains no second learner."""
 
     @property

@@ -143,7 +143,7 @@ def episodes(classes: ClassRange, settings: TrainSettings, iteration: int) -> li
     rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
     episode = settings.episode
     shots, steps, batch = int(rng.choice(episode.shots)), 0, 1
-    if settings.algorithm == "maml":
+    if settings.second_order:
         shots, steps = settings.train_shots, settings.inner_steps
         batch = min(settings.inner_batch, settings.ways * shots)
     protocol = FewShotProtocol(settings.ways, shots, episode.queries, steps, batch)

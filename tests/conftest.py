@@ -1,6 +1,7 @@
 """What the tests of all rooms share: threads that do not spin, small data, a bundle, the root."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from patterns import make_data
 from reptile.data.dataset import PreparedData
 
 if TYPE_CHECKING:
+    from machines import Made
+
     from reptile.learn.checkpoint import Checkpoint
 
 
@@ -61,6 +64,21 @@ def closed_form_bundle(
     folder = tmp_path_factory.mktemp("closed-form") / "bundle"
     write_bundle(folder, data, closed_form_checkpoint)
     return folder
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Made]":
+    """Bundles of a table by the name of their learner, each made once and not to be changed."""
+    made: dict[str, Made] = {}
+
+    def make(name: str) -> "Made":
+        from machines import make_bundle
+
+        if name not in made:
+            made[name] = make_bundle(name, tmp_path_factory.mktemp("machines"))
+        return made[name]
+
+    return make
 
 
 @pytest.fixture

@@ -78,9 +78,9 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
     **{
         f"reptile {stage} --params chickweight.yaml --artifacts runs/chickweight": (
             "train.meta_iterations=4 train.checkpoint_every=2 train.validation_tasks=2 "
-            "evaluate.tasks=6"
+            "evaluate.tasks=6 export.gate.insist=true verify.tasks=6"
         )
-        for stage in ("prepare", "train", "evaluate")
+        for stage in ("prepare", "train", "evaluate", "export", "verify")
     },
     'python -c "import numpy as np; rng = np.random.default_rng(0); '
     "np.savez('signals.npz', inputs=rng.normal(size=(400, 3, 128)), "

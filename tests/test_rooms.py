@@ -17,6 +17,7 @@ ORDER = [
     {"export"},
     {"stages", "api"},
     {"experiments"},
+    {"rl"},
     {"serve"},
     {"cli"},
     {"__main__"},

@@ -21,7 +21,8 @@ struct Array {
 // Throws std::runtime_error for a file that is missing, cut short or of another type than T.
 template <class T>
 Array<T> read(const std::filesystem::path& path) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, std::int64_t>);
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> ||
+                std::is_same_v<T, std::int64_t>);
   const auto refuse = [&](const char* why) -> void {
     throw std::runtime_error(path.string() + ": " + why);
   };
@@ -31,7 +32,9 @@ Array<T> read(const std::filesystem::path& path) {
   if (std::memcmp(start, "\x93NUMPY\x01\x00", 8) != 0) refuse("is not a .npy file of format 1.0");
   std::string header(start[8] + 256u * start[9], '\0');
   file.read(header.data(), static_cast<std::streamsize>(header.size()));
-  const char* type = std::is_same_v<T, float> ? "'descr': '<f4'" : "'descr': '<i8'";
+  const char* type = std::is_same_v<T, float>    ? "'descr': '<f4'"
+                     : std::is_same_v<T, double> ? "'descr': '<f8'"
+                                                 : "'descr': '<i8'";
   if (header.find(type) == std::string::npos) refuse("holds another type of number");
   if (header.find("'fortran_order': False") == std::string::npos) refuse("is not in C order");
 

@@ -39,6 +39,7 @@ from rich.text import Text
 from reptile.cli.under_dvc import check_code, check_data
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
+from reptile.rl.cli import app as rl_app
 from reptile.settings import (
     BatchNormMode,
     Settings,
@@ -65,6 +66,7 @@ app = typer.Typer(
 data_app = typer.Typer(
     help="Draw the starter dataset, or download public ones.", no_args_is_help=True
 )
+app.add_typer(rl_app, name="rl")
 app.add_typer(data_app, name="data")
 console = Console()
 

@@ -5,12 +5,14 @@ classes differ from task to task, so classification tasks cannot be pooled.
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reptile.data.dataset import PreparedData
 from reptile.learn.engines import Engine
 from reptile.learn.optimizer import OptimizerState, fresh_state
 from reptile.learn.reptile import MetaState
+from reptile.learn.step_sizes import untrained_start
 from reptile.settings import TrainSettings
 from reptile.tasks import Purpose, Task, random_stream
 
@@ -40,6 +42,8 @@ def train_jointly(
     rng = random_stream(settings.seed, Purpose.JOINT)
     left = settings.meta_iterations * settings.meta_batch * settings.inner_steps
     state = fresh_state(weights)
+    if settings.optimizer.name == "scaled_sgd":  # all steps of the same size
+        state = OptimizerState(torch.ones_like(weights), 0)
     while left:
         steps = min(left, STEPS_AT_ONCE)
         support = rng.choice(rows, steps * settings.inner_batch)
@@ -49,4 +53,4 @@ def train_jointly(
         weights = adapted.weights[0]
         state = OptimizerState(adapted.state.second_moment[0], adapted.state.step)
         left -= steps
-    return MetaState(weights, fresh_state(weights))
+    return untrained_start(settings, engine.model, weights)

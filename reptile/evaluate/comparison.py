@@ -37,8 +37,7 @@ from reptile.learn import heads as learnt
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
 from reptile.learn.episodic import ClosedForm
-from reptile.learn.optimizer import fresh_state
-from reptile.learn.reptile import MetaState
+from reptile.learn.step_sizes import untrained_start
 from reptile.learn.unadapted import ALGORITHM_OF, frozen_features
 from reptile.models import Network, Params, initialise
 from reptile.objectives import CLASSIFICATION
@@ -132,7 +131,7 @@ class Comparison:
         settings = checkpoint.info.settings
         weights = initialise(checkpoint.model, settings.seed).to(checkpoint.state.weights.device)
         if not settings.closed_form:
-            state = MetaState(weights, fresh_state(weights))
+            state = untrained_start(settings, checkpoint.model, weights)
             self.adapted["random"] = GradientLearner(checkpoint, state)
         if not self._has_training_split:
             return  # batch norm's statistics for these weights cannot be measured
@@ -148,7 +147,7 @@ class Comparison:
     def _add_baselines(self, checkpoint: Checkpoint, before: str) -> None:
         settings, data = checkpoint.info.settings, self._data
         if not settings.closed_form:
-            self._networks["trained"] = frozen_features(checkpoint, checkpoint.state.weights, data)
+            self._networks["trained"] = frozen_features(checkpoint, checkpoint.meta.weights, data)
         if self.objective is not CLASSIFICATION:
             if "random" in self.adapted:
                 random = self.adapted["random"].start.weights
@@ -162,10 +161,10 @@ class Comparison:
                 "zero": Row(INPUT, constant_zero),
             }
             return
-        if settings.algorithm != ALGORITHM_OF["prototypes"]:  # there it is the trained learner
+        if settings.head != ALGORITHM_OF["prototypes"]:  # there it is the trained learner
             self.rows["prototypes"] = Row("trained", prototypes)
             self.rows[f"{before}_prototypes"] = Row(before, prototypes)
-        if settings.algorithm != ALGORITHM_OF["ridge"]:
+        if settings.head != ALGORITHM_OF["ridge"]:
             self.rows["ridge"] = Row("trained", None)
         self.rows |= {
             "linear_probe": Row("trained", linear_probe),
@@ -324,7 +323,9 @@ class Comparison:
         classes = self._data.split("validation")
         ways = min(self.ways, len(classes.starts))
         masks = all(isinstance(each.checkpoint.model, Network) for each in self.adapted.values())
-        if ways < self.objective.least_ways or (ways < self.ways and not masks):
+        if ways < (2 if self.objective is CLASSIFICATION else 1) or (
+            ways < self.ways and not masks
+        ):
             return None
         try:
             check_classes(classes, ways, shots + self._settings.queries, "validation split")

@@ -131,6 +131,8 @@ def prototype_steps(optimizer: OptimizerSettings) -> Head:
         start = torch.vmap(lambda s, t: head.fit(numbers, s, t))(support, shown.targets)
         weights = torch.cat([start.weight.flatten(1), start.bias], 1)
         state = fresh_state(weights)
+        if optimizer.name == "scaled_sgd":  # all steps of the same size
+            state = state._replace(second_moment=torch.ones_like(weights))
         for batch in shown.batches:
             weights = decay(weights, optimizer)
             features, targets = support[each, batch], shown.targets[each, batch]

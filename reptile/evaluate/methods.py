@@ -66,9 +66,12 @@ SECOND = {
     "reptile": "second learner, Reptile",
     "fomaml": "second learner, first-order MAML",
     "maml": "second learner, MAML",
+    "anil": "second learner, ANIL",
+    "meta-sgd": "second learner, Meta-SGD",
     "protonet": "second learner, trained through nearest prototypes",
     "ridge": "second learner, trained through ridge regression",
     "bayes": "second learner, trained through Bayesian regression",
+    "pretrain": "second learner, trained to tell all training classes apart",
 }
 
 

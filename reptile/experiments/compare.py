@@ -60,17 +60,22 @@ _HEAD_OF_CLASSES = {"train": {"meta_batch": 1, "episode": {"queries": 5}}}
 PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "classification": {
         "maml": _STEPS_OF_CLASSES,
+        "anil": _STEPS_OF_CLASSES,
+        "meta-sgd": _STEPS_OF_CLASSES | {"evaluate": {"steps": 1}},
+        "pretrain": {"train": {"meta_batch": 1, "inner_batch": 64}},
         "protonet": _HEAD_OF_CLASSES,
         "ridge": _HEAD_OF_CLASSES,
     },
     "regression": {
         "maml": _STEPS_OF_VALUES,
+        "anil": _STEPS_OF_VALUES,
+        "meta-sgd": _STEPS_OF_VALUES,
         "bayes": {"train": {"meta_batch": 64, "episode": {"queries": 20}}},
     },
 }
 """By objective and algorithm: the settings of the paper that has it, where they are not those of
-Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2. ProtoNet: Snell et al. (2017). Ridge:
-Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
+Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet:
+Snell et al. (2017). Ridge: Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
 EPISODE_WAYS = 20  # of protonet and ridge in training, if there are so many classes
 
 
@@ -237,7 +242,11 @@ def settings_of(
         classes = len(data.split("train").starts)
         train["ways"] = min(EPISODE_WAYS, classes) if objective is CLASSIFICATION else 1
         train["episode"]["shots"] = test["shots"] if not data.values else [*range(1, 2 * most + 1)]
-    elif algorithm not in ("reptile", "fomaml"):  # trained on tasks as they will be, all at once
+    elif algorithm not in (
+        "reptile",
+        "fomaml",
+        "pretrain",
+    ):  # trained on tasks as they will be, all at once
         train["train_shots"] = min(test["shots"]) if objective is CLASSIFICATION else most
         train["inner_batch"] = train["ways"] * train["train_shots"]
         test["batch"] = train["ways"] * most
@@ -257,10 +266,14 @@ def gradients(settings: TrainSettings) -> int:
     episode = settings.episode
     if settings.interpolates:
         each = settings.inner_steps * settings.inner_batch
+    elif settings.algorithm == "pretrain":
+        each = settings.inner_batch
     elif settings.closed_form:
         each = round(settings.ways * (float(np.mean(episode.shots)) + episode.queries))
     else:
-        each = 2 * settings.inner_steps * settings.inner_batch + settings.ways * episode.queries
+        queries = settings.ways * episode.queries
+        queries *= settings.inner_steps if episode.multi_step_loss else 1
+        each = 2 * settings.inner_steps * settings.inner_batch + queries
     return settings.meta_batch * each
 
 
@@ -372,7 +385,7 @@ def _seconds_per_iteration(settings: TrainSettings, data: PreparedData, folder: 
     model, state, info = untrained(settings, data)
     device = choose_device(settings.device)
     engine = make_engine(settings.engine, model, settings.optimizer, data.images, device)
-    algorithm, state = algorithm_of(settings, model, info.values), state.to(device)
+    algorithm, state = algorithm_of(settings, model, info.values, info.classes), state.to(device)
     times: list[float] = []
     while sum(times[1:]) < TIMED_SECONDS:
         start = perf_counter()

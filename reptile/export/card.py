@@ -23,9 +23,13 @@ ALGORITHMS = {
     "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+    "anil": "ANIL (Raghu, Raghu, Bengio, Vinyals: arXiv 1909.09157)",
+    "meta-sgd": "Meta-SGD (Li, Zhou, Chen, Li: arXiv 1707.09835)",
     "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",
     "ridge": "ridge regression (Bertinetto, Henriques, Torr, Vedaldi: arXiv 1805.08136)",
     "bayes": "Bayesian linear regression (Harrison, Sharma, Pavone: arXiv 1807.08912)",
+    "pretrain": "none in training, a classifier of all training classes instead (Chen, Liu, Kira, "
+    "Wang, Huang: arXiv 1904.04232)",
 }
 
 
@@ -78,12 +82,12 @@ names, probabilities = adapted.predict(more_images)"""
 REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # needs numpy and onnxruntime only
 
 model = FewShotRegressor.load("path/to/this/folder")
-adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
+adapted = model.adapt(x, y)  # {dtype} [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)"""
 CLOSED_FORM_REGRESSOR_USE = """from reptile.runtime import FewShotRegressor  # numpy and onnxruntime
 
 model = FewShotRegressor.load("path/to/this/folder")
-adapted = model.adapt(x, y)  # float32 [N, {shape}] and [N, {outputs}]
+adapted = model.adapt(x, y)  # {dtype} [N, {shape}] and [N, {outputs}]
 values = adapted.predict(more_x)
 low, high = adapted.predict_interval(more_x, level=0.95)"""
 CLOSED_FORM_USE = """from reptile.runtime import FewShotModel  # needs numpy and onnxruntime only
@@ -202,7 +206,9 @@ def model_card(manifest: Mapping[str, Any], info: CheckpointInfo, metrics: Metri
     """Return the card as Markdown."""
     task, inner, limits = manifest["task"], manifest.get("inner", {}), manifest["limits"]
     sizes = [str(size) for size in task["image_shape"]]
-    form = {"inputs": f"inputs | {' x '.join(sizes)}, numbers as they are", "dtype": "float32"}
+    form = {"inputs": f"inputs | {' x '.join(sizes)}, numbers as they are", "dtype": task["dtype"]}
+    if "columns" in task:
+        form["inputs"] = f"inputs | rows of a table, {len(task['columns'])} columns as they are"
     if "pixel_range" in task:
         form["inputs"] = f"images | {' x '.join(sizes)} (channels, height, width), pixels 0..255"
         form["dtype"] = "uint8"
@@ -241,8 +247,8 @@ adapted.save("my-task.safetensors")
 ```
 
 {texts.graphs}
-`manifest.json` describes every tensor; the cases in `golden/` check that a machine computes what
-was exported.
+{_columns(task)}`manifest.json` describes every tensor; the cases in `golden/` check that a
+machine computes what was exported.
 
 ## Intended use and limits
 
@@ -265,6 +271,29 @@ was exported.
 {hashes}
 
 {packages}. The hashes of all files are in `manifest.json`.
+"""
+
+
+def _columns(task: Mapping[str, Any]) -> str:
+    """Return the columns of a table's rows and of its values."""
+    if "columns" not in task:
+        return ""
+
+    def row(title: str, column: Mapping[str, Any]) -> str:
+        names = ": " + ", ".join(column["categories"]) if "categories" in column else ""
+        cells = (title, column["name"], column["kind"] + names)
+        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |\n"
+
+    rows = [row("input", each) for each in task["columns"]]
+    rows += [row("value", each) for each in task["targets"]]
+    return f"""
+Inputs are rows by the names of the columns, or float64 in their order: a date in seconds since
+1970, a category as its place in the list. None or NaN is missing. Values are in the units of their
+columns.
+
+| | column | |
+|---|---|---|
+{"".join(rows)}
 """
 
 

@@ -26,11 +26,12 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
     the others, `one` a single image. `many` has features alone, of up to 20 classes with 5 images;
     `refused` has the same with a NaN, for which `fit` must say `finite` = false. Of a regressor,
     `some` has 5 points, `many` up to 20, and there is no `gaps`.
+    Of a table's rows, `missing` has two without any value.
     """
     classes = data.split("test")
     named = checkpoint.info.objective is CLASSIFICATION
     check_classes(classes, 2 if named else 1, 1 + QUERIES, f"test split of {data.name}")
-    rng, golden = random_stream(0, Purpose.EXPORT), Golden(folder)
+    rng, golden = random_stream(0, Purpose.EXPORT), Golden(folder, data.index.coding)
     learners = [
         reference.cast(checkpoint.closed_form, each) for each in (torch.float32, torch.float64)
     ]
@@ -53,6 +54,10 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
         _add_task(golden, "gaps", learners, images, 2 * labels + 1, queries)
     embedded = [{"features": reference.embed(learner, queries).numpy()} for learner in learners]
     golden.add("embed", "embed", {"images": queries.astype(np.float32)}, *embedded)
+    if data.index.coding:
+        blank = data.index.coding.blank()
+        embedded = [{"features": reference.embed(each, blank).numpy()} for each in learners]
+        golden.add("embed", "missing", {"images": blank}, *embedded)
     shots = SHOTS if (classes.counts >= SHOTS).sum() >= 2 else 1
     images, labels, _ = draw(MANY, shots, 0) if named else draw(1, min(MANY, most), 0)
     adapted = [reference.adapt(learner, images, labels) for learner in learners]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reptile.bundle_format import GOLDEN_FILE, GoldenCase, golden_json
+from reptile.bundle_format import GOLDEN_FILE, MAX_ATOL, GoldenCase, golden_json
+from reptile.data.coding import Coding
+from reptile.export.coding import raw_tensors
 from reptile.export.reference import Tensors
 from reptile.files import write_json
 
@@ -23,8 +25,8 @@ class Golden:
     rounding and no more; a case so unstable that this says nothing is left out.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, coding: Coding | None = None) -> None:
+        self._folder, self._coding = folder, coding
         self._cases: list[GoldenCase] = []
 
     def add(self, graph: str, name: str, feeds: Tensors, single: Tensors, double: Tensors) -> None:
@@ -37,6 +39,9 @@ class Golden:
             single: its outputs in eager float32.
             double: its outputs in eager float64, which are stored; others, such as `finite`, as
                 they are.
+
+        Of a table, tensors are given as they are coded, and stored raw. Each output in the units of
+        its column is a case of its own, with the tolerance in these units.
         """
         # Relative where values are large, as masked outputs are: there `rtol` allows for rounding.
         deviation = max(
@@ -47,9 +52,15 @@ class Golden:
         tolerance = max(ATOL, 10.0 ** math.ceil(math.log10(10 * deviation + 1e-30)))
         if tolerance > MAX_TOLERANCE:
             return
-        inputs = self._store(name, feeds)
-        case = GoldenCase(graph, inputs, self._store(name, double), tolerance, RTOL)
-        self._cases.append(case)
+        inputs, outputs = self._store(name, feeds), self._store(name, double)
+        units = self._units(double)
+        for output, unit in units.items():
+            one = {output: outputs.pop(output)}
+            self._cases.append(
+                GoldenCase(graph, inputs, one, min(MAX_ATOL, tolerance * unit), RTOL)
+            )
+        if outputs:
+            self._cases.append(GoldenCase(graph, inputs, outputs, tolerance, RTOL))
 
     def refuse(self, graph: str, name: str, feeds: Tensors) -> None:
         """Add a case whose only output is that the numbers are not finite."""
@@ -60,10 +71,23 @@ class Golden:
         """Write the index of the cases."""
         write_json(self._folder / GOLDEN_FILE, golden_json(self._cases))
 
+    def _units(self, outputs: Tensors) -> dict[str, float]:
+        """Return the unit of each output that is stored in a table's: the largest of several."""
+        if not self._coding or not self._coding.targets:
+            return {}
+        deviation = float(self._coding.deviations.max())
+        units = {"logits": deviation, "variance": deviation**2}
+        return {name: unit for name, unit in units.items() if name in outputs}
+
     def _store(self, name: str, tensors: Tensors) -> dict[str, str]:
         files = {key: f"{name}/{key}.npy" for key in tensors}
+        raw = {} if self._coding is None else raw_tensors(tensors, self._coding)
         for key, value in tensors.items():
             path = self._folder / files[key]
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, value.astype(np.float32) if value.dtype == np.float64 else value)
+            if key in raw and raw[key] is not value:
+                value = raw[key]
+            elif value.dtype == np.float64:
+                value = value.astype(np.float32)
+            np.save(path, np.asarray(value, order="C"))  # as readers in other languages expect
         return files

@@ -44,6 +44,7 @@ Specs = dict[str, Spec]
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.DOUBLE: "float64",
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
@@ -103,7 +104,7 @@ class Predict(nn.Module):
         super().__init__()
         self.form, self.network_input = form, checkpoint.info.network_input
         self.names = list(checkpoint.model.shapes)
-        for name, value in unflatten(checkpoint.model, checkpoint.state.weights).items():
+        for name, value in unflatten(checkpoint.model, checkpoint.meta.weights).items():
             path, _, last = name.rpartition(".")
             _submodule(self, path).register_buffer(last, value.clone())
 
@@ -130,13 +131,15 @@ class Adapt(nn.Module):
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
         self.gradient = trace_gradient(form)
-        adam = self.optimizer.name == "adam"
+        stateless = self.optimizer.name == "sgd"
         self.register_buffer("initial_weights", form.pack(weights))
         # The loop carries s = v / (1 - β): then s ← β·s + g² and, with c = √((1 - β^t) / (1 - β)),
         # Adam's step is α·c·g / (√s + ε·c), which saves two passes over the weights. Plain SGD
         # has no state.
-        moment = form.pack(state.second_moment.double() / (1 - BETA2)).float()
-        self.register_buffer("second_moment", moment if adam else weights.new_empty(0))
+        # Scaled SGD has the factors of its steps instead.
+        scale = 1 - BETA2 if self.optimizer.name == "adam" else 1.0
+        moment = form.pack(state.second_moment.double() / scale).float()
+        self.register_buffer("second_moment", weights.new_empty(0) if stateless else moment)
         # c of each step, exact for any step count and without a double in the graph. Epsilon has a
         # dimension because optimisers drop the addition of a scalar that they take for zero.
         taken = range(state.step + 1, state.step + max_steps + 1)
@@ -192,6 +195,8 @@ class Adapt(nn.Module):
                 weights, inputs[batch], targets[batch], share, *constants
             )
             losses = losses.index_copy(0, step[None], loss[None])
+            if self.optimizer.name == "scaled_sgd":
+                gradient = moment * gradient
             move = learning_rate * gradient
             if self.optimizer.name == "adam":
                 correction = corrections[step]

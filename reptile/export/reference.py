@@ -90,7 +90,7 @@ def adapt(
 @torch.no_grad()
 def predict(checkpoint: Checkpoint, images: Array, dtype: torch.dtype) -> Array:
     """Return the logits [N, ways] of the meta-initialised model, batch norm on these images."""
-    params = unflatten(checkpoint.model, checkpoint.state.weights.to(dtype))
+    params = unflatten(checkpoint.model, checkpoint.meta.weights.to(dtype))
     inputs = checkpoint.info.network_input(torch.from_numpy(images)).to(dtype)
     return np.asarray(checkpoint.model.forward(params, inputs).numpy())
 

@@ -23,6 +23,7 @@ from reptile.bundle_format import (
     graph_path,
     manifest_json,
 )
+from reptile.data.coding import Coding
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
@@ -30,6 +31,7 @@ from reptile.export import reference
 from reptile.export.card import model_card
 from reptile.export.closed_form import MAX_RIDGE_SUPPORT, build_closed_form_graphs
 from reptile.export.closed_form_golden import write_closed_form_golden
+from reptile.export.coding import columns_of, with_coding
 from reptile.export.golden import Golden
 from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
@@ -78,7 +80,9 @@ def export_bundle(
             f"export.max_steps = {settings.max_steps} is below evaluate.steps = {protocol.steps}, "
             "the number of steps that the bundle takes by default; raise one or lower the other"
         )
-    graphs = _graphs(settings, checkpoint)
+    graphs, coding = _graphs(settings, checkpoint), data.index.coding
+    if coding:
+        graphs = {name: with_coding(graph, coding) for name, graph in graphs.items()}
     with atomic_directory(folder) as temporary:
         for name, graph in graphs.items():
             path = temporary / graph_path(name)
@@ -88,7 +92,7 @@ def export_bundle(
             write_closed_form_golden(temporary / GOLDEN_FOLDER, checkpoint, data)
         else:
             _write_golden(temporary / GOLDEN_FOLDER, checkpoint, data, settings, protocol)
-        manifest = _manifest(settings, checkpoint, metrics, protocol, graphs)
+        manifest = _manifest(settings, checkpoint, metrics, protocol, graphs, coding)
         card = model_card(manifest, checkpoint.info, metrics)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -161,14 +165,15 @@ def _manifest(
     metrics: Metrics | None,
     protocol: EvaluateSettings,
     graphs: Mapping[str, onnx.ModelProto],
+    coding: Coding | None,
 ) -> dict[str, Any]:
     model, _, info = checkpoint
     optimizer, closed_form = info.settings.optimizer, info.settings.closed_form
     if closed_form:
-        learner = closed_form_learner(info.settings.algorithm)
+        learner = closed_form_learner(info.settings.head)
     else:
         learner = gradient_learner(
-            optimizer=optimizer.name,
+            optimizer=optimizer.name.removeprefix("scaled_"),  # the factors are in the graphs
             learning_rate=optimizer.learning_rate,
             weight_decay=optimizer.weight_decay,
             steps=protocol.steps,
@@ -184,6 +189,7 @@ def _manifest(
         image_shape=model.image_shape,
         model=_network(checkpoint),
         pixels=info.pixels,
+        columns=coding and columns_of(coding),
         max_support=settings.max_support,
         graphs={
             name: {
@@ -251,10 +257,14 @@ def _write_golden(
     crossing = held_out_task(rng, classes, few._replace(batch=few.ways * each - 1))
     crossing = crossing._replace(support_targets=crossing.support_targets + absent)
 
-    golden = Golden(folder)
+    golden = Golden(folder, data.index.coding)
     images = np.asarray(data.images[task.query])
     logits = [{"logits": reference.predict(checkpoint, images, dtype)} for dtype in _PRECISIONS]
     golden.add("predict", "predict", {"images": images.astype(np.float32)}, *logits)
+    if data.index.coding:
+        blank = data.index.coding.blank()
+        logits = [{"logits": reference.predict(checkpoint, blank, each)} for each in _PRECISIONS]
+        golden.add("predict", "missing", {"images": blank}, *logits)
     for name, each_task, numbers in (("crossing", crossing, [few.steps]), ("adapt", task, steps)):
         support = SupportSet(
             np.asarray(data.images[each_task.support]),

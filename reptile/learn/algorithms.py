@@ -1,7 +1,7 @@
 """The algorithms behind one interface: where each starts, a meta-iteration, its validation score.
 
-Reptile and first-order MAML are in `reptile`, MAML in `maml`, training through a closed-form head
-in `episodic`.
+Reptile and first-order MAML are in `reptile`, MAML, ANIL and Meta-SGD in `maml`, training through a
+closed-form head in `episodic`, ordinary supervised training in `pretrain`.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,15 @@ from reptile.learn.episodic import (
 from reptile.learn.heads import BayesHead, Head, head_of
 from reptile.learn.maml import maml_step
 from reptile.learn.optimizer import fresh_state
+from reptile.learn.pretrain import classifier_shapes, pretrain_step, training_batch
 from reptile.learn.reptile import MetaState, meta_step, step_size
 from reptile.learn.shares import choose_shares, share_tasks
+from reptile.learn.step_sizes import first_vector, relative_sizes, start_of
 from reptile.learn.validate import mean_score
 from reptile.models import Model, Statistics, Towers
 from reptile.objectives import Objective
 from reptile.settings import TrainSettings
-from reptile.tasks import Task, episodes, training_tasks
+from reptile.tasks import Purpose, Task, episodes, random_stream, training_tasks
 
 
 class Algorithm(Protocol):
@@ -92,22 +94,24 @@ class GradientSteps:
 
 
 class Maml:
-    """MAML."""
+    """MAML, ANIL and Meta-SGD."""
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings, model: Model) -> None:
         self.settings = settings
+        relative_sizes(settings, model, model.initialise(0))  # refuses a network that has none
 
     def start(self, weights: Tensor) -> EpisodicState:
         """See `Algorithm.start`."""
-        return EpisodicState(weights, torch.zeros_like(weights), torch.zeros_like(weights), 0)
+        vector = first_vector(self.settings, weights)
+        return EpisodicState(vector, torch.zeros_like(vector), torch.zeros_like(vector), 0)
 
     def iterate(
         self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
     ) -> tuple[EpisodicState, Tensor]:
         """See `Algorithm.iterate`."""
         tasks = episodes(classes, self.settings, iteration)
-        inner_rate = self.settings.optimizer.learning_rate
-        return maml_step(engine, state, tasks, inner_rate, adam_rate(self.settings, iteration))
+        rate, done = adam_rate(self.settings, iteration), iteration / self.settings.meta_iterations
+        return maml_step(engine, state, tasks, self.settings, rate, done)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
         """See `Algorithm.finish`: nothing."""
@@ -115,7 +119,7 @@ class Maml:
 
     def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
         """See `Algorithm.score`."""
-        start = MetaState(state.weights, fresh_state(state.weights))
+        start = start_of(self.settings, engine.model, state.weights)
         return mean_score(engine, start, tasks, engine.model.objective)
 
     def diverged(self) -> str:
@@ -173,25 +177,57 @@ class ThroughHead:
         return f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
 
 
+class Pretrain(ThroughHead):
+    """A classifier of all training classes; tasks are learnt by the nearest prototype."""
+
+    def __init__(self, settings: TrainSettings, head: Head, features: int, classes: int) -> None:
+        super().__init__(settings, head)
+        self.classes = classes
+        shapes = classifier_shapes(features, classes)
+        self._numbers = sum(shape.numel() for shape in shapes.values())
+
+    def start(self, weights: Tensor) -> EpisodicState:
+        """See `Algorithm.start`: the classifier starts at 0."""
+        state = super().start(weights)
+        return state.each(lambda vector: torch.cat([vector, vector.new_zeros(self._numbers)]))
+
+    def iterate(
+        self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
+    ) -> tuple[EpisodicState, Tensor]:
+        """See `Algorithm.iterate`."""
+        settings = self.settings
+        rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
+        batch = training_batch(rng, classes, settings.meta_batch * settings.inner_batch)
+        rate = adam_rate(settings, iteration)
+        return pretrain_step(engine, state, *batch, self.classes, rate)
+
+
 def adam_rate(settings: TrainSettings, iteration: int) -> float:
     """Return the outer step size of a meta-iteration (from 0), which falls linearly."""
     episode, done = settings.episode, iteration / settings.meta_iterations
     return episode.learning_rate * (1 - done) + episode.learning_rate_final * done
 
 
-def algorithm_of(settings: TrainSettings, model: Model, values: int) -> Algorithm:
+def algorithm_of(settings: TrainSettings, model: Model, values: int, classes: int = 0) -> Algorithm:
     """Return the algorithm that the settings name.
 
     Args:
         settings: of the training.
         model: the network.
         values: how many values there are to predict; 0 where classes are to be named.
+        classes: of the training split, for `pretrain`.
+
+    Raises:
+        InputError: the network does not fit the algorithm.
     """
     if settings.interpolates:
         return GradientSteps(settings)
-    if settings.algorithm == "maml":
-        return Maml(settings)
-    return ThroughHead(settings, head_of(settings.algorithm, model.feature_size, values))
+    if settings.second_order:
+        return Maml(settings, model)
+    head = head_of(settings.head, model.feature_size, values)
+    if settings.algorithm == "pretrain":
+        return Pretrain(settings, head, model.feature_size, classes)
+    return ThroughHead(settings, head)
 
 
 def check_objective(settings: TrainSettings, objective: Objective) -> None:
@@ -201,7 +237,7 @@ def check_objective(settings: TrainSettings, objective: Objective) -> None:
         InputError: a head for classes where values are to be predicted, or the other way round.
     """
     heads = {"protonet": "classification", "ridge": "classification", "bayes": "regression"}
-    wanted = heads.get(settings.algorithm, objective.name)
+    wanted = heads.get(settings.head, objective.name)
     if wanted != objective.name:
         use = "bayes" if objective.name == "regression" else "protonet or ridge"
         raise InputError(

@@ -14,7 +14,7 @@ from reptile.learn.engines import choose_device, make_engine
 from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import EpisodicState, episodic_step
 from reptile.learn.heads import head_of
-from reptile.learn.optimizer import fresh_state
+from reptile.learn.step_sizes import untrained_start
 from reptile.minibatches import IntArray
 from reptile.models import Model, ModuleNetwork, build_model, initialise, size, unflatten
 from reptile.models.cut import Cut, split
@@ -146,9 +146,10 @@ def _step(
 ) -> Callable[[], Tensor]:
     """Return one training step, which gives how far what is learnt has moved."""
     if not settings.closed_form:
-        return lambda: engine.adapt(weights, fresh_state(weights), [task]).weights[0] - weights
+        start = untrained_start(settings, engine.model, weights)
+        return lambda: engine.adapt(*start, [task]).weights[0] - weights
     values = task.query_targets.shape[1] if task.query_targets.ndim > 1 else 0
-    head = head_of(settings.algorithm, engine.model.feature_size, values)
+    head = head_of(settings.head, engine.model.feature_size, values)
     state, rate = EpisodicState.start(weights, head), settings.episode.learning_rate
     return lambda: episodic_step(engine, state, [task], head, rate)[0].weights - state.weights
 

@@ -20,8 +20,10 @@ from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.heads import Head, head_of
-from reptile.learn.optimizer import OptimizerState, fresh_state
+from reptile.learn.optimizer import OptimizerState
+from reptile.learn.pretrain import classifier_shapes
 from reptile.learn.reptile import MetaState
+from reptile.learn.step_sizes import start_of
 from reptile.models import (
     LayerStatistics,
     Model,
@@ -63,6 +65,8 @@ class CheckpointInfo(BaseModel):
     image_shape: tuple[int, ...]
     values: Annotated[int, Field(ge=0)] = 0
     """Values that a regressor predicts; 0 for a classifier."""
+    classes: Annotated[int, Field(ge=0)] = 0
+    """Training classes that the classifier of `pretrain` tells apart."""
     pixels: bool = True
     """Whether a classifier's inputs are pixels 0..255, or any numbers."""
     module: str = ""
@@ -127,7 +131,7 @@ class Checkpoint(NamedTuple):
                 f"a checkpoint of {self.info.settings.algorithm} learns tasks in closed form; it "
                 "has no start for gradient steps"
             )
-        return MetaState(self.state.weights, fresh_state(self.state.weights))
+        return start_of(self.info.settings, self.model, self.state.weights)
 
     @property
     def closed_form(self) -> ClosedForm:
@@ -274,14 +278,19 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
 
 
 def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:
-    """Return the names and shapes of all that is learnt: the network's weights, then a head's."""
+    """Return the names and shapes of all that is learnt: the network's weights, then others."""
+    if info.settings.algorithm == "meta-sgd":
+        return model.shapes | {f"step_size.{name}": each for name, each in model.shapes.items()}
     if not info.settings.closed_form:
         return model.shapes
-    return model.shapes | _head(model, info).shapes
+    shapes = model.shapes | _head(model, info).shapes
+    if info.settings.algorithm == "pretrain":
+        shapes |= classifier_shapes(model.feature_size, info.classes)
+    return shapes
 
 
 def _head(model: Model, info: CheckpointInfo) -> Head:
-    return head_of(info.settings.algorithm, model.feature_size, info.values)
+    return head_of(info.settings.head, model.feature_size, info.values)
 
 
 def _flat(shapes: Mapping[str, torch.Size], tensors: dict[str, Tensor], vector: str) -> Tensor:

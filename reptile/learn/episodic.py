@@ -166,7 +166,9 @@ class ClosedForm(NamedTuple):
     @classmethod
     def of(cls, model: Model, head: Head, state: EpisodicState) -> "ClosedForm":
         """Return the learner of a finished state."""
-        params = named_parts(model.shapes | head.shapes, state.weights)
+        shapes = model.shapes | head.shapes
+        numbers = sum(shape.numel() for shape in shapes.values())
+        params = named_parts(shapes, state.weights[:numbers])  # without a classifier of `pretrain`
         statistics = state.statistics
         if isinstance(model, Towers) and state.shares:
             statistics = model.weigh(statistics, state.shares)

@@ -1,8 +1,9 @@
 """MAML: the initialisation follows the gradient of the queries' loss through the inner loop.
 
 Finn et al., Model-agnostic meta-learning (2017), algorithm 2; with `first_order` its second
-derivatives are left out. Batch norm uses the statistics of each batch, as theirs does. The outer
-optimiser is that of `episodic`, and so is its state.
+derivatives are left out. ANIL and Meta-SGD are MAML with other step sizes (`step_sizes`). Batch
+norm uses the statistics of each batch, as theirs does. The outer optimiser is that of `episodic`,
+and so is its state.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,19 @@ from torch.func import grad, grad_and_value
 
 from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import EpisodicState, adam
-from reptile.models import unflatten
+from reptile.learn.step_sizes import relative_sizes
+from reptile.models import size, unflatten
+from reptile.settings import TrainSettings
 from reptile.tasks import Task
 
 
 def maml_step(
-    engine: Engine, state: EpisodicState, tasks: Sequence[Task], inner_rate: float, rate: float
+    engine: Engine,
+    state: EpisodicState,
+    tasks: Sequence[Task],
+    settings: TrainSettings,
+    rate: float,
+    done: float = 1.0,
 ) -> tuple[EpisodicState, Tensor]:
     """Take one step of Adam on the mean loss of the tasks' queries after the inner loop.
 
@@ -27,35 +35,74 @@ def maml_step(
         engine: holds the network and the inputs.
         state: where to start.
         tasks: with queries, and as many mini-batches of equal size as inner steps.
-        inner_rate: step size of the inner loop (SGD).
+        settings: the algorithm, and the step size of the inner loop.
         rate: Adam's step size.
+        done: the share of training that is done, 0..1, by which a multi-step loss is weighted.
 
     Returns:
-        The state, and each task's loss after the inner loop, before the step [T].
+        The state, and each task's loss, before the step [T].
     """
+    shares = [0.0] * (len(tasks[0].batches) - 1) + [1.0]
+    if settings.episode.multi_step_loss:
+        shares = step_shares(len(shares), done)
+
+    def loss(vector: Tensor, task: Task) -> Tensor:
+        weights = vector[: size(engine.model)]
+        rates = settings.optimizer.learning_rate * relative_sizes(settings, engine.model, vector)
+        return query_loss(weights, engine, task, rates, shares)
+
     gradient, losses = torch.zeros_like(state.weights), []
     for task in tasks:
-        task_gradient, loss = grad_and_value(query_loss)(state.weights, engine, task, inner_rate)
+        task_gradient, value = grad_and_value(loss)(state.weights, task)
         gradient += task_gradient / len(tasks)
-        losses.append(loss)
+        losses.append(value)
     return adam(state, gradient, rate), torch.stack(losses)
 
 
 def query_loss(
-    weights: Tensor, engine: Engine, task: Task, inner_rate: float, first_order: bool = False
+    weights: Tensor,
+    engine: Engine,
+    task: Task,
+    rates: Tensor | float,
+    shares: Sequence[float] = (),
+    first_order: bool = False,
 ) -> Tensor:
-    """Return the loss [] of a task's queries after the inner loop from the weights [P]."""
+    """Return the loss [] of a task's queries after the inner loop from the weights [P].
+
+    Args:
+        weights: where to start.
+        engine: holds the network and the inputs.
+        task: with queries.
+        rates: step sizes of the inner loop, [P], or one for all.
+        shares: how much the loss after each step counts, [K]; the last alone by default.
+        first_order: leave second derivatives out.
+    """
     model, device = engine.model, weights.device
     inputs = engine.images(task.support).to(weights.dtype)
     targets = torch.from_numpy(task.support_targets).to(device)
+    queries = engine.images(task.query).to(weights.dtype)
+    query_targets = torch.from_numpy(np.asarray(task.query_targets)).to(device)
 
     def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         outputs = model.forward(unflatten(model, weights), inputs)
         return model.objective.loss(outputs, targets)
 
-    for positions in task.batches:
+    shares = shares or [0.0] * (len(task.batches) - 1) + [1.0]
+    total = weights.new_zeros(())
+    for positions, share in zip(task.batches, shares, strict=True):
         batch = torch.from_numpy(positions).to(device)
         gradient = grad(loss)(weights, inputs[batch], targets[batch])
-        weights = weights - inner_rate * (gradient.detach() if first_order else gradient)
-    queries = engine.images(task.query).to(weights.dtype)
-    return loss(weights, queries, torch.from_numpy(np.asarray(task.query_targets)).to(device))
+        weights = weights - rates * (gradient.detach() if first_order else gradient)
+        if share:
+            total = total + share * loss(weights, queries, query_targets)
+    return total
+
+
+def step_shares(steps: int, done: float) -> list[float]:
+    """Return how much the loss after each step counts in MAML++'s multi-step loss.
+
+    Antoniou et al., How to train your MAML (2019): all alike at the start; those before the last
+    fall to 0, here linearly in the share of training that is `done`.
+    """
+    before = (1 - done) / steps
+    return [before] * (steps - 1) + [1 - before * (steps - 1)]

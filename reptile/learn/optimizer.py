@@ -1,7 +1,8 @@
 """The inner loop's optimiser: what it carries from step to step, and one update.
 
 Adam with beta1 = 0 has two state variables, the second moment and the step count; meta-training
-learns both. Written once, for a single task [P] and a batch of tasks [T, P].
+learns both. Scaled SGD has the factor of each parameter's step in the second moment's place.
+Written once, for a single task [P] and a batch of tasks [T, P].
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ EPSILON = 1e-8
 class OptimizerState(NamedTuple):
     """State of the inner optimiser; plain SGD has no second moment and leaves it as it is."""
 
-    second_moment: Tensor  # [P], or [T, P] for a batch of tasks
+    second_moment: Tensor  # [P], or [T, P] for a batch of tasks; of scaled SGD, its factors
     step: int  # updates taken so far; a float64 tensor inside a captured loop
 
 
@@ -37,7 +38,9 @@ def update(
 ) -> tuple[Tensor, OptimizerState]:
     """Take one step of SGD or of Adam with beta1 = 0 (Kingma and Ba, algorithm 1)."""
     step = state.step + 1
-    if optimizer.name == "sgd":
+    if optimizer.name == "scaled_sgd":
+        gradient = state.second_moment * gradient
+    if optimizer.name != "adam":
         return weights - optimizer.learning_rate * gradient, state._replace(step=step)
     second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
     corrected = second_moment.sqrt() / (1 - BETA2**step) ** 0.5

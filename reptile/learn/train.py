@@ -68,7 +68,7 @@ def meta_train(
     model, state, info = start
     settings, classes = info.settings, data.split("train")
     validation = validation_tasks(settings, data)
-    algorithm = algorithm_of(settings, model, info.values)
+    algorithm = algorithm_of(settings, model, info.values, info.classes)
     losses = list(info.losses)
     for iteration in range(info.iteration, settings.meta_iterations):
         state, task_losses = algorithm.iterate(engine, state, classes, iteration)
@@ -135,6 +135,7 @@ def untrained(
         settings=settings,
         image_shape=data.image_shape,
         values=data.values,
+        classes=len(data.split("train").starts) if settings.algorithm == "pretrain" else 0,
         pixels=data.images.dtype == np.uint8,
         dataset=data.name,
         data_sha256=data.content_sha256,
@@ -147,7 +148,7 @@ def untrained(
     name = model.name if module else ""
     info = info.model_copy(update={"module": name, "weights_sha256": loaded})
     weights = initialise(model, settings.seed)
-    start = algorithm_of(settings, model, info.values).start(weights)
+    start = algorithm_of(settings, model, info.values, info.classes).start(weights)
     return Checkpoint(model, start, info)
 
 

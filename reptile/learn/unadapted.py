@@ -37,9 +37,9 @@ def unadapted(
         head: classifies by the features.
         strength: of ridge regression, for the kernel of the features; None for the head's default.
     """
-    if isinstance(checkpoint.state, EpisodicState):
+    if checkpoint.info.settings.closed_form:
         return with_head(checkpoint.closed_form, head, strength)
-    return frozen_features(checkpoint, checkpoint.state.weights, data, head, strength)
+    return frozen_features(checkpoint, checkpoint.meta.weights, data, head, strength)
 
 
 def frozen_features(

@@ -36,7 +36,7 @@ def check_support(size: int, bundle: Bundle, what: str) -> None:
 def adapt(
     bundle: Bundle,
     session: Any,
-    inputs: FloatArray,
+    inputs: npt.NDArray[Any],
     targets: npt.NDArray[Any],
     inner: InnerLoop,
 ) -> tuple[FloatArray, dict[str, FloatArray]]:

@@ -27,7 +27,12 @@ from reptile.runtime.constants import with_constants
 from reptile.runtime.provider import open_session
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def embed(
     features = np.empty((len(images), bundle.features), dtype=np.float32)
     for start in range(0, len(images), bundle.images_at_once):
         part = slice(start, start + bundle.images_at_once)
-        chunk = np.ascontiguousarray(images[part], dtype=np.float32)
+        chunk = np.ascontiguousarray(images[part], dtype=bundle.input_dtype)
         (output,) = run_within(session, ["features"], {"images": chunk}, _left(until))
         features[part] = output
     return features

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from reptile.bundle_format import MAX_LEARNING_RATE, Manifest
 from reptile.errors import InputError
+from reptile.runtime.columns import check_rows
 
 
 def check_images(
@@ -73,6 +74,19 @@ def _check_range(array: npt.NDArray[Any], what: str) -> None:
             f"{what} are floats of at most {high:g} and look scaled to 0..1, expected 0..255: "
             "multiply by 255 (or pass uint8 if the images really are that dark)"
         )
+
+
+def check_inputs(x: Any, bundle: Manifest, what: str) -> npt.NDArray[np.floating[Any]]:
+    """Return inputs that are no images as the graphs take them: see `check_points`.
+
+    Raw rows of a table, where the bundle takes these: see `columns.check_rows`.
+
+    Raises:
+        InputError: as these.
+    """
+    if bundle.columns:
+        return check_rows(x, bundle.columns, what)
+    return check_points(x, bundle.image_shape, what)
 
 
 def check_points(

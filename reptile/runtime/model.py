@@ -18,9 +18,9 @@ from reptile.runtime.bundle import Bundle
 from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
 from reptile.runtime.inputs import (
     check_images,
+    check_inputs,
     check_labels,
     check_names,
-    check_points,
     check_ways,
 )
 from reptile.runtime.opened import OpenedBundle
@@ -75,8 +75,8 @@ class AdaptedModel:
 
         Args:
             images: [N, C, H, W], or [N, H, W] where C is 1; pixels 0..255 of any real type. Of a
-                bundle that was trained on other data than images: [N, ...], any numbers. N may be
-                any number, 0 included.
+                bundle that was trained on other data: [N, ...], any numbers; of a table its rows,
+                as `columns.check_rows` takes them. N may be any number, 0 included.
 
         Raises:
             InputError: images of another shape, type or range.
@@ -96,7 +96,7 @@ class AdaptedModel:
         session = self._sessions["predict_adapted"]
         for start in range(0, len(array), self.bundle.images_at_once):
             part = slice(start, start + self.bundle.images_at_once)
-            chunk = np.ascontiguousarray(array[part], dtype=np.float32)
+            chunk = np.ascontiguousarray(array[part], dtype=self.bundle.input_dtype)
             (output,) = session.run(["logits"], {"images": chunk, **self._fed})
             # Outputs without a class are dropped.
             logits[part] = output[:, : logits.shape[1]]
@@ -196,7 +196,7 @@ def _inputs(images: npt.ArrayLike, bundle: Bundle) -> npt.NDArray[Any]:
     """Check images, or inputs of any numbers where the bundle takes no pixels."""
     if bundle.pixels:
         return check_images(images, bundle.image_shape)
-    return check_points(images, bundle.image_shape, "inputs")
+    return check_inputs(images, bundle, "inputs")
 
 
 def softmax(logits: FloatArray) -> FloatArray:
@@ -282,7 +282,7 @@ class FewShotModel(OpenedBundle):
         if bundle.learner == "closed_form":
             check_no_steps(inner)
             return self._closed_form(names, array, targets, timeout)
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        array = np.ascontiguousarray(array, dtype=bundle.input_dtype)
         losses, weights = adapt(bundle, self._sessions["adapt"], array, targets, inner)
         return self._adapted(AdaptedState(names, losses, weights))
 

@@ -16,9 +16,10 @@ from reptile.errors import InputError
 from reptile.runtime.adapting import InnerLoop, adapt, check_support
 from reptile.runtime.bundle import Bundle
 from reptile.runtime.closed_form import check_no_steps, deadline, embed, fit
-from reptile.runtime.inputs import check_points
+from reptile.runtime.columns import check_values
+from reptile.runtime.inputs import check_inputs, check_points
 from reptile.runtime.opened import OpenedBundle
-from reptile.runtime.saved import AdaptedState, Examples, FloatArray, read_adapted, write_adapted
+from reptile.runtime.saved import AdaptedState, Examples, Values, read_adapted, write_adapted
 
 _CHUNK = 4096  # inputs per run: bounds memory; they are independent
 
@@ -26,20 +27,22 @@ _CHUNK = 4096  # inputs per run: bounds memory; they are independent
 class Interval(NamedTuple):
     """The result of `AdaptedRegressor.predict_interval` for N inputs."""
 
-    low: FloatArray  # [N, outputs]
-    high: FloatArray  # [N, outputs]
+    low: Values  # [N, outputs]
+    high: Values  # [N, outputs]
 
 
-def check_pairs(
-    x: npt.ArrayLike, y: npt.ArrayLike, bundle: Bundle
-) -> tuple[FloatArray, FloatArray]:
+def check_pairs(x: Any, y: Any, bundle: Bundle) -> tuple[Values, Values]:
     """Return points' inputs [N, *image_shape] and values [N, outputs].
 
     Raises:
         InputError: another shape or type, numbers that are not finite, or not one y for each x.
     """
-    inputs = check_points(x, bundle.image_shape, "x")
-    values = check_points(y, (bundle.outputs,), "y")
+    inputs = check_inputs(x, bundle, "x")
+    values: Values
+    if bundle.columns:
+        values = check_values(y, bundle.targets, "y")
+    else:
+        values = check_points(y, (bundle.outputs,), "y")
     if len(inputs) != len(values):
         raise InputError(f"{len(inputs)} x but {len(values)} y: give each point both")
     return inputs, values
@@ -57,21 +60,22 @@ class AdaptedRegressor:
     _sessions: Mapping[str, Any]
 
     @property
-    def losses(self) -> FloatArray:
+    def losses(self) -> npt.NDArray[np.float32]:
         """The loss of each inner step's mini-batch before that step, float32 [steps].
 
         Empty where the function is learnt in closed form.
         """
         return self.state.losses
 
-    def predict(self, x: npt.ArrayLike) -> FloatArray:
+    def predict(self, x: Any) -> Values:
         """Predict the values at each x independently of the others.
 
         Args:
-            x: [N, C, H, W], or [N] where inputs are single numbers. N may be any number.
+            x: [N, C, H, W], or [N] where inputs are single numbers; of a table's bundle, its rows,
+                as `columns.check_rows` takes them. N may be any number.
 
         Returns:
-            float32 [N, outputs].
+            float32 [N, outputs]; of a table's bundle float64, in the units of its columns.
 
         Raises:
             InputError: inputs of another shape or type, or not finite.
@@ -79,7 +83,7 @@ class AdaptedRegressor:
         (values,) = self._run(x, ["logits"])
         return values
 
-    def predict_interval(self, x: npt.ArrayLike, level: float = 0.95) -> Interval:
+    def predict_interval(self, x: Any, level: float = 0.95) -> Interval:
         """Predict intervals that hold the values at each x with a given probability.
 
         Of a bundle that learns in closed form, by the normal distribution that it predicts. How
@@ -101,13 +105,14 @@ class AdaptedRegressor:
         if not 0 < level < 1:
             raise InputError(f"level must lie between 0 and 1, got {level}")
         mean, variance = self._run(x, ["logits", "variance"])
-        half = np.float32(NormalDist().inv_cdf((1 + level) / 2)) * np.sqrt(variance)
+        half = np.sqrt(variance) * mean.dtype.type(NormalDist().inv_cdf((1 + level) / 2))
         return Interval(mean - half, mean + half)
 
-    def _run(self, x: npt.ArrayLike, names: list[str]) -> list[FloatArray]:
+    def _run(self, x: Any, names: list[str]) -> list[Values]:
         """Return these outputs of the graph, each [N, outputs]."""
-        inputs = check_points(x, self.bundle.image_shape, "x")
-        found = np.empty((len(names), len(inputs), self.bundle.outputs), dtype=np.float32)
+        inputs = check_inputs(x, self.bundle, "x")
+        sizes = len(names), len(inputs), self.bundle.outputs
+        found = np.empty(sizes, dtype=self.bundle.input_dtype)
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
             found[:, part] = self._sessions["predict_adapted"].run(
@@ -115,9 +120,7 @@ class AdaptedRegressor:
             )
         return list(found)
 
-    def add(
-        self, x: npt.ArrayLike, y: npt.ArrayLike, *, timeout: float | None = None
-    ) -> "AdaptedRegressor":
+    def add(self, x: Any, y: Any, *, timeout: float | None = None) -> "AdaptedRegressor":
         """Return the function given more of its points.
 
         Only the new points are run through the network; the result equals adapting to all points
@@ -191,8 +194,8 @@ class FewShotRegressor(OpenedBundle):
 
     def adapt(
         self,
-        x: npt.ArrayLike,
-        y: npt.ArrayLike,
+        x: Any,
+        y: Any,
         *,
         steps: int | None = None,
         learning_rate: float | None = None,
@@ -202,8 +205,9 @@ class FewShotRegressor(OpenedBundle):
         """Learn a new function from a few of its points; the same arguments give the same result.
 
         Args:
-            x: the points' inputs, [N, C, H, W], or [N] where they are single numbers.
-            y: the function's values there, [N, outputs], or [N] of a single output.
+            x: the points' inputs, as `AdaptedRegressor.predict` takes them.
+            y: the function's values there, [N, outputs], or [N] of a single output; of a table's
+                bundle in the units of its columns, or by their names, as x.
             steps: inner steps; None means the bundle's.
             learning_rate: of the inner steps; None means the bundle's.
             seed: chooses the mini-batches.
@@ -225,7 +229,7 @@ class FewShotRegressor(OpenedBundle):
         return self._adapted(AdaptedState((), losses, weights))
 
     def _closed_form(
-        self, inputs: FloatArray, values: FloatArray, timeout: float | None
+        self, inputs: Values, values: Values, timeout: float | None
     ) -> AdaptedRegressor:
         until = deadline(timeout)
         features = embed(self._sessions["embed"], self.bundle, inputs, until)

@@ -28,6 +28,8 @@ READABLE = (
 _MAX_HEADER_BYTES = 1 << 20
 
 FloatArray = npt.NDArray[np.float32]
+Values = npt.NDArray[np.floating[Any]]
+"""A regressor's values: float32, or float64 in the units of a table's columns."""
 IntArray = npt.NDArray[np.int64]
 
 
@@ -35,7 +37,7 @@ class Examples(NamedTuple):
     """What a closed-form learner keeps of a support set, so that classes can come and go."""
 
     features: FloatArray  # [S, D]
-    targets: IntArray | FloatArray  # [S], places among the task's labels; or values [S, outputs]
+    targets: IntArray | Values  # [S], places among the task's labels; or values [S, outputs]
 
 
 class AdaptedState(NamedTuple):
@@ -166,13 +168,17 @@ def _layout(shapes: Mapping[str, tuple[int, ...]], bundle: Bundle) -> dict[str, 
     layout, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + _bytes(name, shape, bundle)
-        dtype = "I64" if _dtype(name, bundle) == "<i8" else "F32"
+        dtype = {"<i8": "I64", "<f8": "F64", "<f4": "F32"}[_dtype(name, bundle)]
         layout[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return layout
 
 
 def _dtype(name: str, bundle: Bundle) -> str:
-    return "<i8" if name == "targets" and bundle.kind == "classification" else "<f4"
+    if name != "targets":
+        return "<f4"
+    if bundle.kind == "classification":
+        return "<i8"
+    return "<f8" if bundle.columns else "<f4"
 
 
 def _bytes(name: str, shape: tuple[int, ...], bundle: Bundle) -> int:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from schemas import validate_bundle
 
@@ -85,3 +87,30 @@ def deviations() -> Callable[[str], list[float]]:
         return [float(next(word for word in row if "e-" in word or "e+" in word)) for row in rows]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the examples and the C++ programs of tests/clients were built in."""
+    if not (shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++"))):
+        pytest.skip("no CMake or no C++ compiler")
+    folder = tmp_path_factory.mktemp("cpp")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1.*"), None)
+    if library is None:
+        pytest.skip("the installed onnxruntime has no libonnxruntime.so")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):  # what linker and loader look for
+        (folder / name).symlink_to(library)
+    sources, build = Path(__file__).parent, folder / "build"
+    found = f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"
+    done = _call("cmake", "-S", sources, "-B", build, found, "-DCMAKE_BUILD_TYPE=Debug")
+    if done.returncode and "ONNXRUNTIME_INCLUDE_DIR" in done.stderr:
+        pytest.skip("no C++ headers of ONNX Runtime; tests/clients/onnxruntime-headers has a way")
+    assert done.returncode == 0, done.stderr
+    done = _call("cmake", "--build", build)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout + done.stderr
+    return build
+
+
+def _call(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 Deviations = Callable[[str], list[float]]
@@ -20,29 +19,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def call(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the examples and tests/clients/few_shot.cpp were built in."""
-    if not (shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++"))):
-        pytest.skip("no CMake or no C++ compiler")
-    folder = tmp_path_factory.mktemp("cpp")
-    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1.*"), None)
-    if library is None:
-        pytest.skip("the installed onnxruntime has no libonnxruntime.so")
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):  # what linker and loader look for
-        (folder / name).symlink_to(library)
-    sources, build = Path(__file__).parent, folder / "build"
-    found = f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"
-    done = call("cmake", "-S", sources, "-B", build, found, "-DCMAKE_BUILD_TYPE=Debug")
-    if done.returncode and "ONNXRUNTIME_INCLUDE_DIR" in done.stderr:
-        pytest.skip("no C++ headers of ONNX Runtime; tests/clients/onnxruntime-headers has a way")
-    assert done.returncode == 0, done.stderr
-    done = call("cmake", "--build", build)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning" not in done.stdout + done.stderr
-    return build
 
 
 @pytest.fixture

@@ -236,6 +236,28 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     assert not list(tmp_path.rglob("checkpoint"))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "each"),
+    [  # of tasks of 3 classes with an image to adapt to and 5 queries each
+        ("anil", 32 * (2 * 3 + 15)),
+        ("meta-sgd", 32 * (2 * 3 + 15)),
+        ("pretrain", 64),
+    ],
+)
+def test_an_algorithm_gets_its_settings_and_its_gradients_are_counted(
+    algorithm: str, each: int, data: PreparedData
+) -> None:
+    own = settings_of(algorithm, Settings.model_validate(SMALL), data, {})
+    assert own.train.algorithm == algorithm
+    assert gradients(own.train) == each
+
+
+def test_each_step_of_a_multi_step_loss_counts(data: PreparedData) -> None:
+    changes = {"train": {"inner_steps": 4, "episode": {"multi_step_loss": True}}}
+    own = settings_of("maml", Settings.model_validate(SMALL), data, changes)
+    assert gradients(own.train) == 32 * (2 * 4 * 3 + 4 * 15)
+
+
 def test_a_users_change_is_for_one_algorithm_alone(data: PreparedData) -> None:
     settings = Settings.model_validate(SMALL)
     own = settings_of("maml", settings, data, {"train": {"inner_steps": 4}})

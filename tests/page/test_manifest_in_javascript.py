@@ -63,7 +63,7 @@ def test_it_refuses_a_closed_form_manifest_that_the_schema_refuses(
         assert message.startswith("manifest.json"), (title, message)
 
 
-def test_it_refuses_a_regressors_bundle(node: Callable[..., Any], manifest: Any) -> None:
+def test_a_classifiers_manifest_is_no_regressors(node: Callable[..., Any], manifest: Any) -> None:
     regressor = spoil(manifest, "task/kind", "regression")
     ((name, message),) = node(READ, [regressor])
-    assert (name, "adapts classifiers" in message) == ("InputError", True)
+    assert (name, "not that of a bundle" in message) == ("InputError", True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -243,26 +244,53 @@ def test_dvc_repro_gives_the_same_bytes(delivered: Ended, clone: Path, tmp_path:
             assert found[name] == expected[name], f"{ours}/{name}"
 
 
+def training_process(work: Path) -> int:
+    """The process that trains for a run with this folder of work, below its task's own process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            arguments = path.read_bytes().split(b"\0")
+            if {b"components.training", str(work).encode()} <= set(arguments):
+                found.append(int(path.parent.name))
+    (process,) = found
+    return process
+
+
 @pytest.mark.slow
-def test_a_killed_training_goes_on_where_it_stopped(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_training_that_is_killed_goes_on_in_the_same_task_or_in_the_next_run(
+    pipeline: Pipeline,
+) -> None:
     longer = (*POINT, "-S", "train.meta_iterations=400", "-S", "train.checkpoint_every=20")
-    process = pipeline.start(*longer)
-    deadline = time.monotonic() + 300
-    while not list(pipeline.work.glob("*/iteration-*")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+    def started_and_past(iteration: int) -> subprocess.Popen[str]:
+        process = pipeline.start(*longer)
+        deadline = time.monotonic() + 300
+        while not any(
+            int(path.name[-8:]) > iteration for path in pipeline.work.glob("*/iteration-*")
+        ):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    process = started_and_past(0)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     killed = max(pipeline.output.iterdir())
     assert not (killed / "train/checkpoint").exists(), "killed too late to show anything"
+    reached = max(int(path.name[-8:]) for path in pipeline.work.glob("*/iteration-*"))
 
-    code, printed, resumed = pipeline(*longer)
-    assert code == 0, printed
+    process = started_and_past(reached)
+    os.kill(training_process(pipeline.work), signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     start = re.search(r"from meta-iteration (\d+) of 400", printed)
     assert start
-    assert int(start[1]) > 20
+    assert int(start[1]) == reached + 1
+    assert "killed by SIGKILL" in printed
+    assert "(restart 1 of 3)" in printed
     assert not list(pipeline.work.iterdir()), "a finished run leaves no work behind"
+    resumed = max(pipeline.output.iterdir())
 
     code, printed, whole = pipeline(*longer)
     assert code == 0, printed

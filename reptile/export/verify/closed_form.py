@@ -18,6 +18,7 @@ from reptile.data.dataset import PreparedData
 from reptile.export import closed_form_reference as reference
 from reptile.export.reference import Array, Tensors
 from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.verify.raw import check_raw_rows
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
@@ -49,7 +50,7 @@ def verify_bundle(
     queries = CLASSIFICATION.validation.queries
     check_classes(data.split("test"), 2, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
-    sessions = Sessions(bundle, manifest)
+    sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
@@ -127,8 +128,8 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
     }
     images, labels = subject.task(10, 5)
     tasks |= {
-        "black images": (np.zeros_like(images), labels),
-        "white images": (np.full_like(images, 255), labels),
+        "black images": (subject.session.possible(np.zeros_like(images)), labels),
+        "white images": (subject.session.possible(np.full_like(images, 255)), labels),
         "equal images": (np.repeat(images[:1], len(images), axis=0), labels),
         "absent labels": (images, 3 * labels + 1),
     }
@@ -241,7 +242,8 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
     ways = subject.manifest.ways
     if len(subject.adapt(images, np.where(labels == 4, 10**12, labels))["head.bias"]) != ways:
         problems.append(f"labels of {ways} and more are not clamped")
-    for value in (np.nan, np.inf):
+    bad = subject.session.bad_input
+    for value in () if bad is None else {bad, np.inf}:
         spoilt = images.astype(np.float32)
         spoilt[0] = value
         if subject.adapt(spoilt, labels)["finite"]:
@@ -281,6 +283,14 @@ def _golden(subject: _Subject) -> Iterator[Check]:
     yield from check_golden(subject.folder, subject.manifest, subject.session)
 
 
+def _raw_rows(subject: _Subject) -> Iterator[Check]:
+    def eager(inputs: Array, double: bool) -> Array:
+        learner = subject.learner(torch.float64 if double else torch.float32)
+        return np.asarray(reference.embed(learner, inputs).numpy())
+
+    yield from check_raw_rows(subject.session, "embed", "features", eager)
+
+
 def _runtime(subject: _Subject) -> Iterator[Check]:
     """The runtime accepts the bundle, and its self-check passes."""
     FewShotModel.load(subject.folder).check()
@@ -296,5 +306,6 @@ GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
     _adapt_guards,
     _accuracy,
     _golden,
+    _raw_rows,
     _runtime,
 )

@@ -23,6 +23,7 @@ from reptile.data.dataset import PreparedData
 from reptile.export import reference
 from reptile.export.reference import Array, SupportSet, Tensors
 from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.verify.raw import check_raw_rows
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
@@ -82,7 +83,7 @@ def verify_bundle(
     needed = settings.shots + checkpoint.info.objective.validation.queries
     check_classes(data.split("test"), ways, needed, f"test split of {data.name}")
     manifest = read_manifest(bundle)
-    sessions = Sessions(bundle, manifest)
+    sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
@@ -221,7 +222,8 @@ def _adapt(subject: _Subject) -> Iterator[Check]:
     if some.images.dtype == np.uint8:
         degenerate["white images"] = np.full_like(some.images, 255)
     for name, images in degenerate.items():
-        oracles.append(_Oracle.of(name, subject, some._replace(images=images)))
+        possible = some._replace(images=subject.session.possible(images))
+        oracles.append(_Oracle.of(name, subject, possible))
     for optimised, threads in SETTINGS:
         where = setting(optimised, threads)
         session = subject.session("adapt", optimised, threads)
@@ -276,11 +278,10 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
         actual, wanted = session(feeds | {name: wild}), session(feeds)
         if any(not np.array_equal(actual[key], wanted[key]) for key in wanted):
             problems.append(f"{name} out of range are not clamped")
-    nans = np.full_like(feeds["support_images"], np.nan)
-    for name, value in (
-        ("support_images", nans),
-        ("learning_rate", np.array(np.inf, dtype=np.float32)),
-    ):
+    not_finite = {"learning_rate": np.array(np.inf, dtype=np.float32)}
+    if (bad := subject.session.bad_input) is not None:
+        not_finite["support_images"] = np.full_like(feeds["support_images"], bad)
+    for name, value in not_finite.items():
         if _accepts(session, feeds | {name: value}):
             problems.append(f"finite is true although {name} is not")
     yield Check.none_of("adapt guards its inputs", problems)
@@ -380,6 +381,14 @@ def _golden(subject: _Subject) -> Iterator[Check]:
     yield from check_golden(subject.folder, subject.manifest, subject.session)
 
 
+def _raw_rows(subject: _Subject) -> Iterator[Check]:
+    def eager(inputs: Array, double: bool) -> Array:
+        dtype = torch.float64 if double else torch.float32
+        return reference.predict(subject.checkpoint, inputs, dtype)
+
+    yield from check_raw_rows(subject.session, "predict", "logits", eager)
+
+
 def _runtime(subject: _Subject) -> Iterator[Check]:
     """The runtime accepts the bundle, and its self-check passes."""
     runtime = FewShotModel if subject.objective is CLASSIFICATION else FewShotRegressor
@@ -395,5 +404,6 @@ GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
     _prediction,
     _accuracy,
     _golden,
+    _raw_rows,
     _runtime,
 )

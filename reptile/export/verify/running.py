@@ -4,6 +4,7 @@ What is checked is in `parity`, `closed_form` and `values`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,10 @@ from reptile.bundle_format import (
     parse_golden,
     parse_manifest,
 )
+from reptile.data.coding import Coding, NumberCoding
 from reptile.errors import InputError
-from reptile.export.reference import Tensors
+from reptile.export.coding import coded_tensors, raw_tensors
+from reptile.export.reference import Array, Tensors
 from reptile.export.verify.conformance import Check
 from reptile.provenance import versions
 
@@ -32,9 +35,15 @@ Subject = TypeVar("Subject")
 
 
 class Session:
-    """An onnxruntime session that runs by names."""
+    """An onnxruntime session that runs by names.
 
-    def __init__(self, path: Path, optimised: bool, threads: int) -> None:
+    Of a table, on coded tensors: what goes in and comes out of the graph is raw.
+    """
+
+    def __init__(
+        self, path: Path, optimised: bool, threads: int, coding: Coding | None = None
+    ) -> None:
+        self._coding = coding
         options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
@@ -46,6 +55,12 @@ class Session:
 
     def __call__(self, feeds: Tensors) -> Tensors:
         """Run it."""
+        if self._coding is None:
+            return self.run(feeds)
+        return coded_tensors(self.run(raw_tensors(feeds, self._coding)), self._coding)
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """Run it on the graph's tensors as they are."""
         names = [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, feeds), strict=True))
 
@@ -53,8 +68,10 @@ class Session:
 class Sessions:
     """The sessions of a bundle's graphs, each opened once."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, coding: Coding | None = None) -> None:
         self._folder, self._manifest = folder, manifest
+        # Bundles of earlier versions take coded rows.
+        self.coding = coding if manifest.columns else None
         self._open: dict[tuple[str, bool, int], Session] = {}
 
     def path(self, graph: str) -> Path:
@@ -65,8 +82,20 @@ class Sessions:
         """Return the session of a graph."""
         key = graph, optimised, threads
         if key not in self._open:
-            self._open[key] = Session(self.path(graph), optimised, threads)
+            self._open[key] = Session(self.path(graph), optimised, threads, self.coding)
         return self._open[key]
+
+    def possible(self, inputs: Array) -> Array:
+        """Return the nearest inputs that rows can have: a category is one of its list, or other."""
+        return inputs if self.coding is None else self.coding.encode_rows(self.coding.rows(inputs))
+
+    @property
+    def bad_input(self) -> float | None:
+        """What must not be reported as a success; NaN is missing in a row. None: nothing is."""
+        if self.coding is None:
+            return math.nan
+        numbers = any(isinstance(each, NumberCoding) for each in self.coding.inputs)
+        return math.inf if numbers else None
 
 
 def setting(optimised: bool, threads: int) -> str:
@@ -115,7 +144,7 @@ def check_golden(folder: Path, manifest: Manifest, sessions: Sessions) -> Iterat
     worst, refusals = 0.0, 0
     for case in cases:
         feeds = {name: np.load(golden / file) for name, file in case.inputs.items()}
-        actual = sessions(case.graph)(feeds)
+        actual = sessions(case.graph).run(feeds)
         refusals += not actual.get("finite", True)
         for name, file in case.outputs.items():
             wanted = np.load(golden / file).astype(np.float64)

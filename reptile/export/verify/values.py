@@ -18,6 +18,7 @@ from reptile.data.dataset import PreparedData
 from reptile.export import closed_form_reference as reference
 from reptile.export.reference import Array, Tensors
 from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.verify.raw import check_raw_rows
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
@@ -49,7 +50,7 @@ def verify_bundle(
     queries = REGRESSION.validation.queries
     check_classes(data.split("test"), 1, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
-    sessions = Sessions(bundle, manifest)
+    sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
@@ -231,10 +232,11 @@ def _adapt_guards(subject: _Subject) -> Iterator[Check]:
         spoilt[0] = value
         if subject.adapt(inputs, spoilt)["finite"]:
             problems.append(f"finite is true although a value is {value}")
-    spoilt = inputs.astype(np.float32)
-    spoilt[0] = np.nan
-    if subject.adapt(spoilt, values)["finite"]:
-        problems.append("finite is true although an input is NaN")
+    if (bad := subject.session.bad_input) is not None:
+        spoilt = inputs.astype(np.float32)
+        spoilt[0] = bad
+        if subject.adapt(spoilt, values)["finite"]:
+            problems.append(f"finite is true although an input is {bad}")
     yield Check.none_of("adapt guards its inputs", problems)
 
 
@@ -270,6 +272,14 @@ def _golden(subject: _Subject) -> Iterator[Check]:
     yield from check_golden(subject.folder, subject.manifest, subject.session)
 
 
+def _raw_rows(subject: _Subject) -> Iterator[Check]:
+    def eager(inputs: Array, double: bool) -> Array:
+        learner = subject.learner(torch.float64 if double else torch.float32)
+        return np.asarray(reference.embed(learner, inputs).numpy())
+
+    yield from check_raw_rows(subject.session, "embed", "features", eager)
+
+
 def _runtime(subject: _Subject) -> Iterator[Check]:
     """The runtime accepts the bundle, and its self-check passes."""
     FewShotRegressor.load(subject.folder).check()
@@ -284,5 +294,6 @@ GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
     _adapt_guards,
     _score,
     _golden,
+    _raw_rows,
     _runtime,
 )

@@ -66,7 +66,11 @@ def make_engine(
         return engine
     if name == "native" and device.type != "cpu":
         raise InputError(f"train.engine = native: runs on the cpu, not on {device}; use auto")
-    if name == "auto" and (type(model) not in NETWORKS or getattr(model, "preprocess", None)):
+    scaled = optimizer.name == "scaled_sgd"  # the kernel has one step size for all parameters
+    if name == "native" and scaled:
+        raise InputError("train.engine = native: has no steps of scaled_sgd; use auto")
+    special = type(model) not in NETWORKS or getattr(model, "preprocess", None)
+    if name == "auto" and (special or scaled):
         return EagerEngine(model, optimizer, inputs, device)
     try:
         return NativeEngine(model, optimizer, inputs)

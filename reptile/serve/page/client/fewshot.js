@@ -1,5 +1,6 @@
 /**
  * Use a bundle from JavaScript: adapt it to a new task from a few labelled images, then predict.
+ * Bundles that predict values are opened by regressor.js.
  *
  * For the browser (onnxruntime-web) and Node (onnxruntime-node) alike: the module is handed in.
  * Not for drawing or reading image files (see pixels.js), nor for the service (see service.js).
@@ -12,7 +13,8 @@
 
 import { miniBatches } from "./minibatches.js";
 
-const FORMATS = [1, 2, 3]; // the first two have no learner: it is "gradient"
+// The first two have no learner: it is "gradient". The last takes the raw rows of a table.
+const FORMATS = [1, 2, 3, 4];
 const MAX_LEARNING_RATE = 100; // as in the Python runtime
 const PIXELS_AT_ONCE = 2 ** 21; // of the images of one run: bounds memory; they are independent
 const RUN = { gradient: ["adapt", "predict_adapted"], closed_form: ["embed", "fit"] };
@@ -45,6 +47,17 @@ export class FewShotModel {
    */
   static async load(bundle, ort, options = {}) {
     const files = await openBundle(bundle);
+    const { kind, pixel_range: pixels } = files.manifest.task;
+    if (kind === "regression") {
+      throw new InputError(
+        "manifest.json is that of a regressor, which names no classes: use FewShotRegressor",
+      );
+    }
+    if (pixels === undefined) {
+      throw new InputError(
+        "manifest.json is of inputs that are no images: this class takes images, Python any",
+      );
+    }
     const sessions = {};
     // One after the other: onnxruntime-web does not start twice at a time.
     for (const graph of RUN[learnerOf(files.manifest)]) {
@@ -362,13 +375,8 @@ async function sha256(bytes) {
 function checkManifest(manifest) {
   if (!FORMATS.includes(manifest?.format)) {
     throw new InputError(
-      `manifest.json: format ${manifest?.format} is not a format this version reads (1 to 3): ` +
+      `manifest.json: format ${manifest?.format} is not a format this version reads (1 to 4): ` +
         "update this module or export the bundle again",
-    );
-  }
-  if (manifest.task?.kind === "regression") {
-    throw new InputError(
-      "manifest.json is that of a regressor: this module adapts classifiers; Python adapts both",
     );
   }
   let sound;
@@ -393,16 +401,18 @@ const sizes = (shape) => Array.isArray(shape) && shape.every((n) => whole(n, 1))
 
 /** Say whether a manifest's parts are what schemas/manifest.schema.json asks for, and agree. */
 function isSound(manifest) {
-  const { task, limits, files } = manifest;
+  const { task, limits, files, format } = manifest;
+  const kind = task.kind ?? "classification";
   const learns = { gradient: takesSteps, closed_form: fitsInClosedForm }[learnerOf(manifest)];
   return (
-    (task.kind ?? "classification") === "classification" &&
-    task.layout === "NCHW" &&
-    task.dtype === "float32" &&
-    String(task.pixel_range) === "0,255" &&
-    whole(task.ways, 2) &&
-    task.image_shape.length === 3 &&
+    ["classification", "regression"].includes(kind) &&
+    task.dtype === (format === 4 ? "float64" : "float32") &&
+    (kind === "regression" ? whole(task.outputs, 1) : whole(task.ways, 2)) &&
+    task.image_shape.length >= 1 &&
     sizes(task.image_shape) &&
+    (task.image_shape.length !== 3 || task.layout === "NCHW") &&
+    (task.pixel_range === undefined || kind === "regression" || hasPixels(task)) &&
+    (format < 4 || hasColumns(task, kind)) &&
     whole(limits.max_support, 1) &&
     learns(manifest) &&
     !Array.isArray(files) &&
@@ -410,7 +420,34 @@ function isSound(manifest) {
   );
 }
 
+const hasPixels = ({ pixel_range: range, image_shape: shape }) =>
+  String(range) === "0,255" && shape.length === 3;
+
+function hasColumns({ columns, targets, image_shape: shape, outputs }, kind) {
+  const isNumber = (column) =>
+    typeof column.name === "string" && ["number", "date"].includes(column.kind);
+  const isCategory = ({ name, kind, categories }) =>
+    typeof name === "string" &&
+    kind === "category" &&
+    categories.every((category) => typeof category === "string");
+  return (
+    columns.length >= 1 &&
+    String(shape) === String(columns.length) &&
+    columns.every((column) => isNumber(column) || isCategory(column)) &&
+    targets.every(isNumber) &&
+    targets.length === (kind === "regression" ? outputs : 0)
+  );
+}
+
+/** The tensors of labels or values, and the type and number of what is predicted. */
+function answers({ kind, dtype, outputs, ways }) {
+  return kind === "regression"
+    ? { labels: ["support_labels", dtype, [null, outputs]], type: dtype, width: outputs }
+    : { labels: ["support_labels", "int64", [null]], type: "float32", width: ways };
+}
+
 function takesSteps({ task, inner, limits, graphs, adapted }) {
+  const { labels, type, width } = answers(task);
   const weights = Object.entries(adapted).map(([name, shape]) => [name, "float32", shape]);
   const { adapt, predict_adapted: predict } = graphs;
   const images = [null, ...task.image_shape];
@@ -425,14 +462,14 @@ function takesSteps({ task, inner, limits, graphs, adapted }) {
     weights.every(([, , shape]) => sizes(shape)) &&
     [adapt, predict].every(({ path }) => typeof path === "string") &&
     areTensors(adapt.inputs, [
-      ["support_images", "float32", images],
-      ["support_labels", "int64", [null]],
+      ["support_images", task.dtype, images],
+      labels,
       ["batches", "int64", [null, null]],
       ["learning_rate", "float32", []],
     ]) &&
     areTensors(adapt.outputs, [["losses", "float32", [null]], ["finite", "bool", []], ...weights]) &&
-    areTensors(predict.inputs, [["images", "float32", images], ...weights]) &&
-    areTensors(predict.outputs, [["logits", "float32", [null, task.ways]]])
+    areTensors(predict.inputs, [["images", task.dtype, images], ...weights]) &&
+    areTensors(predict.outputs, [["logits", type, [null, width]]])
   );
 }
 
@@ -440,26 +477,35 @@ function fitsInClosedForm({ task, graphs, adapted }) {
   const { embed, fit, adapt, predict_adapted: predict } = graphs;
   const width = embed.outputs[0].shape[1];
   const images = [null, ...task.image_shape];
-  const labels = ["support_labels", "int64", [null]];
+  const { labels, type, width: outputs } = answers(task);
   const features = ["features", "float32", [null, width]];
-  const weights = [
-    ["head.weight", "float32", [null, width]],
-    ["head.bias", "float32", [null]],
-  ];
+  const values = task.kind === "regression";
+  const weights = values
+    ? [
+        ["head.mean", "float32", [width + 1, outputs]],
+        ["head.covariance", "float32", [width + 1, width + 1]],
+      ]
+    : [
+        ["head.weight", "float32", [null, width]],
+        ["head.bias", "float32", [null]],
+      ];
+  const predicted = values
+    ? ["logits", "variance"].map((name) => [name, type, [null, outputs]])
+    : [["logits", "float32", [null, null]]];
   const finite = ["finite", "bool", []];
   const listed = Object.entries(adapted).map(([name, shape]) => ({ name, dtype: "float32", shape }));
   return (
     whole(width, 1) &&
     areTensors(listed, weights) &&
     [embed, fit, adapt, predict].every(({ path }) => typeof path === "string") &&
-    areTensors(embed.inputs, [["images", "float32", images]]) &&
+    areTensors(embed.inputs, [["images", task.dtype, images]]) &&
     areTensors(embed.outputs, [features]) &&
     areTensors(fit.inputs, [features, labels]) &&
     areTensors(fit.outputs, [...weights, finite]) &&
-    areTensors(adapt.inputs, [["support_images", "float32", images], labels]) &&
+    areTensors(adapt.inputs, [["support_images", task.dtype, images], labels]) &&
     areTensors(adapt.outputs, [features, ...weights, finite]) &&
-    areTensors(predict.inputs, [["images", "float32", images], ...weights]) &&
-    areTensors(predict.outputs, [["logits", "float32", [null, null]]])
+    areTensors(predict.inputs, [["images", task.dtype, images], ...weights]) &&
+    areTensors(predict.outputs, predicted)
   );
 }
 
@@ -496,10 +542,10 @@ function dot(row, other) {
   return sum;
 }
 
-function checkSupport(count, { limits }) {
+export function checkSupport(count, { limits }, what = "images") {
   if (count < 1 || count > limits.max_support) {
     throw new InputError(
-      `the support set has ${count} images: this bundle adapts to 1..${limits.max_support}`,
+      `the support set has ${count} ${what}: this bundle adapts to 1..${limits.max_support}`,
     );
   }
 }
@@ -563,7 +609,7 @@ function checkWays(names, { ways, closedForm }) {
   throw new InputError(`labels have ${names.length} distinct names: ${wayOut}`);
 }
 
-function checkBatches(rows, images, maxSteps) {
+export function checkBatches(rows, images, maxSteps) {
   if (!Array.isArray(rows) || rows.length > maxSteps) {
     throw new InputError(`batches must be a list of at most ${maxSteps} rows, one a step`);
   }
@@ -575,13 +621,13 @@ function checkBatches(rows, images, maxSteps) {
   }
 }
 
-function checkInteger(value, what, low, high) {
+export function checkInteger(value, what, low, high) {
   if (!Number.isSafeInteger(value) || value < low || value > high) {
     throw new InputError(`${what} must be an integer in ${low}..${high}, got ${value}`);
   }
 }
 
-function checkLearningRate(value) {
+export function checkLearningRate(value) {
   if (typeof value !== "number" || !(Math.fround(value) > 0 && value <= MAX_LEARNING_RATE)) {
     throw new InputError(
       `learningRate must be above 0 and at most ${MAX_LEARNING_RATE}, got ${value}`,

@@ -8,6 +8,7 @@ import { InputError, openBundle } from "./fewshot.js";
 
 const TYPES = {
   "<f4": ["float32", Float32Array],
+  "<f8": ["float64", Float64Array],
   "<i8": ["int64", BigInt64Array],
   "|b1": ["bool", Uint8Array],
 };
