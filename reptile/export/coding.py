@@ -132,6 +132,7 @@ def _encode_rows(name: str, coding: Coding) -> _Part:
         "coding.mean": np.array(mean),
         "coding.deviation": np.array(deviation),
         "coding.zero": np.array(0.0),
+        "coding.nan": np.array(np.nan),
     }
 
     def tensor(short: str) -> str:
@@ -146,7 +147,10 @@ def _encode_rows(name: str, coding: Coding) -> _Part:
         run("Sub", ["raw", "coding.mean"], "centred"),
         run("Div", ["centred", "coding.deviation"], "scaled"),
         run("IsNaN", ["scaled"], "missing"),
-        run("Where", ["missing", "coding.zero", "scaled"], "numbers"),
+        run("Where", ["missing", "coding.zero", "scaled"], "filled"),
+        # tanh takes infinity for 1: as NaN it passes through any network, and `finite` is false.
+        run("IsInf", ["filled"], "infinite"),
+        run("Where", ["infinite", "coding.nan", "filled"], "numbers"),
     ]
     last = "numbers"
     if any(isinstance(each, CategoryCoding) for each in coding.inputs):

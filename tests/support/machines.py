@@ -56,7 +56,7 @@ def make_bundle(name: str, folder: Path) -> Made:
     data = prepare(settings, folder / "prepared")
     training = TrainSettings.model_validate(
         {
-            "model": {"name": "mlp", "hidden": [16]},
+            "model": {"name": "mlp", "hidden": [16], "activation": "tanh"},
             "meta_iterations": 20,
             "checkpoint_every": 20,
             "validation_tasks": 2,
