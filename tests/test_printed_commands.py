@@ -127,6 +127,17 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "reptile compare reptile maml ridge --seconds 60": (
         "tests/experiments/test_compare.py::test_the_command_compares_and_wants_one_budget"
     ),
+    **{
+        command: "tests/rl/test_rl.py::test_the_commands_train_compare_and_export"
+        for command in (
+            "reptile rl train runs/maml -S environment=navigation -S algorithm=maml",
+            "reptile rl export runs/maml runs/bundle",
+            "reptile rl compare reptile maml random --seeds 3",
+        )
+    },
+    "python clients/python/with_policy.py runs/bundle": (
+        "tests/rl/test_rl.py::test_the_client_learns_in_onnx_runtime_as_pytorch_does"
+    ),
     "reptile transfer letters digits": (
         "tests/experiments/test_transfer.py::test_the_command_prints_the_table"
     ),
