@@ -54,7 +54,9 @@ photos: setup
 
 # A file's tests share fixtures, so each file stays in one process.
 test: setup
-	pytest --numprocesses auto --dist loadfile -m "not slow and not versions and not browser"
+	pytest --numprocesses auto --dist loadfile \
+		-m "not slow and not versions and not browser and not alone"
+	pytest -m "alone and not slow"
 
 test-slow: setup
 	pytest -m "not versions and not browser"

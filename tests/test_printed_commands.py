@@ -78,7 +78,8 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
     **{
         f"reptile {stage} --params chickweight.yaml --artifacts runs/chickweight": (
             "train.meta_iterations=4 train.checkpoint_every=2 train.validation_tasks=2 "
-            "evaluate.tasks=6 export.gate.insist=true verify.tasks=6"
+            "evaluate.tasks=6 export.gate.insist=true export.gate.above_random=-1 "
+            "verify.tasks=6"
         )
         for stage in ("prepare", "train", "evaluate", "export", "verify")
     },

@@ -100,7 +100,7 @@ def setting(path: str, value: Any) -> Edit:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("format", 4, "format 4 is not a format this version reads .1 to 3."),
+        ("format", 5, "format 5 is not a format this version reads .1 to 4."),
         ("format", "1", "format must be int, got '1'"),
         ("task", None, "task must be dict, got None"),
         ("task.kind", "clustering", "task.kind must be classification or regression"),

@@ -20,6 +20,8 @@ from reptile.runtime import FewShotModel
 MIB = 1 << 20
 LABELS = ["a", "b", "a", "b"]
 BODY_SECONDS = 2
+pytestmark = pytest.mark.alone
+
 SLACK = 12  # seconds that a head may take, and a busy machine may add
 
 
