@@ -125,21 +125,18 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "reptile check-model": (
         "tests/cli/test_check_model.py::test_it_shows_the_network_of_the_settings"
     ),
-    **{
-        command: "tests/experiments/test_compare.py::test_the_command_compares_and_wants_one_budget"
-        for command in (
-            "reptile compare reptile maml ridge --seconds 60",
-            "reptile compare reptile ",
-        )
-    },
-    **{
-        command: "tests/rl/test_rl.py::test_the_commands_train_compare_and_export"
-        for command in (
+    **dict.fromkeys(
+        ("reptile compare reptile maml ridge --seconds 60", "reptile compare reptile "),
+        "tests/experiments/test_compare.py::test_the_command_compares_and_wants_one_budget",
+    ),
+    **dict.fromkeys(
+        (
             "reptile rl train runs/maml -S environment=navigation -S algorithm=maml",
             "reptile rl export runs/maml runs/bundle",
             "reptile rl compare reptile maml random --seeds 3",
-        )
-    },
+        ),
+        "tests/rl/test_rl.py::test_the_commands_train_compare_and_export",
+    ),
     "python clients/python/with_policy.py runs/bundle": (
         "tests/rl/test_rl.py::test_the_client_learns_in_onnx_runtime_as_pytorch_does"
     ),
