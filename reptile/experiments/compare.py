@@ -300,7 +300,13 @@ def html(result: Comparison) -> str:
         header=header,
         rows=rows,
         notes=_notes(result),
-        charts=[_curves(result, over_time=False), _curves(result, over_time=True)],
+        charts=[
+            (f"{result.objective.title.capitalize()} on validation tasks, over {what}", chart)
+            for what, chart in (
+                ("gradient evaluations", _curves(result, over_time=False)),
+                ("time", _curves(result, over_time=True)),
+            )
+        ],
     )
 
 

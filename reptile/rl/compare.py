@@ -129,7 +129,10 @@ def html(rows: Sequence[Row]) -> str:
         header=header,
         rows=body,
         notes=_notes(rows),
-        charts=[_by_update(rows), _curves(rows)],
+        charts=[
+            ("Return on the new tasks, by update", _by_update(rows)),
+            ("Return after the updates on validation tasks, in training", _curves(rows)),
+        ],
     )
 
 
