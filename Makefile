@@ -56,7 +56,7 @@ photos: setup
 test: setup
 	pytest --numprocesses auto --dist loadfile \
 		-m "not slow and not versions and not browser and not alone"
-	pytest -m "alone and not slow"
+	pytest -m "alone and not slow" tests/serve
 
 test-slow: setup
 	pytest -m "not versions and not browser"
