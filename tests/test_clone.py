@@ -17,10 +17,12 @@ pytestmark = pytest.mark.slow
 
 SMALLER = {
     "train": {"model": {"filters": 8}, "meta_iterations": 200, "checkpoint_every": 100},
+    "beside": {"model": {"filters": 8}, "meta_iterations": 100, "checkpoint_every": 100},
     "evaluate": {"tasks": 20, "steps": 10},
     "export": {"gate": {"accuracy": 0.0, "above_random": -1.0, "insist": True}},
     "verify": {"tasks": 60, "steps": 5},
 }
+STAGES = ["prepare", "train", "train-beside", "evaluate", "export", "verify"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -92,7 +94,7 @@ def clone(first: tuple[Path, str]) -> Path:
 
 def test_a_clone_runs_with_its_own_data_and_prints_no_warning(first: tuple[Path, str]) -> None:
     _, output = first
-    assert stages_run(output) == ["prepare", "train", "evaluate", "export", "verify"]
+    assert stages_run(output) == STAGES
     assert "checks passed" in output
     for word in ("warning", "unable", "error"):
         assert word not in output.lower()
@@ -131,7 +133,7 @@ def test_the_gate_reruns_export(clone: Path) -> None:
 def test_a_changed_default_reruns_the_stages(clone: Path) -> None:
     comment(clone / "reptile/settings.py")
     output = run(clone, "dvc", "status")
-    for stage in ("prepare", "train", "evaluate", "export", "verify"):
+    for stage in STAGES:
         assert f"{stage}:" in output
 
 
