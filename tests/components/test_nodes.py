@@ -290,6 +290,7 @@ def write_prepared(folder: Path) -> Any:
     return artifact(folder)
 
 
+@pytest.mark.slow
 def test_two_nodes_one_of_which_is_killed_give_the_bytes_of_one_process(
     trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from patterns import draw_letters
 
 
+@pytest.mark.slow
 def test_the_study_compares_both_training_sets_at_one_and_five_shots(
     root: Path, tmp_path: Path
 ) -> None:
