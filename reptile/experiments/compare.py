@@ -286,15 +286,8 @@ def markdown(result: Comparison) -> str:
 
 def html(result: Comparison) -> str:
     """Return a page with the table and the learning curves."""
-    environment = Environment(
-        loader=PackageLoader("reptile.experiments", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     header, rows = _table(result)
-    return environment.get_template("compare.html").render(
+    return page(
         dataset=result.data.name,
         budget=result.budget.shown,
         header=header,
@@ -308,6 +301,18 @@ def html(result: Comparison) -> str:
             )
         ],
     )
+
+
+def page(**parts: Any) -> str:
+    """Return a comparison's page: `dataset`, `budget`, `header`, `rows`, `notes` and `charts`."""
+    environment = Environment(
+        loader=PackageLoader("reptile.experiments", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("compare.html").render(parts)
 
 
 def as_json(result: Comparison) -> dict[str, Any]:

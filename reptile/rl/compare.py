@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reptile.errors import InputError
 from reptile.evaluate.metrics import Score
 from reptile.evaluate.report.charts import Axis, Line, axis, line_chart
+from reptile.experiments.compare import page
 from reptile.experiments.reproduce import over_seeds
 from reptile.files import atomic_file, write_json
 from reptile.provenance import versions
@@ -114,16 +114,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def html(rows: Sequence[Row]) -> str:
     """Return a page with the table and the learning curves."""
-    environment = Environment(
-        loader=PackageLoader("reptile.experiments", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     header, body = _table(rows)
     settings = rows[0].settings
-    return environment.get_template("compare.html").render(
+    return page(
         dataset=settings.environment,
         budget=f"{settings.episodes:,} episodes",
         header=header,
