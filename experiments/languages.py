@@ -118,7 +118,7 @@ def _names(archive: Path, output: Path) -> Names:
             ) from None
         texts, subgroups = read_names(archive)
         inputs = np.array([USE().encode(each) for each in texts], np.float32)
-        with atomic_file(path) as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, inputs=inputs, subgroups=subgroups)
     with np.load(path) as arrays:
         return Names(arrays["inputs"], arrays["subgroups"])

@@ -27,7 +27,7 @@ from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.evaluate import evaluate
 from reptile.files import write_json
-from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
+from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings, second_learner
 from reptile.tasks import Task
 
 OUTPUT = Path("artifacts/signals")
@@ -196,8 +196,10 @@ def _measure(data: PreparedData, iterations: int, tasks: int) -> dict[str, dict[
         for name, settings in training(min(ways, trainable), iterations).items()
     }
     settings = EvaluateSettings(tasks=tasks, shots=SHOTS, queries=QUERIES, ways=ways)
-    beside = {name: each for name, each in checkpoints.items() if name != "reptile"}
-    found = evaluate(settings, checkpoints["reptile"], data, {}, beside=beside)
+    first = checkpoints.pop("reptile")
+    beside = {second_learner(name): each for name, each in checkpoints.items()}
+    found = evaluate(settings, first, data, {}, beside=beside)
+    methods = {"reptile": "trained"} | {name: second_learner(name) for name in checkpoints}
     simple = {"features": _nearest_prototype(data), "warping": _nearest_by_warping(data)}
     results: dict[str, dict[str, float]] = {name: {} for name in ROWS}
     for measured in found.held_out:
@@ -205,8 +207,7 @@ def _measure(data: PreparedData, iterations: int, tasks: int) -> dict[str, dict[
             if name in simple:
                 right = np.mean([simple[name](task) for task in measured.tasks])
             else:
-                method = "trained" if name == "reptile" else name
-                right = measured.scores(method, "frozen").mean()
+                right = measured.scores(methods.get(name, name), "frozen").mean()
             results[name][str(measured.shots)] = float(right)
     return results
 
