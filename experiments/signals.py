@@ -75,7 +75,7 @@ def main(
         Path | None, typer.Option(help="aeon's folder datasets/data, instead of the package.")
     ] = None,
     splits: Annotated[int, typer.Option(min=1, help="Ways to cut the persons.")] = SPLITS,
-    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 1000,
+    iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 500,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 100,
     output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
 ) -> None:

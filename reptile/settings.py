@@ -201,10 +201,9 @@ class ModelSettings(Section):
     """The network whose initialisation is learnt."""
 
     name: str = "conv4"
-    """`conv4`, `mlp`, `resnet12`, `conv1d` (signals), `torchvision:NAME` (a classifier of
-    torchvision), or
-    `module:package.function` (a function that returns a torch module; it gets `outputs` and
-    `image_shape` by keyword if it takes them). `towers` where these are given."""
+    """`conv4`, `mlp`, `resnet12`, `conv1d` (for signals), `torchvision:NAME` (a classifier of
+    torchvision), or `module:package.function` (a function that returns a torch module; it gets
+    `outputs` and `image_shape` by keyword if it takes them). `towers` where these are given."""
     towers: tuple["TowerSettings", ...] = ()
     """Networks side by side, for a closed-form head: their features are standardised and joined,
     and how much each counts is chosen on validation tasks."""

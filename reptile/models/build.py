@@ -121,8 +121,8 @@ def _build_module(
             identity += [code, state_sha256(module).encode()]
         elif source == "conv1d":
             if len(seen) != 2:
-                raise InputError(f"conv1d needs signals [channels, time], not inputs of {seen}")
-            module = Conv1d(settings.filters, seen[0], max(outputs, 1))
+                raise InputError(f"conv1d needs signals [channels, samples], not inputs of {seen}")
+            module = Conv1d(settings.filters, *seen, max(outputs, 1))
         else:
             module = ResNet12(settings.filters, seen[0], max(outputs, 1))
     module = module.cpu().float().eval()

@@ -1,4 +1,4 @@
-"""A convolutional network for signals: conv4's blocks along one axis, time."""
+"""A convolutional network for signals."""
 
 from torch import Tensor, nn
 
@@ -7,32 +7,29 @@ BLOCKS = 3
 
 
 class Conv1d(nn.Module):
-    """Three convolutions of stride 2, an average over time, and a linear head.
+    """Three convolutions of stride 2 along time, and a linear head on all they give.
 
-    Batch norm comes before the first convolution too, so channels may have any scale.
+    The head sees when something happens, so signals should begin at the same event. The only batch
+    norm comes first, so channels may have any scale.
 
     Args:
         filters: channels of each convolution.
         channels: of a signal.
+        samples: of a signal.
         outputs: of the head.
     """
 
-    def __init__(self, filters: int, channels: int, outputs: int) -> None:
+    def __init__(self, filters: int, channels: int, samples: int, outputs: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels)
         self.blocks = nn.Sequential()
         for _ in range(BLOCKS):
-            self.blocks.append(
-                nn.Sequential(
-                    nn.Conv1d(channels, filters, WIDTH, stride=2, padding=WIDTH // 2),
-                    nn.BatchNorm1d(filters),
-                    nn.ReLU(),
-                )
-            )
-            channels = filters
-        self.head = nn.Linear(filters, outputs)
+            convolution = nn.Conv1d(channels, filters, WIDTH, stride=2, padding=WIDTH // 2)
+            self.blocks.append(nn.Sequential(convolution, nn.ReLU()))
+            channels, samples = filters, (samples + 1) // 2
+        self.head = nn.Linear(filters * samples, outputs)
 
     def forward(self, signals: Tensor) -> Tensor:
-        """Map signals [B, channels, time], of any length, to [B, outputs]."""
-        outputs: Tensor = self.head(self.blocks(self.norm(signals)).mean(2))
+        """Map signals [B, channels, samples] to [B, outputs]."""
+        outputs: Tensor = self.head(self.blocks(self.norm(signals)).flatten(1))
         return outputs
