@@ -66,7 +66,7 @@ ROWS = {
     "prototypes": "Reptile's features, no adaptation",
     **LEARNERS,
 }
-REFERENCE = "features"  # whose difference to each row is shown
+REFERENCE = "nearest_mean"  # whose difference to each row is shown
 
 
 def main(
@@ -290,7 +290,7 @@ def _rows(starts: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.int64]
 
 def _printed(name: str, folds: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """Return a set's accuracies as a table in Markdown: means of the folds, with 95 % intervals."""
-    titles = [f"{shots}-shot | beside hand-made" for shots in SHOTS]
+    titles = [f"{shots}-shot | difference" for shots in SHOTS]
     lines = [f"| {name} | {' | '.join(titles)} |", "|---" * (1 + 2 * len(SHOTS)) + "|"]
     for row, title in ROWS.items():
         cells = []

@@ -1,6 +1,7 @@
-"""The study of signals: its simple rows, and that it runs on made recordings."""
+"""The study of signals: its simple rows, that it runs on made recordings, and its page."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,20 @@ from typer.testing import CliRunner
 
 from experiments import signals
 from experiments.signals import ROWS, hand_made, read_ts, resample, warped_distance
+from reptile import cli
 from reptile.errors import InputError
 
+PAGE = Path(__file__).parents[2] / "docs/signals.md"
+STAGES = ("prepare", "train", "evaluate", "export", "verify")
 
-def made(folder: Path, persons: int = 10) -> None:
-    """Recordings of different lengths: each person has a frequency."""
-    name = "PickupGestureWiimoteZ"
+
+def made(folder: Path, name: str, persons: int, recordings: int) -> None:
+    """Recordings of different lengths, in two files: each person has a frequency."""
     (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for part in ("TRAIN", "TEST"):
         lines = ["# made", "@data"]
-        for person, _ in itertools.product(range(persons), range(5)):
+        for person, _ in itertools.product(range(persons), range(recordings)):
             times = np.arange(rng.integers(30, 50))
             series = np.sin(times * (person + 1) / 10 + rng.uniform(0, 6))
             lines.append(",".join(f"{value:.4f}" for value in series) + f":{person + 1}")
@@ -28,7 +32,7 @@ def made(folder: Path, persons: int = 10) -> None:
 
 
 def test_the_study_runs_and_again_from_what_it_has_measured(tmp_path: Path) -> None:
-    made(tmp_path)
+    made(tmp_path, "PickupGestureWiimoteZ", 10, 5)
     words = ["PickupGestureWiimoteZ", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
     words += ["--splits", "1", "--iterations", "1", "--tasks", "2"]
     app = typer.Typer()
@@ -41,6 +45,31 @@ def test_the_study_runs_and_again_from_what_it_has_measured(tmp_path: Path) -> N
     assert printed[0] == printed[1]
     rows = [line.split("|")[1].strip() for line in printed[0].splitlines()[2:]]
     assert rows == list(ROWS.values())
+
+
+@pytest.mark.slow
+def test_the_page_goes_from_a_file_to_a_consumer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings, commands and program, on made recordings and with a short training."""
+    made(tmp_path / "data", "JapaneseVowels", 9, 10)
+    study = next(each for each in signals.STUDIES if each.name == "JapaneseVowels")
+    signals.make_arrays(study, tmp_path / "data", tmp_path / "artifacts/signals")
+    page = PAGE.read_text(encoding="utf-8")
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "vowels.yaml").write_text(settings)
+    few = ["train.meta_iterations=5", "evaluate.tasks=4", "verify.tasks=20"]
+    monkeypatch.chdir(tmp_path)
+    for stage in STAGES:
+        command = f"{stage} --params vowels.yaml --artifacts runs/vowels"
+        assert f"reptile {command}\n" in page
+        words = [*command.split(), *itertools.chain(*(("-S", each) for each in few))]
+        done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    found: dict[str, list[str]] = {}
+    exec(program, found)
+    assert set(found["names"]) <= {"person 1", "person 2"}
 
 
 def test_a_file_of_the_archive_is_read_and_resampled(tmp_path: Path) -> None:
