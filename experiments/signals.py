@@ -27,6 +27,7 @@ from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.evaluate import evaluate
 from reptile.files import write_json
+from reptile.minibatches import IntArray
 from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings, second_learner
 from reptile.tasks import Task
 
@@ -279,12 +280,12 @@ def warped_distance(a: Array, b: Array) -> Array:
     return np.asarray(best[-1, -1])
 
 
-def _training_rows(data: PreparedData) -> npt.NDArray[np.int64]:
+def _training_rows(data: PreparedData) -> IntArray:
     split = data.split("train")
     return _rows(split.starts, split.counts)
 
 
-def _rows(starts: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.int64]:
+def _rows(starts: IntArray, counts: IntArray) -> IntArray:
     return np.concatenate([np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)])
 
 

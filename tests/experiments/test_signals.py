@@ -77,7 +77,7 @@ def test_a_file_of_the_archive_is_read_and_resampled(tmp_path: Path) -> None:
     (first, b), (second, a) = read_ts(tmp_path / "a.ts")
     assert (a, b) == ("a", "b")
     np.testing.assert_array_equal(first, [[1, 2, 3], [4, 5, 6]])
-    np.testing.assert_allclose(resample(second, 3), [[7, 8, 9], [7, 7.5, 8], [0.02] * 3])
+    np.testing.assert_allclose(resample(second, 3), np.array([[7, 8, 9], [7, 7.5, 8], [0.02] * 3]))
 
 
 def test_hand_made_features_of_a_wave_are_its_mean_deviation_and_band() -> None:
