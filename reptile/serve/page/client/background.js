@@ -6,7 +6,7 @@
  *     const model = await BackgroundModel.load("/bundle/", "/ort/ort.wasm.bundle.min.mjs");
  */
 
-import { InputError } from "./fewshot.js";
+import { InputError } from "./bundle.js";
 
 /** As `FewShotModel`, but in a worker. */
 export class BackgroundModel {

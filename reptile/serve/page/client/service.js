@@ -2,7 +2,7 @@
  * FewShotModel on a server: the calls of fewshot.js, answered by the task API of `reptile serve`.
  */
 
-import { openBundle, bundleAt } from "./fewshot.js";
+import { openBundle, bundleAt } from "./bundle.js";
 
 /** The server refused or did not answer; the message says what to do about it. */
 export class ServiceError extends Error {
