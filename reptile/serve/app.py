@@ -121,7 +121,8 @@ def _files(model: Model) -> list[BaseRoute]:
     allowed = {"manifest.json", *model.manifest["files"]}
 
     async def page(request: Request) -> Response:
-        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+        file = PAGE / ("index.html" if model.bundle.pixels else "rows.html")
+        return FileResponse(file, headers={"content-security-policy": POLICY})
 
     async def bundle_file(request: Request) -> Response:
         path = request.path_params["path"]
