@@ -3,7 +3,7 @@ PYTHON ?= python3
 # cpu or gpu: which ONNX Runtime to install; they exclude each other.
 ORT ?= cpu
 # What `make load-test` serves.
-BUNDLE ?= artifacts/bundle
+BUNDLE ?= artifacts/bundles/reptile
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-$(ORT)
@@ -23,7 +23,7 @@ help:
 	@echo "make docs       build the site of the documentation: guides, topics, reference"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      time everything beside its baseline (ROWS='overhead tasks' for some of it)"
-	@echo "make load-test  serve a bundle to many clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundle)"
+	@echo "make load-test  serve a bundle to many clients, beside ONNX Runtime in a loop (BUNDLE=artifacts/bundles/reptile)"
 	@echo "make images     build the container images (deploy/build-image --help); make test-images tries it"
 	@echo "make lock       pin what is in the images, with hashes, to the versions of constraints.txt"
 	@echo "make clean      remove the environment and all artifacts"

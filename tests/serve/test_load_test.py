@@ -90,12 +90,12 @@ def test_the_load_test_measures_what_it_says(exported: Path) -> None:
 
 
 def test_the_command_prints_one_table_and_keeps_every_round(
-    exported: Path, root: Path, tmp_path: Path
+    closed_form_bundle: Path, root: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "load.json"
     options = ("--quick", "--markdown", "--json", str(file))
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving", str(exported), *options],
+        [sys.executable, "-m", "benchmarks.serving", str(closed_form_bundle), *options],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
