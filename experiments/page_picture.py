@@ -1,6 +1,7 @@
 """Draw docs/images/page.png: the page of `reptile serve` in Chromium, after it has learnt.
 
 python -m experiments.page_picture            # after `make repro` and `make page`
+python -m experiments.page_picture BUNDLE --output docs/images/page-values.png  # of sinusoids
 """
 
 import math
@@ -57,12 +58,12 @@ SYMBOLS: dict[str, list[Stroke]] = {
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")] = (
-        Path("artifacts/bundle")
-    ),
+    bundle: Annotated[
+        Path, typer.Argument(help="A bundle of images, or of values of one number.")
+    ] = Path("artifacts/bundle"),
     output: Annotated[Path, typer.Option(help="Where to draw; a PNG.")] = PICTURE,
 ) -> None:
-    """Serve the bundle, draw symbols on its page, let it learn them, and take a screenshot."""
+    """Serve the bundle, draw symbols or click points on its page, and take a screenshot."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         raise InputError("Chromium is not installed; on Debian: apt install chromium")
@@ -74,8 +75,11 @@ def main(
             reduced_motion="reduce",
         )
         page.goto(server.url)
-        page.locator(".symbol").first.wait_for()
-        _use(page)
+        page.locator(".symbol, #chart svg").first.wait_for()
+        if page.locator("#chart").count():
+            _click(page)
+        else:
+            _use(page)
         page.screenshot(path=output, full_page=True)
         browser.close()
 
@@ -103,6 +107,18 @@ def _use(page: Page) -> None:
         raise InputError(f"the page says: {error}")
     _draw(page, page.locator("#query"), SYMBOLS[names[min(2, len(names) - 1)]], rng)
     page.locator("#spoken", has_text="Looks like").wait_for(state="attached")
+
+
+def _click(page: Page) -> None:
+    """Click points of a sinusoid, and let the browser learn them."""
+    page.locator("[name=where][value=browser]").check(force=True)
+    box = page.locator("#chart .frame").bounding_box()
+    if box is None:
+        raise InputError("the page shows no chart")
+    for x in (0.1, 0.25, 0.45, 0.6, 0.85):
+        y = 0.5 - 0.3 * math.sin(10 * x)
+        page.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+    page.locator("#status", has_text="Learnt from 5 rows").wait_for(timeout=120_000)
 
 
 def _draw(page: Page, pad: Locator, strokes: list[Stroke], rng: random.Random) -> None:

@@ -160,6 +160,13 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "reptile serve artifacts/bundle --tasks tasks": (
         "tests/serve/test_documentation.py::test_three_lines_go_from_a_bundle_to_a_right_prediction"
     ),
+    "curl -F rows=@known.csv": (
+        "tests/serve/test_documentation.py::test_the_rows_of_the_document_are_learnt"
+    ),
+    "curl --json": ("tests/serve/test_documentation.py::test_the_rows_of_the_document_are_learnt"),
+    "curl --header": (
+        "tests/serve/test_documentation.py::test_the_rows_of_the_document_are_learnt"
+    ),
     "curl -F ": (
         "tests/serve/test_documentation.py::test_three_lines_go_from_a_bundle_to_a_right_prediction"
     ),

@@ -14,17 +14,23 @@ constexpr float tolerance = 1e-4f;
 
 struct Task {
   std::string name;
-  std::vector<float> images;
+  std::vector<double> images;  // or the rows of a table
   std::vector<std::int64_t> labels;
   few_shot::MiniBatches batches;
   float learning_rate;
-  std::vector<float> queries;
+  std::vector<double> queries;
   std::vector<float> expected;
 };
 
-Task read_support(const std::filesystem::path& folder) {
+std::vector<double> read_inputs(const few_shot::Model& model, const std::filesystem::path& file) {
+  if (model.raw()) return npy::read<double>(file).values;
+  const auto values = npy::read<float>(file).values;
+  return {values.begin(), values.end()};
+}
+
+Task read_support(const few_shot::Model& model, const std::filesystem::path& folder) {
   Task task{folder.filename().string(),
-            npy::read<float>(folder / "support_images.npy").values,
+            read_inputs(model, folder / "support_images.npy"),
             npy::read<std::int64_t>(folder / "support_labels.npy").values,
             {},
             0,
@@ -38,9 +44,9 @@ Task read_support(const std::filesystem::path& folder) {
   return task;
 }
 
-Task read(const std::filesystem::path& folder) {
-  Task task = read_support(folder);
-  task.queries = npy::read<float>(folder / "query_images.npy").values;
+Task read(const few_shot::Model& model, const std::filesystem::path& folder) {
+  Task task = read_support(model, folder);
+  task.queries = read_inputs(model, folder / "query_images.npy");
   task.expected = npy::read<float>(folder / "logits.npy").values;
   return task;
 }
@@ -114,9 +120,12 @@ int main(int argc, char** argv) {
     if (folders.empty()) throw std::runtime_error("no golden tasks in " + bundle.string());
     std::printf("%-10s %5s %7s  %9s\n", "task", "steps", "support", "deviation");
     bool right = true;
-    for (const auto& folder : folders) right = check(model, read(folder)) && right;
-    if (refusal) right = check_refusal(model, read_support(bundle / "golden" / "refused")) && right;
-    adapt_again(model, read(*folders.rbegin()));
+    for (const auto& folder : folders) right = check(model, read(model, folder)) && right;
+    if (refusal) {
+      const Task task = read_support(model, bundle / "golden" / "refused");
+      right = check_refusal(model, task) && right;
+    }
+    adapt_again(model, read(model, *folders.rbegin()));
     return right ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

@@ -137,7 +137,8 @@ def _value(value: Any, column: Column, where: str) -> float:
         return make(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(
-            f"{where}, column {column.name!r}: {value!r} is no {column.kind}; None is missing"
+            f"{where}, column {column.name!r}: {reprlib.repr(value)} is no {column.kind}; None is "
+            "missing"
         ) from None
 
 
@@ -164,6 +165,8 @@ def _seconds(value: Any) -> float:
 
 def _place(value: Any, categories: Sequence[str]) -> float:
     """Return a category's place; a number may be named as a whole one, as tables name it."""
+    if isinstance(value, list | tuple | Mapping):
+        raise TypeError
     names = [str(value)]
     if isinstance(value, float) and value.is_integer():
         names.append(str(int(value)))

@@ -106,7 +106,8 @@ class AdaptedRegressor:
             raise InputError(f"level must lie between 0 and 1, got {level}")
         mean, variance = self._run(x, ["logits", "variance"])
         half = np.sqrt(variance) * mean.dtype.type(NormalDist().inv_cdf((1 + level) / 2))
-        return Interval(mean - half, mean + half)
+        with np.errstate(invalid="ignore"):  # an infinite value has no interval
+            return Interval(mean - half, mean + half)
 
     def _run(self, x: Any, names: list[str]) -> list[Values]:
         """Return these outputs of the graph, each [N, outputs]."""

@@ -18,13 +18,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from reptile import __version__
-from reptile.runtime import FewShotModel
 from reptile.serve.errors import exception_handlers
 from reptile.serve.middleware import RequestMiddleware
 from reptile.serve.protocol_routes import protocol_routes
 from reptile.serve.service import Service
 from reptile.serve.settings import ServeSettings
 from reptile.serve.task_routes import task_routes
+from reptile.serve.task_store import Model
 
 HERE = Path(str(files("reptile.serve")))
 PAGE, ORT, DOCS = HERE / "page", HERE / "ort", HERE / "docs.html"
@@ -35,7 +35,7 @@ POLICY = (
 )
 
 
-def make_app(model: FewShotModel, settings: ServeSettings, token: str | None = None) -> ASGIApp:
+def make_app(model: Model, settings: ServeSettings, token: str | None = None) -> ASGIApp:
     """Return the application that serves a bundle.
 
     Args:
@@ -117,11 +117,12 @@ def _document() -> list[BaseRoute]:
     return [Route("/openapi.json", document), Route("/docs", docs)]
 
 
-def _files(model: FewShotModel) -> list[BaseRoute]:
+def _files(model: Model) -> list[BaseRoute]:
     allowed = {"manifest.json", *model.manifest["files"]}
 
     async def page(request: Request) -> Response:
-        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+        file = PAGE / ("index.html" if model.bundle.pixels else "rows.html")
+        return FileResponse(file, headers={"content-security-policy": POLICY})
 
     async def bundle_file(request: Request) -> Response:
         path = request.path_params["path"]

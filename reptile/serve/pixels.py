@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def whole_pixels(images: Any, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8] | None:
+def whole_pixels(images: Any, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
     """Return nested lists [N, C, H, W] of whole numbers 0..255 as an array.
 
     None for everything else, be it right or wrong, and for images of zeros and ones alone, as those

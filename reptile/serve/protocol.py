@@ -17,11 +17,11 @@ from reptile.errors import InputError
 
 Array = npt.NDArray[Any]
 
-DATATYPES = {"float32": "FP32", "int64": "INT64", "bool": "BOOL"}
+DATATYPES = {"float32": "FP32", "float64": "FP64", "int64": "INT64", "bool": "BOOL"}
 EXTENSIONS = ("binary_tensor_data",)
 _NAMES = {np.dtype(dtype): datatype for dtype, datatype in DATATYPES.items()}
-_KINDS = {"FP32": "iuf", "INT64": "iu", "BOOL": "b", "UINT8": "iu"}
-_DTYPES = {"FP32": "float32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+_KINDS = {"FP32": "iuf", "FP64": "iuf", "INT64": "iu", "BOOL": "b", "UINT8": "iu"}
+_DTYPES = {"FP32": "float32", "FP64": "float64", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
 
 
 class TensorParameters(BaseModel):

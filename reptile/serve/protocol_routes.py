@@ -73,7 +73,7 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
         if model in service.graphs:
             outputs = await unless_disconnected(request, service.run_graph(model, feeds))
         else:
-            outputs = await service.predict(model, feeds["images"])
+            outputs = await service.predict_named(model, feeds["images"])
         return await in_thread_if_large(
             sum(array.nbytes for array in outputs.values()),
             lambda: _answer(*write_outputs(wanted, model, outputs)),

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy.typing as npt
 from anyio import CapacityLimiter, to_thread
@@ -21,6 +21,13 @@ from reptile.serve.errors import first_error
 from reptile.serve.service import Service
 
 Array = npt.NDArray[Any]
+BodyType = Literal["json", "form", "csv"]
+TYPES: dict[str, BodyType] = {
+    "": "json",
+    "application/json": "json",
+    "multipart/form-data": "form",
+    "text/csv": "csv",
+}
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 MAX_LABEL = 200  # characters
@@ -31,10 +38,25 @@ async def json_body(request: Request, service: Service) -> bytes:
     """Return a body that is JSON, bounded in size."""
     body, most = await whole_body(request), service.settings.max_json_bytes
     if len(body) > most:
-        raise HTTPException(
-            413, f"JSON of more than {most} bytes: send image files as a form, or fewer images"
+        way_out = (
+            "image files as a form, or fewer images" if service.takes == "images" else "fewer rows"
         )
+        raise HTTPException(413, f"JSON of more than {most} bytes: send {way_out}")
     return body
+
+
+async def csv_body(request: Request, service: Service) -> bytes:
+    """Return the content of a CSV file, sent as the body or as the one file of a form."""
+    if body_type(request, service) == "csv":
+        content = await whole_body(request)
+    else:
+        files = await form_files(request, 2)
+        if len(files) != 1:
+            raise InputError(f"the form has {len(files)} files: send one, as -F rows=@FILE")
+        ((_, _, content),) = files
+    if len(content) > (most := service.settings.max_json_bytes):
+        raise HTTPException(413, f"CSV of more than {most} bytes: send fewer rows")
+    return content
 
 
 async def whole_body(request: Request) -> bytes:
@@ -106,16 +128,14 @@ def _few() -> CapacityLimiter:
         return _LIMITER.get()
 
 
-def is_form(request: Request) -> bool:
-    """Return whether the body is a form of files, or else JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return True
-    if kind not in ("application/json", ""):
-        raise HTTPException(
-            415, f"content-type {kind[:100]!r}: send application/json or multipart/form-data"
-        )
-    return False
+def body_type(request: Request, service: Service) -> BodyType:
+    """Return what the body is by its content type, if this bundle's inputs may come as that."""
+    name = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    allowed = {"images": ("json", "form"), "rows": ("json", "form", "csv"), "inputs": ("json",)}
+    if TYPES.get(name) not in allowed[service.takes]:
+        known = [each for each, kind in TYPES.items() if each and kind in allowed[service.takes]]
+        raise HTTPException(415, f"content-type {name[:100]!r}: send {' or '.join(known)}")
+    return TYPES[name]
 
 
 class _InMemoryParser(MultiPartParser):
@@ -129,12 +149,9 @@ def _unescaped(name: str) -> str:
     return name.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
-async def read_files(request: Request, service: Service) -> list[tuple[str, Array]]:
-    """Return the form's image files as (field name, pixels [C, H, W])."""
-    settings = service.settings
-    parser = _InMemoryParser(
-        request.headers, request.stream(), max_files=settings.max_images, max_fields=16
-    )
+async def form_files(request: Request, most: int) -> list[tuple[str, str, bytes]]:
+    """Return at most so many files of a form: field name, file name and content of each."""
+    parser = _InMemoryParser(request.headers, request.stream(), max_files=most, max_fields=16)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -143,12 +160,20 @@ async def read_files(request: Request, service: Service) -> list[tuple[str, Arra
     for encoded, value in form.multi_items():
         name = _unescaped(encoded)
         if not isinstance(value, UploadFile):
-            raise InputError(f"field {name[:100]!r} is text: send image files, as -F NAME=@FILE")
+            raise InputError(f"field {name[:100]!r} is text: send files, as -F NAME=@FILE")
         if len(name) > MAX_LABEL:
             raise InputError(f"a field's name has {len(name)} characters: at most {MAX_LABEL}")
         contents.append((name, value.filename or name, await value.read()))
     if not contents:
-        raise InputError("no images: send one or more files, as -F NAME=@FILE")
+        raise InputError("the form is empty: send one or more files, as -F NAME=@FILE")
+    return contents
+
+
+async def read_files(request: Request, service: Service) -> list[tuple[str, Array]]:
+    """Return the form's image files as (field name, pixels [C, H, W])."""
+    settings = service.settings
+    contents = await form_files(request, settings.max_images)
+    channels, height, width = service.model.bundle.image_shape
 
     def decoded() -> list[tuple[str, Array]]:
         found, left = [], settings.max_request_pixels
@@ -160,7 +185,7 @@ async def read_files(request: Request, service: Service) -> list[tuple[str, Arra
                 )
             image = decode(file[:200], content, min(left, settings.max_image_pixels))
             left -= image.width * image.height
-            found.append((name, fit(image, service.model.pixel_shape)))
+            found.append((name, fit(image, (channels, height, width))))
         return found
 
     return await to_thread.run_sync(decoded, limiter=_few())

@@ -10,11 +10,13 @@ from pathlib import Path
 import uvicorn
 
 from reptile.errors import InputError
-from reptile.runtime import FewShotModel
+from reptile.runtime import FewShotModel, FewShotRegressor
+from reptile.runtime.bundle import open_bundle
 from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
 from reptile.serve.connection import Connection
 from reptile.serve.settings import ServeSettings
+from reptile.serve.task_store import Model
 
 TOKEN = "REPTILE_TOKEN"
 
@@ -37,7 +39,7 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         20_000
     )  # by default it looks for cycles after 700 objects: a tenth of the time
     settings = settings.model_copy(update={"hosts": (*settings.hosts, host.lower())})
-    app = make_app(FewShotModel.load(bundle, threads=1), settings, token)
+    app = make_app(load_model(bundle), settings, token)
     uvicorn.run(
         app,
         host=host,
@@ -52,6 +54,16 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
         http=Connection,
         ws="none",
     )
+
+
+def load_model(bundle: Path) -> Model:
+    """Open a bundle of either kind.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    kind = FewShotRegressor if open_bundle(bundle).kind == "regression" else FewShotModel
+    return kind.load(bundle, threads=1)
 
 
 def read_token() -> str | None:

@@ -2,26 +2,34 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from reptile.bundle_format import TensorType
 from reptile.errors import DivergedError, InputError
-from reptile.runtime import AdaptedModel, FewShotModel
-from reptile.runtime.inputs import check_images, check_learning_rate
+from reptile.runtime import AdaptedModel
+from reptile.runtime.inputs import check_images, check_inputs, check_learning_rate
 from reptile.runtime.provider import run_within
+from reptile.runtime.regressor import check_pairs
 from reptile.serve.pixels import whole_pixels
 from reptile.serve.settings import ServeSettings
-from reptile.serve.task_store import AdaptedTask, StorageError, TaskStore, check_labels
-from reptile.serve.workers import Adapter, Predictor
+from reptile.serve.task_store import (
+    Adapted,
+    AdaptedTask,
+    Model,
+    StorageError,
+    TaskStore,
+    check_labels,
+)
+from reptile.serve.workers import Adapter, Outputs, Predictor, Values
 
 Array = npt.NDArray[Any]
 
 GRAPHS = {"gradient": ("few_shot", "predict"), "closed_form": ("few_shot", "embed")}
 """The graphs that are served as models, by how the bundle learns."""
-IMAGES = {"images", "support_images", "query_images"}  # inputs that hold pixels
+IMAGES = {"images", "support_images", "query_images"}  # tensors that hold inputs
 TASK = "task-"  # prefix of the model name of an adapted task; its id follows
 
 
@@ -37,29 +45,39 @@ class Service:
     """A bundle being served.
 
     Raises:
-        InputError: the bundle takes no images, or the folder of the kept tasks cannot be used.
+        InputError: the folder of the kept tasks cannot be used.
     """
 
-    def __init__(self, model: FewShotModel, settings: ServeSettings) -> None:
+    def __init__(self, model: Model, settings: ServeSettings) -> None:
         self.model, self.settings = model, settings
-        _ = model.pixel_shape  # refuses other bundles before any folder is touched
+        bundle = model.bundle
+        self.predicts_values = bundle.kind == "regression"
+        self.takes: Literal["images", "rows", "inputs"] = (
+            "images" if bundle.pixels else "rows" if bundle.columns else "inputs"
+        )
         self.store = TaskStore(settings)
         self.store.load(model)
         self.adapter = Adapter(settings)
         self.predictor = Predictor(settings)
         self.ready = False
-        self.graphs = GRAPHS[model.bundle.learner]
+        self.graphs = [name for name in GRAPHS[bundle.learner] if name in bundle.graphs]
         self._sessions = {
             name: model.bundle.open(name, threads=1, providers=None) for name in self.graphs
         }
 
     async def start(self) -> None:
         """Run every graph once, so that no request pays for it."""
-        images = np.zeros((2, *self.model.pixel_shape), dtype=np.uint8)
-        steps = 1 if self.model.bundle.learner == "gradient" else None
-        adapted = await self.adapter.run(lambda _: self.model.adapt(images, [0, 1], steps=steps))
-        await self.adapter.run(lambda _: adapted.specialized())
-        await self.predictor.predict(adapted, images)
+        bundle = self.model.bundle
+        shape = (2, *bundle.image_shape)
+        inputs: Array = np.zeros(shape, np.uint8 if bundle.pixels else np.float32)
+        if bundle.columns:
+            inputs = np.full(shape, np.nan)  # missing values: the graph takes their mean
+        targets = np.zeros((2, bundle.outputs)) if self.predicts_values else np.arange(2)
+        steps = 1 if bundle.learner == "gradient" else None
+        adapted = await self.adapter.run(lambda _: self.model.adapt(inputs, targets, steps=steps))
+        if isinstance(adapted, AdaptedModel):
+            await self.adapter.run(lambda _: adapted.specialized())
+        await self.predictor.predict(adapted, inputs)
         self.ready = True
 
     def close(self) -> None:
@@ -69,40 +87,59 @@ class Service:
         self.predictor.close()
         self.store.close()
 
-    def images(self, values: Any) -> Array:
-        """Return images as uint8 or float32 [N, C, H, W].
+    def inputs(self, values: Any) -> Array:
+        """Return inputs as the graphs take them.
+
+        Images as uint8 or float32 [N, C, H, W], rows of a table as float64 [N, columns], others as
+        float32 [N, ...].
 
         Raises:
-            InputError: not images of this bundle, none, or too many.
+            InputError: not inputs of this bundle, none, or too many.
         """
-        shape = self.model.pixel_shape
-        images = whole_pixels(values, shape)
+        bundle, what = self.model.bundle, self.takes
+        self.check_count(len(values))
+        if not bundle.pixels:
+            return check_inputs(values, bundle, what)
+        images = whole_pixels(values, bundle.image_shape)
         if images is None:
-            images = check_images(values, shape)
-        if not 1 <= len(images) <= self.settings.max_images:
-            raise InputError(
-                f"{len(images)} images: give 1 to {self.settings.max_images} in one request"
-            )
+            images = check_images(values, bundle.image_shape)
         return images.astype(np.float32 if images.dtype.kind == "f" else np.uint8)
 
-    async def adapt(self, images: Array, labels: list[Any], **options: Any) -> AdaptedTask:
+    def check_count(self, count: int) -> None:
+        """Refuse no inputs, or too many for one request.
+
+        Raises:
+            InputError: see above.
+        """
+        if not 1 <= count <= self.settings.max_images:
+            raise InputError(
+                f"{count} {self.takes}: give 1 to {self.settings.max_images} in one request"
+            )
+
+    async def adapt(self, inputs: Array, targets: Any, **options: Any) -> AdaptedTask:
         """Adapt to a new task and keep it; once it returns, it survives a restart.
 
         A closed-form bundle has no steps, so their options have no effect: a client need not know
         which kind of bundle is served.
+
+        Args:
+            inputs: what `inputs` returns.
+            targets: a label for each, or the values [N, outputs].
+            options: of the runtime's `adapt`.
 
         Raises:
             BusyError: too many adaptations are waiting.
             TimeoutError: not done in time.
             InputError: arguments that cannot be used, or an adaptation that diverged.
         """
-        check_labels(labels)
+        if not self.predicts_values:
+            check_labels(targets)
         if self.model.bundle.learner == "closed_form":
             options = {}
         loop = asyncio.get_running_loop()
 
         def work(seconds: float) -> AdaptedTask:
-            adapted = self.model.adapt(images, labels, timeout=seconds, **options)
+            adapted = self.model.adapt(inputs, targets, timeout=seconds, **options)
             task = self.store.write(adapted)
             # Even if its client has gone by now: what is on disk is in memory.
             loop.call_soon_threadsafe(self.store.add, task)
@@ -110,15 +147,17 @@ class Service:
 
         return await self.adapter.run(work)
 
-    async def add(self, name: str, images: Array, labels: list[Any]) -> AdaptedTask:
+    async def add(self, name: str, inputs: Array, targets: Any) -> AdaptedTask:
         """Add examples, of its classes or of new ones, to a task of a closed-form bundle.
 
         Raises:
             As `adapt`; and UnknownError, ConflictError: see there.
         """
-        check_labels([*self.task(name).model.labels, *labels])
+        task = self.task(name)
+        if not self.predicts_values:
+            check_labels([*task.labels, *targets])
         return await self._change(
-            name, lambda model, seconds: model.add(images, labels, timeout=seconds)
+            name, lambda model, seconds: model.add(inputs, targets, timeout=seconds)
         )
 
     async def remove(self, name: str, label: str) -> AdaptedTask:
@@ -127,18 +166,19 @@ class Service:
         Raises:
             As `add`.
         """
-        labels = {str(each): each for each in self.task(name).model.labels}
+        labels = {str(each): each for each in self.task(name).labels}
         if label not in labels:
             raise UnknownError(
                 f"no label {label[:50]!r}: GET /tasks/{name} lists the task's labels"
             )
-        return await self._change(
-            name, lambda model, seconds: model.remove(labels[label], timeout=seconds)
-        )
 
-    async def _change(
-        self, name: str, change: Callable[[AdaptedModel, float], AdaptedModel]
-    ) -> AdaptedTask:
+        def without(model: Adapted, seconds: float) -> Adapted:
+            assert isinstance(model, AdaptedModel)  # a regressor's task has no labels
+            return model.remove(labels[label], timeout=seconds)
+
+        return await self._change(name, without)
+
+    async def _change(self, name: str, change: Callable[[Adapted, float], Adapted]) -> AdaptedTask:
         """Put a changed task in a task's place; once it returns, it survives a restart."""
         task, loop = self.task(name), asyncio.get_running_loop()
         done: asyncio.Future[bool] = loop.create_future()
@@ -182,22 +222,39 @@ class Service:
         if name in self.graphs:
             graph = self.model.bundle.graphs[name]
             return graph.inputs, graph.outputs
-        adapted = self._adapted(name)
-        shape = (None, *self.model.pixel_shape)
-        outputs = TensorType("float32", (None, len(adapted.labels)))
-        return {"images": TensorType("float32", shape)}, {
-            "probabilities": outputs,
-            "logits": outputs,
-        }
+        adapted, bundle = self._adapted(name), self.model.bundle
+        inputs = {"images": TensorType(bundle.input_dtype, (None, *bundle.image_shape))}
+        if isinstance(adapted, AdaptedModel):
+            each = TensorType("float32", (None, len(adapted.labels)))
+            return inputs, {"probabilities": each, "logits": each}
+        each = TensorType(bundle.input_dtype, (None, bundle.outputs))
+        names = ["values", "low", "high"] if bundle.learner == "closed_form" else ["values"]
+        return inputs, dict.fromkeys(names, each)
 
-    async def predict(self, name: str, images: Array) -> dict[str, Array]:
-        """Run the model of an adapted task on images of its type and shape.
+    async def predict_named(self, name: str, inputs: Array) -> dict[str, Array]:
+        """Run the model of an adapted task on inputs of its type and shape.
 
         Raises:
             UnknownError, BusyError, InputError: see there.
         """
-        named = await self.predictor.predict(self._adapted(name), self.images(images))
-        return named._asdict()
+        found = await self.predict(self._adapted(name), self.inputs(inputs))
+        return {key: array for key, array in found._asdict().items() if array is not None}
+
+    async def predict(self, adapted: Adapted, inputs: Array) -> Outputs:
+        """Predict for what `inputs` returned.
+
+        Raises:
+            BusyError: too many inputs are waiting.
+            InputError: a predicted value is not finite.
+        """
+        found = await self.predictor.predict(adapted, inputs)
+        if isinstance(found, Values) and not np.isfinite(found.values).all():
+            row = int(np.argwhere(~np.isfinite(found.values))[0, 0])
+            raise InputError(
+                f"{self.takes}: the value predicted for row {row} is not finite: give inputs of "
+                "the size of the training data's"
+            )
+        return found
 
     async def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run one of `graphs` on tensors of its types and shapes.
@@ -206,7 +263,7 @@ class Service:
             BusyError, TimeoutError, DivergedError, InputError: see there.
         """
         for tensor in IMAGES & feeds.keys():
-            feeds[tensor] = self.images(feeds[tensor]).astype(np.float32)
+            feeds[tensor] = self.inputs(feeds[tensor]).astype(self.model.bundle.input_dtype)
         if name == "few_shot":
             self._check_adaptation(feeds)
         outputs = list(self.model.bundle.graphs[name].outputs)
@@ -218,14 +275,14 @@ class Service:
             way_out = (
                 "lower learning_rate or give fewer steps"
                 if self.model.bundle.learner == "gradient"
-                else "check the images"
+                else "check the inputs"
             )
             raise DivergedError(
                 f"the adaptation diverged: its numbers are no longer finite; {way_out}"
             )
         return results
 
-    def _adapted(self, name: str) -> AdaptedModel:
+    def _adapted(self, name: str) -> Adapted:
         if name.startswith(TASK):
             return self.task(name.removeprefix(TASK)).model
         raise UnknownError(
@@ -241,7 +298,9 @@ class Service:
             raise InputError(f"{support} support images but {len(labels)} support_labels")
         if support > bundle.max_support:
             raise InputError(f"{support} support images: at most {bundle.max_support}")
-        if labels.min() < 0 or labels.max() >= bundle.ways:
+        if self.predicts_values:
+            check_pairs(feeds["support_images"], labels, bundle)
+        elif labels.min() < 0 or labels.max() >= bundle.ways:
             raise InputError(f"support_labels must lie in 0..{bundle.ways - 1}")
         if bundle.learner == "closed_form":
             return

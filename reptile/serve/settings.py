@@ -33,7 +33,7 @@ class ServeSettings(BaseModel):
     waiting_adaptations: Annotated[int, Field(ge=0, le=2**53)] = 8
     """Maximum adaptations that wait; further ones get 429."""
     waiting_images: Positive = 10_000
-    """Maximum images that wait for a prediction; further ones get 429."""
+    """Maximum images, rows or other inputs that wait for a prediction; further ones get 429."""
     request_seconds: Seconds = 60.0
     """Maximum seconds from the first byte of a request to its answer."""
     body_seconds: Seconds = 20.0
@@ -41,7 +41,8 @@ class ServeSettings(BaseModel):
     max_body_bytes: Positive = 2**24
     """Maximum size of a body in bytes, such as a form of image files."""
     max_json_bytes: Positive = 2**23
-    """Maximum size of a JSON body in bytes; parsed, it takes about 20 times as much memory."""
+    """Maximum size of a JSON body or a CSV file in bytes; parsed, it takes about 20 times as much
+    memory."""
     max_held_bytes: Positive = 2**27
     """Maximum size in bytes of the bodies of all requests in progress."""
     max_image_pixels: Positive = 2**24
@@ -49,7 +50,7 @@ class ServeSettings(BaseModel):
     max_request_pixels: Positive = 2**26
     """Maximum pixels of all image files of one request."""
     max_images: Positive = 1000
-    """Maximum images in one request."""
+    """Maximum images, rows or other inputs in one request."""
     connections: Positive = 500
     """Maximum concurrent requests; further ones get 503. At most twice as many connections are
     kept open."""

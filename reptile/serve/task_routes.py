@@ -1,11 +1,9 @@
-"""The task API for people: adapt, change, list, delete, classify. Models' tensors are elsewhere."""
+"""The task API for people: adapt, change, list, delete, predict. Models' tensors are elsewhere."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,54 +11,18 @@ from starlette.routing import BaseRoute, Route
 
 from reptile.errors import InputError
 from reptile.serve.errors import first_error
-from reptile.serve.request_body import (
-    MAX_LABEL,
-    in_thread_if_large,
-    is_form,
-    json_body,
-    parse,
-    read_files,
-    unless_disconnected,
+from reptile.serve.examples import (
+    Examples,
+    Label,
+    Options,
+    Support,
+    read_examples,
+    read_queries,
 )
+from reptile.serve.request_body import unless_disconnected
 from reptile.serve.service import Service
 from reptile.serve.task_store import AdaptedTask
-
-Array = npt.NDArray[Any]
-Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float
-
-
-class Options(BaseModel):
-    """Options of an adaptation, as query parameters or in JSON."""
-
-    steps: int | None = None
-    learning_rate: float | None = None
-    seed: int | None = None
-
-
-class Examples(BaseModel):
-    """Labelled images, as JSON."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    images: list[Any]
-    """[N, C, H, W], or [N, H, W] where C is 1; pixels 0..255."""
-    labels: list[Label]
-    """The label of each image."""
-
-
-class Support(Examples, Options):
-    """A support set, as JSON."""
-
-
-Read = TypeVar("Read", bound=Examples)
-
-
-class Images(BaseModel):
-    """Images to classify, as JSON."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    images: list[Any]
+from reptile.serve.workers import Values
 
 
 class Task(BaseModel):
@@ -68,6 +30,7 @@ class Task(BaseModel):
 
     id: str
     labels: list[Label]
+    """None of a regressor."""
     losses: list[float]
     """The loss before each inner step."""
     taught: datetime
@@ -77,43 +40,29 @@ class Task(BaseModel):
 
 def task_routes(service: Service) -> list[BaseRoute]:
     """Return the routes."""
+    names = _names(service)
 
     def shown(task: AdaptedTask) -> Task:
         return Task(
             id=task.id,
-            labels=task.model.labels,
+            labels=task.labels,
             losses=task.model.losses.tolist(),
             taught=datetime.fromtimestamp(task.created, UTC),
             expires=datetime.fromtimestamp(service.store.expires(task), UTC),
         )
 
-    async def labelled(request: Request, kind: type[Read]) -> tuple[Array, list[Any], Read | None]:
-        """Read images and their labels from a form or from JSON, which is returned too."""
-        if is_form(request):
-            files = await read_files(request, service)
-            return np.stack([image for _, image in files]), [name for name, _ in files], None
-        body = await json_body(request, service)
-
-        def read() -> tuple[Array, Read]:
-            examples = parse(kind, body)
-            return service.images(examples.images), examples
-
-        images, examples = await in_thread_if_large(len(body), read)
-        return images, examples.labels, examples
-
     async def adapt(request: Request) -> Response:
         options = _options(request)
-        images, labels, support = await labelled(request, Support)
-        if support:
-            in_body = support.model_dump(include=set(Options.model_fields), exclude_none=True)
-            options = in_body | options
-        task = await unless_disconnected(request, service.adapt(images, labels, **options))
+        examples = await read_examples(request, service, Support)
+        work = service.adapt(examples.inputs, examples.targets, **(examples.options | options))
+        task = await unless_disconnected(request, work)
         return _json(shown(task), 201, {"location": f"/tasks/{task.id}"})
 
     async def add(request: Request) -> Response:
         name = service.task(request.path_params["task_id"]).id
-        images, labels, _ = await labelled(request, Examples)
-        return _json(shown(await unless_disconnected(request, service.add(name, images, labels))))
+        examples = await read_examples(request, service, Examples)
+        work = service.add(name, examples.inputs, examples.targets)
+        return _json(shown(await unless_disconnected(request, work)))
 
     async def remove(request: Request) -> Response:
         name, label = request.path_params["task_id"], request.path_params["label"]
@@ -132,19 +81,13 @@ def task_routes(service: Service) -> list[BaseRoute]:
 
     async def predict(request: Request) -> Response:
         task = service.task(request.path_params["task_id"])
-        if is_form(request):
-            files = await read_files(request, service)
-            images = np.stack([image for _, image in files])
-        else:
-            body = await json_body(request, service)
-            images = await in_thread_if_large(
-                len(body), lambda: service.images(parse(Images, body).images)
-            )
-        outputs = await service.predictor.predict(task.model, images)
-        labels = task.model.labels
-        names = [str(label) for label in labels]
+        outputs = await service.predict(task.model, await read_queries(request, service))
+        if isinstance(outputs, Values):
+            return _json({"predictions": _by_name(outputs, names)})
+        labels = task.labels
+        texts = [str(label) for label in labels]
         predictions = [
-            {"label": labels[best], "probabilities": dict(zip(names, row, strict=True))}
+            {"label": labels[best], "probabilities": dict(zip(texts, row, strict=True))}
             for best, row in zip(
                 outputs.logits.argmax(1).tolist(), outputs.probabilities.tolist(), strict=True
             )
@@ -159,6 +102,23 @@ def task_routes(service: Service) -> list[BaseRoute]:
         Route("/tasks", list_all),
         Route("/tasks/{task_id}", get),
         Route("/tasks/{task_id}", delete, methods=["DELETE"]),
+    ]
+
+
+def _names(service: Service) -> list[str]:
+    """Return the names of a regressor's values: of the columns, or y, or y0, y1 and so on."""
+    bundle = service.model.bundle
+    if bundle.targets:
+        return [column.name for column in bundle.targets]
+    return ["y"] if bundle.outputs == 1 else [f"y{place}" for place in range(bundle.outputs)]
+
+
+def _by_name(outputs: Values, names: list[str]) -> list[dict[str, dict[str, float]]]:
+    """Return the values of each input, and its intervals if there are any."""
+    found = {key: array.tolist() for key, array in outputs._asdict().items() if array is not None}
+    return [
+        {key: dict(zip(names, row, strict=True)) for key, row in zip(found, rows, strict=True)}
+        for rows in zip(*found.values(), strict=True)
     ]
 
 

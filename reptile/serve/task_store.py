@@ -11,14 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from reptile.errors import InputError
 from reptile.files import lock_folder
-from reptile.runtime import AdaptedModel, FewShotModel
+from reptile.runtime import AdaptedModel, AdaptedRegressor, FewShotModel, FewShotRegressor
 from reptile.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
+Model = FewShotModel | FewShotRegressor
+Adapted = AdaptedModel | AdaptedRegressor
 SUFFIX = ".safetensors"
 DAY = 86400.0
 
@@ -32,10 +35,15 @@ class AdaptedTask:
     """One task: the adapted model, when it was created or changed, its size and its file."""
 
     id: str
-    model: AdaptedModel
+    model: Adapted
     created: float  # seconds since 1970
     size: int  # bytes
     file: Path | None  # None: in memory only
+
+    @property
+    def labels(self) -> list[Any]:
+        """The names of a classifier's task; none of a regressor's."""
+        return list(self.model.state.labels)
 
 
 def check_labels(labels: Sequence[object]) -> None:
@@ -67,7 +75,7 @@ class TaskStore:
         self._forget_old()
         return iter(tuple(self._tasks.values()))
 
-    def load(self, model: FewShotModel) -> None:
+    def load(self, model: Model) -> None:
         """Read the folder; what cannot be read is reported and left alone.
 
         Raises:
@@ -89,7 +97,7 @@ class TaskStore:
                 if not file.is_file() or str(uuid.UUID(file.stem)) != file.stem:
                     raise InputError("not a file that this server has written")
                 adapted, status = model.load_adapted(file), file.stat()
-                check_labels(adapted.labels)
+                check_labels(adapted.state.labels)
             except (InputError, OSError, ValueError) as error:
                 log.warning("%s is left out: %s", file, error)
                 continue
@@ -101,7 +109,7 @@ class TaskStore:
         """Let other servers use the folder."""
         self._lock.close()
 
-    def write(self, adapted: AdaptedModel, changes: AdaptedTask | None = None) -> AdaptedTask:
+    def write(self, adapted: Adapted, changes: AdaptedTask | None = None) -> AdaptedTask:
         """Save a task to disk; to be called from a worker thread, before `add` or `replace`.
 
         Args:

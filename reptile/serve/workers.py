@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reptile.errors import InputError
-from reptile.runtime import AdaptedModel
+from reptile.runtime import AdaptedModel, AdaptedRegressor
 from reptile.runtime.model import softmax
 from reptile.serve.settings import ServeSettings
 
@@ -85,18 +85,29 @@ class Adapter:
 
 
 class Prediction(NamedTuple):
-    """The prediction for N images."""
+    """The prediction for N images or other inputs of a classifier."""
 
     probabilities: Array  # [N, names]
     logits: Array  # [N, names]
 
 
+class Values(NamedTuple):
+    """The prediction for N inputs of a regressor."""
+
+    values: Array  # [N, outputs]
+    low: Array | None  # [N, outputs], as the next: 95 % intervals, of a closed-form learner
+    high: Array | None
+
+
+Outputs = Prediction | Values
+
+
 class _Waiting(NamedTuple):
     images: Array
-    answer: "asyncio.Future[Prediction]"
+    answer: "asyncio.Future[Outputs]"
 
 
-Kind = tuple[AdaptedModel, np.dtype[Any]]  # what can be run together
+Kind = tuple[AdaptedModel | AdaptedRegressor, np.dtype[Any]]  # what can be run together
 
 
 class Predictor:
@@ -109,8 +120,8 @@ class Predictor:
         self._running: set[Kind] = set()
         self.images = 0  # running and waiting
 
-    async def predict(self, model: AdaptedModel, images: Array) -> Prediction:
-        """Name checked images [N, C, H, W].
+    async def predict(self, model: AdaptedModel | AdaptedRegressor, images: Array) -> Outputs:
+        """Predict for checked images [N, C, H, W] or other inputs.
 
         Raises:
             BusyError: too many images are waiting.
@@ -120,7 +131,7 @@ class Predictor:
         self.images += len(images)
         try:
             loop = asyncio.get_running_loop()
-            answer: asyncio.Future[Prediction] = loop.create_future()
+            answer: asyncio.Future[Outputs] = loop.create_future()
             kind = model, images.dtype
             if kind not in self._waiting:
                 self._waiting[kind] = []
@@ -149,7 +160,7 @@ class Predictor:
         loop = asyncio.get_running_loop()
         future.add_done_callback(partial(_from_thread, loop, self._finish, kind, batch, future))
 
-    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Prediction]") -> None:
+    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Outputs]") -> None:
         self._running.discard(kind)
         error, start = future.exception(), 0
         for one in batch:
@@ -159,13 +170,18 @@ class Predictor:
             elif error:
                 one.answer.set_exception(error)
             else:
-                one.answer.set_result(Prediction(*(every[own] for every in future.result())))
+                one.answer.set_result(_part(future.result(), own))
             start = own.stop
         self._start(kind)
 
     def close(self) -> None:
         """Wait for what runs."""
         self._pool.shutdown()
+
+
+def _part(outputs: Outputs, part: slice) -> Outputs:
+    arrays = outputs._asdict().items()
+    return outputs._replace(**{key: each[part] for key, each in arrays if each is not None})
 
 
 class _Hot:
@@ -176,7 +192,11 @@ class _Hot:
         self._asked: WeakKeyDictionary[AdaptedModel, int] = WeakKeyDictionary()
         self._own: WeakKeyDictionary[AdaptedModel, AdaptedModel] = WeakKeyDictionary()
 
-    def predict(self, model: AdaptedModel, images: Array) -> Prediction:
+    def predict(self, model: AdaptedModel | AdaptedRegressor, images: Array) -> Outputs:
+        if isinstance(model, AdaptedRegressor):
+            closed_form = model.bundle.learner == "closed_form"
+            interval = model.predict_interval(images) if closed_form else (None, None)
+            return Values(model.predict(images), *interval)
         logits = self._fastest(model, len(images)).logits(images)
         return Prediction(softmax(logits), logits)
 

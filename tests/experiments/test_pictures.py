@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_bundles import small_bundle
 
 from reptile import stages
 from reptile.data.dataset import IMAGES_FILE, INDEX_FILE, PreparedData
@@ -149,3 +150,5 @@ def test_missing_artifacts_are_one_sentence_with_the_way_out(tmp_path: Path) -> 
 def test_the_page_is_drawn_from_a_bundle(exported: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     check_picture(call("experiments.page_picture", exported, "--output", picture), picture)
+    values = small_bundle(tmp_path / "bundle", 1, 1)
+    check_picture(call("experiments.page_picture", values, "--output", picture), picture)

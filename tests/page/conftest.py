@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -102,6 +102,13 @@ def serving(bundle: Path, folder: Path, **environment: str) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(timeout=30)
+
+
+@pytest.fixture
+def serve_bundle(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """Serve another bundle, one a test, and return its address."""
+    with ExitStack() as stack:
+        yield lambda bundle: stack.enter_context(serving(bundle, tmp_path))
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,7 @@ def test_a_task_that_the_server_has_deleted_can_be_made_again(
     task = answer.value.json()["id"]
     urlopen(Request(f"{server}tasks/{task}", method="DELETE")).close()
     draw(page, page.locator("#query"), ring, rng)
-    page.locator("#error", has_text="no longer has this task. Press Learn").wait_for()
+    page.locator("#error", has_text="no longer has this task: learn it again").wait_for()
     learn(page, "server")
     assert settled(page)["ring"] > 50
     assert not page.locator("#error").is_visible()

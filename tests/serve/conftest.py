@@ -8,8 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from reptile.data.dataset import PreparedData
-from reptile.runtime import FewShotModel
 from reptile.serve.app import make_app
+from reptile.serve.run import load_model
 from reptile.serve.settings import ServeSettings
 
 Serve = Callable[..., TestClient]
@@ -21,7 +21,7 @@ def serve(exported: Path) -> Iterator[Serve]:
     running: list[TestClient] = []
 
     def start(token: str | None = None, bundle: Path = exported, **bounds: object) -> TestClient:
-        app = make_app(FewShotModel.load(bundle), ServeSettings.model_validate(bounds), token)
+        app = make_app(load_model(bundle), ServeSettings.model_validate(bounds), token)
         client = TestClient(app, "http://127.0.0.1")
         running.append(client.__enter__())
         return running[-1]

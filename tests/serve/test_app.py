@@ -22,7 +22,7 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.runtime import FewShotModel
 from reptile.runtime.model import softmax
-from reptile.serve import protocol, task_routes
+from reptile.serve import examples, protocol, task_routes
 from reptile.serve.access_log import JsonLines
 from reptile.serve.app import make_app
 from reptile.serve.errors import FAULT
@@ -137,14 +137,14 @@ def test_every_route_is_in_the_document_and_the_document_in_the_routes(serve: Se
 def test_the_document_s_schemas_have_the_fields_of_the_models(client: TestClient) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     for model in (
-        *(task_routes.Support, task_routes.Images, task_routes.Task),
+        *(examples.Support, examples.Examples, examples.Queries, task_routes.Task),
         *(protocol.InferenceRequest, protocol.InputTensor, protocol.InferenceResponse),
         *(protocol.ServerMetadata, protocol.ModelMetadata, protocol.TensorMetadata),
     ):
         described = schemas[model.__name__]
         generated = model.model_json_schema()
         assert described["properties"].keys() == generated["properties"].keys()
-        assert set(described["required"]) == set(generated["required"])
+        assert set(described.get("required", [])) == set(generated.get("required", []))
 
 
 def test_methods_that_a_path_lacks_are_answered_with_those_it_has(client: TestClient) -> None:

@@ -1,5 +1,6 @@
 """docs/serving.md does what it says, with a real server and curl."""
 
+import json
 import os
 import re
 import shutil
@@ -7,23 +8,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
+from machines import Made
 from PIL import Image, ImageDraw
 
 from reptile.serve.settings import ServeSettings
 
 
-@pytest.fixture
-def server(exported: Path, tmp_path: Path) -> Iterator[str]:
+@contextmanager
+def serving(bundle: Path, folder: Path) -> Iterator[str]:
     """The command of the first block, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["serve", str(exported), "--tasks", str(tmp_path / "tasks"), "--port", str(port)]
+    arguments = ["serve", str(bundle), "--tasks", str(folder / "tasks"), "--port", str(port)]
     with subprocess.Popen(
         [sys.executable, "-m", "reptile", *arguments], stderr=subprocess.DEVNULL
     ) as process:
@@ -41,24 +44,61 @@ def server(exported: Path, tmp_path: Path) -> Iterator[str]:
         assert process.wait(60) == 0
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-def test_three_lines_go_from_a_bundle_to_a_right_prediction(
-    server: str, root: Path, tmp_path: Path
-) -> None:
+def block_of(root: Path, word: str) -> str:
+    """The one block of commands that has a word."""
     text = (root / "docs/serving.md").read_text(encoding="utf-8")
-    (block,) = (b for b in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "new.png" in b)
-    assert len(block.strip().splitlines()) == 3
-    for name in ("ring1", "ring2", "cross1", "cross2", "new"):
-        draw("cross" if name.startswith("cross") else "ring", len(name), tmp_path / f"{name}.png")
+    (block,) = (b for b in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if word in b)
+    return str(block)
+
+
+def run(block: str, server: str, folder: Path) -> str:
+    """Return what a block of commands prints."""
     done = subprocess.run(
         ["sh", "-ec", block.replace("http://127.0.0.1:8080", server)],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"no_proxy": "127.0.0.1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert '"label":"ring"' in done.stdout, done.stdout
+    return done.stdout
+
+
+curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+
+
+@curl
+def test_three_lines_go_from_a_bundle_to_a_right_prediction(
+    exported: Path, root: Path, tmp_path: Path
+) -> None:
+    block = block_of(root, "new.png")
+    assert len(block.strip().splitlines()) == 3
+    for name in ("ring1", "ring2", "cross1", "cross2", "new"):
+        draw("cross" if name.startswith("cross") else "ring", len(name), tmp_path / f"{name}.png")
+    with serving(exported, tmp_path) as server:
+        printed = run(block, server, tmp_path)
+    assert '"label":"ring"' in printed, printed
+
+
+@curl
+def test_the_rows_of_the_document_are_learnt(
+    machines: Callable[[str], Made], root: Path, tmp_path: Path
+) -> None:
+    text = (root / "docs/serving.md").read_text(encoding="utf-8")
+    (known,) = re.findall(r"```csv\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "known.csv").write_text(known)
+    (tmp_path / "asked.csv").write_text("when,dose,site\n2026-01-12,1900,west\n")
+    with serving(machines("bayes").folder, tmp_path) as server:
+        printed = run(block_of(root, "known.csv"), server, tmp_path)
+    answers = [json.loads(each) for each in re.findall(r'{"predictions":.*?}}\]}', printed)]
+    assert len(answers) == 2, printed
+    for answer in answers:
+        ((values, low, high),) = (
+            (each["values"]["wear"], each["low"]["wear"], each["high"]["wear"])
+            for each in answer["predictions"]
+        )
+        assert low < values < high
+        assert 45_000 < values < 55_000
 
 
 def test_the_document_has_each_setting_with_its_default(root: Path) -> None:

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from machines import Made
 
 from benchmarks.server import Server
 
@@ -51,3 +53,10 @@ def test_the_server_keeps_to_its_document(exported: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_server_keeps_to_its_document_for_long(exported: Path, tmp_path: Path) -> None:
     check_document(exported, tmp_path, 100)
+
+
+@pytest.mark.slow
+def test_the_server_of_a_table_keeps_to_its_document(
+    machines: Callable[[str], Made], tmp_path: Path
+) -> None:
+    check_document(machines("bayes").folder, tmp_path, 100)

@@ -11,7 +11,7 @@ import pytest
 
 from reptile.runtime import AdaptedModel, FewShotModel
 from reptile.serve import workers
-from reptile.serve.workers import OFTEN, _Hot
+from reptile.serve.workers import OFTEN, Prediction, _Hot
 
 Support = tuple[np.ndarray, list[str]]
 
@@ -30,6 +30,7 @@ def test_a_task_that_is_asked_often_keeps_its_answers(
         expected = task.predict(queries).probabilities
         for asked in range(0, OFTEN + 20, len(queries)):
             found = hot.predict(task, queries)
+            assert isinstance(found, Prediction)
             np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
             assert (task in hot._own) == (asked + len(queries) >= OFTEN)
 
@@ -66,6 +67,8 @@ def test_a_bundle_replaced_in_its_folder_costs_speed_only(
     shutil.rmtree(bundle)
     with caplog.at_level(logging.WARNING, workers.__name__):
         for _ in range(0, OFTEN + 20, len(queries)):
-            assert (hot.predict(task, queries).logits == expected).all()
+            found = hot.predict(task, queries)
+            assert isinstance(found, Prediction)
+            assert (found.logits == expected).all()
     (record,) = caplog.records
     assert "is missing" in record.getMessage()

@@ -1,6 +1,7 @@
 /** The learning curve as an SVG figure: the loss of each step's mini-batch, and its trend. */
 
-const SVG = "http://www.w3.org/2000/svg";
+import { node, text } from "./svg.js";
+
 const WIDTH = 320;
 const HEIGHT = 150;
 const MARGIN = { left: 34, right: 8, top: 10, bottom: 24 };
@@ -14,7 +15,7 @@ const SMOOTHING = 0.75; // of the running mean, as loss curves are usually shown
  */
 export function drawCurve(host, losses) {
   const values = Array.from(losses);
-  const top = Math.max(...values, 0.5);
+  const top = Math.max(...values, 0.6); // above the tick at 0.5
   const inner = [WIDTH - MARGIN.left - MARGIN.right, HEIGHT - MARGIN.top - MARGIN.bottom];
   const x = (step) => MARGIN.left + (inner[0] * step) / Math.max(values.length - 1, 1);
   const y = (loss) => MARGIN.top + inner[1] * (1 - loss / top);
@@ -54,16 +55,4 @@ function trend(values) {
     mean = SMOOTHING * mean + (1 - SMOOTHING) * value;
     return mean / (1 - SMOOTHING ** (i + 1));
   });
-}
-
-function text(content, attributes) {
-  const label = node("text", attributes);
-  label.textContent = content;
-  return label;
-}
-
-function node(name, attributes) {
-  const made = document.createElementNS(SVG, name);
-  Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
-  return made;
 }

@@ -4,7 +4,8 @@
  * Keeps the strokes as points on the square from 0 to 1; what becomes of them is others' business.
  */
 
-const SVG = "http://www.w3.org/2000/svg";
+import { node } from "./svg.js";
+
 const SHEET = 100; // the drawing's own units along each side
 const KEY_STEP = 0.05;
 const FINE_KEY_STEP = 0.01;
@@ -15,8 +16,8 @@ export class Pad {
   #paths = [];
   #pen = null; // the pointer that draws, or "keyboard"
   #cursor = [0.5, 0.5];
-  #sheet = element("svg", { viewBox: `0 0 ${SHEET} ${SHEET}`, "aria-hidden": "true" });
-  #ring = element("circle", { r: 2.5, class: "cursor" });
+  #sheet = node("svg", { viewBox: `0 0 ${SHEET} ${SHEET}`, "aria-hidden": "true" });
+  #ring = node("circle", { r: 2.5, class: "cursor" });
 
   /** @param {HTMLElement} host an empty element that becomes the pad. */
   constructor(host) {
@@ -127,7 +128,7 @@ export class Pad {
   #begin(pen, point) {
     this.#pen = pen;
     this.strokes.push([point]);
-    this.#paths.push(element("path", { class: "stroke" }));
+    this.#paths.push(node("path", { class: "stroke" }));
     this.#sheet.insertBefore(this.#paths.at(-1), this.#ring);
     this.#trace();
     this.#changed();
@@ -166,10 +167,4 @@ export class Pad {
 
 function inside(value) {
   return Math.min(Math.max(value, 0), 1);
-}
-
-function element(name, attributes) {
-  const node = document.createElementNS(SVG, name);
-  Object.entries(attributes).forEach(([key, value]) => node.setAttribute(key, value));
-  return node;
 }

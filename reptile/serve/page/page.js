@@ -2,56 +2,25 @@
 
 import { BackgroundModel } from "./client/background.js";
 import { curveInWords, drawCurve } from "./curve.js";
-import { InputError } from "./client/fewshot.js";
+import { InputError } from "./client/bundle.js";
+import { $, begin, fail, openModel, place, say } from "./frame.js";
 import { Pad } from "./pad.js";
 import { acceptFiles, paint } from "./files.js";
 import { drawingPixels } from "./client/pixels.js";
-import { ServiceError, ServiceModel } from "./client/service.js";
+import { ServiceModel } from "./client/service.js";
 import { SymbolCard } from "./symbols.js";
 
-const ROOT = new URL("..", import.meta.url);
-const RUNTIME = new URL("ort/ort.wasm.bundle.min.mjs", ROOT);
 const FIRST_SYMBOLS = 3;
 
-const $ = (id) => document.getElementById(id);
 const symbols = [];
-const models = {}; // by where they run; a promise each
-const headers = {};
 let manifest;
 let task = null; // what was learnt last, and where
 let query;
 
-$("error").querySelector("button").addEventListener("click", () => fail(null));
-$("token").addEventListener("submit", (event) => {
-  event.preventDefault();
-  headers.Authorization = `Bearer ${$("token-value").value}`;
-  start();
-});
-start();
+begin(build);
 
-async function start() {
-  try {
-    const address = new URL("bundle/manifest.json", ROOT);
-    const response = await fetch(address, { headers, cache: "no-cache" });
-    $("token").hidden = response.status !== 401;
-    if (response.status === 401) {
-      fail(headers.Authorization ? new InputError("The server does not accept this token.") : null);
-      $("token-value").focus();
-      return;
-    }
-    if (!response.ok) {
-      throw new InputError(`The server answers ${response.status} when asked for its bundle.`);
-    }
-    manifest = await response.json();
-  } catch (error) {
-    fail(error instanceof InputError ? error : new Error("The server cannot be reached."));
-    return;
-  }
-  fail(null);
-  build();
-}
-
-function build() {
+function build(found) {
+  manifest = found;
   const { ways, image_shape: shape } = manifest.task;
   for (let i = 0; i < Math.min(FIRST_SYMBOLS, ways); i++) {
     addSymbol();
@@ -95,17 +64,13 @@ function number() {
   $("add").hidden = symbols.length >= manifest.task.ways;
 }
 
-function where() {
-  return document.querySelector("[name=where]:checked").value;
-}
-
 function changePlace() {
   task?.forget().catch(() => {}); // the server forgets it by itself in time
   task = null;
   query.show(null);
   fail(null);
   say(
-    where() === "browser"
+    place() === "browser"
       ? "Nothing you draw leaves this computer. Press Learn."
       : "Your drawings go to this server. Press Learn.",
   );
@@ -131,9 +96,8 @@ async function learn() {
     }
     fail(null);
     busy(true);
-    const place = where();
-    say(place in models ? "" : "Getting ready …");
-    const model = await openModel(place);
+    say("");
+    const model = await openModel(ServiceModel, BackgroundModel);
     const images = drawn.flatMap(({ examples }) => examples);
     const labels = drawn.flatMap(({ name, examples }) => examples.map(() => name));
     say(`Learning from ${images.length} examples${inSteps(" in ", "")} …`);
@@ -164,43 +128,10 @@ function inSteps(before, after) {
   return manifest.inner ? `${before}${manifest.inner.steps} steps${after}` : "";
 }
 
-function openModel(place) {
-  const load = { server: () => ServiceModel.load(ROOT, headers), browser: openInBrowser };
-  models[place] ??= load[place]().catch((error) => {
-    delete models[place]; // so that the next Learn tries again
-    throw error;
-  });
-  return models[place];
-}
-
-async function openInBrowser() {
-  const runtime = await fetch(RUNTIME, { headers });
-  if (!runtime.ok) {
-    throw new InputError(
-      "This server does not have onnxruntime-web for browsers: run `make page` where it is " +
-        "installed, or learn on the server.",
-    );
-  }
-  return BackgroundModel.load(new URL("bundle/", ROOT), RUNTIME, headers);
-}
-
 function busy(is) {
   $("learn").disabled = is;
   $("progress").hidden = !is;
   document.getElementsByName("where").forEach((radio) => (radio.disabled = is));
-}
-
-function say(text) {
-  $("status").textContent = text;
-}
-
-function fail(error) {
-  $("error").hidden = error === null;
-  $("error").querySelector("p").textContent = error?.message ?? "";
-  const known = error === null || error instanceof InputError || error instanceof ServiceError;
-  if (!known) {
-    console.error(error);
-  }
 }
 
 /** The third part: a new drawing or picture, and what it is taken for. */

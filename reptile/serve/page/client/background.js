@@ -1,15 +1,15 @@
 /**
- * FewShotModel in a worker, so that a page stays responsive while it adapts.
+ * FewShotModel and FewShotRegressor in a worker, so that a page stays responsive while they adapt.
  *
- * The same calls as in fewshot.js; ONNX Runtime is given by the address of its module.
+ * The same calls as in fewshot.js and regressor.js; ONNX Runtime is given by the address of its module.
  *
  *     const model = await BackgroundModel.load("/bundle/", "/ort/ort.wasm.bundle.min.mjs");
  */
 
-import { InputError } from "./fewshot.js";
+import { InputError } from "./bundle.js";
 
-/** As `FewShotModel`, but in a worker. */
-export class BackgroundModel {
+/** A bundle in a worker. */
+class Background {
   #worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
   #waiting = new Map();
   #calls = 0;
@@ -39,11 +39,11 @@ export class BackgroundModel {
    * @param {object} headers to send along when fetching the bundle.
    */
   static async load(bundle, runtime, headers = {}) {
-    const model = new BackgroundModel();
+    const model = new this();
     const absolute = (address) => new URL(address, location.href).href;
     try {
-      const values = { bundle: absolute(bundle), runtime: absolute(runtime), headers };
-      model.manifest = await model.#call("load", values);
+      const addresses = { bundle: absolute(bundle), runtime: absolute(runtime) };
+      model.manifest = await model.call("load", { ...addresses, headers, kind: this.kind });
     } catch (error) {
       model.release();
       throw error;
@@ -51,33 +51,19 @@ export class BackgroundModel {
     return model;
   }
 
-  get ways() {
-    return this.manifest.task.ways;
-  }
-
   get imageShape() {
     return this.manifest.task.image_shape;
   }
 
-  /** As `FewShotModel.adapt`. */
-  async adapt(images, labels, options = {}) {
+  /** Learn in the worker; returns the task's number there, its labels and its losses. */
+  async learn(inputs, targets, options) {
     const task = ++this.#calls;
-    return this.#task(task, await this.#call("adapt", { task, images, labels, options }));
+    return { task, ...(await this.call("adapt", { task, inputs, targets, options })) };
   }
 
-  #task(task, learnt) {
-    const change = async (call, values) => {
-      const grown = ++this.#calls;
-      return this.#task(grown, await this.#call(call, { task, grown, ...values }));
-    };
-    return {
-      ...learnt,
-      add: (images, labels) => change("add", { images, labels }),
-      remove: (label) => change("remove", { label }),
-      predict: (queries) => this.#call("predict", { task, images: queries }),
-      logits: (queries) => this.#call("logits", { task, images: queries }),
-      forget: () => this.#call("forget", { task }),
-    };
+  /** Return a new number for a task. */
+  number() {
+    return ++this.#calls;
   }
 
   /** Stop the worker and free its memory. */
@@ -85,11 +71,57 @@ export class BackgroundModel {
     this.#worker.terminate();
   }
 
-  #call(call, values) {
+  call(call, values) {
     const id = ++this.#calls;
     return new Promise((resolve, reject) => {
       this.#waiting.set(id, { resolve, reject });
       this.#worker.postMessage({ id, call, values });
     });
+  }
+}
+
+/** As `FewShotModel`, but in a worker. */
+export class BackgroundModel extends Background {
+  static kind = "classification";
+
+  get ways() {
+    return this.manifest.task.ways;
+  }
+
+  /** As `FewShotModel.adapt`. */
+  async adapt(images, labels, options = {}) {
+    return this.#task(await this.learn(images, labels, options));
+  }
+
+  #task({ task, ...learnt }) {
+    const change = async (call, values) => {
+      const grown = this.number();
+      return this.#task({ task: grown, ...(await this.call(call, { task, grown, ...values })) });
+    };
+    return {
+      ...learnt,
+      add: (images, labels) => change("add", { images, labels }),
+      remove: (label) => change("remove", { label }),
+      predict: (inputs) => this.call("predict", { task, inputs }),
+      logits: (inputs) => this.call("logits", { task, inputs }),
+      forget: () => this.call("forget", { task }),
+    };
+  }
+}
+
+/** As `FewShotRegressor`, but in a worker. */
+export class BackgroundRegressor extends Background {
+  static kind = "regression";
+
+  /** As `FewShotRegressor.adapt`. */
+  async adapt(inputs, values, options = {}) {
+    const { task, losses } = await this.learn(inputs, values, options);
+    return {
+      losses,
+      predict: (queries) => this.call("predict", { task, inputs: queries }),
+      predictInterval: (queries, level) =>
+        this.call("predictInterval", { task, inputs: queries, level }),
+      forget: () => this.call("forget", { task }),
+    };
   }
 }

@@ -4,7 +4,7 @@
  * Shows that ONNX Runtime on this machine, or in this browser, computes what was exported.
  */
 
-import { InputError, openBundle } from "./fewshot.js";
+import { InputError, openBundle } from "./bundle.js";
 
 const TYPES = {
   "<f4": ["float32", Float32Array],

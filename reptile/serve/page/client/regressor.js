@@ -10,60 +10,18 @@
  * Classifiers are opened by fewshot.js.
  */
 
-import {
-  InputError,
-  checkBatches,
-  checkInteger,
-  checkLearningRate,
-  checkSupport,
-  openBundle,
-} from "./fewshot.js";
-import { miniBatches } from "./minibatches.js";
-
-const AT_ONCE = 4096; // inputs of one run: bounds memory; they are independent
+import { InputError } from "./bundle.js";
+import { checkInputs, checkValues } from "./inputs.js";
+import { OpenedBundle } from "./opened.js";
 
 /** A regressor's bundle opened in ONNX Runtime. */
-export class FewShotRegressor {
-  #ort;
-  #sessions;
-
-  /** Use `FewShotRegressor.load`. */
-  constructor(manifest, ort, sessions) {
-    this.manifest = manifest;
-    this.#ort = ort;
-    this.#sessions = sessions;
-  }
-
-  /**
-   * Open a bundle; the arguments are those of `FewShotModel.load`.
-   *
-   * @throws {InputError} a missing, damaged or unknown bundle, or a classifier's.
-   */
-  static async load(bundle, ort, options = {}) {
-    const { manifest, read } = await openBundle(bundle);
-    if (manifest.task.kind !== "regression") {
-      throw new InputError(
-        "manifest.json is that of a classifier, which predicts no values: use FewShotModel",
-      );
-    }
-    const sessions = {};
-    // One after the other: onnxruntime-web does not start twice at a time.
-    for (const graph of ["adapt", "predict_adapted"]) {
-      const content = await read(manifest.graphs[graph].path);
-      sessions[graph] = await ort.InferenceSession.create(content, options);
-    }
-    return new FewShotRegressor(manifest, ort, sessions);
-  }
-
-  /** Whether functions are learnt in closed form, with variances and without gradient steps. */
-  get closedForm() {
-    return this.manifest.learner === "closed_form";
-  }
-
-  /** The columns of a row, of a table's bundle: name, kind and categories; else undefined. */
-  get columns() {
-    return this.manifest.task.columns;
-  }
+export class FewShotRegressor extends OpenedBundle {
+  static kind = "regression";
+  static others = "classifier, which predicts no values: use FewShotModel";
+  static graphs = {
+    gradient: ["adapt", "predict_adapted"],
+    closed_form: ["adapt", "predict_adapted"],
+  };
 
   /** How many values are predicted for each input. */
   get outputs() {
@@ -74,9 +32,9 @@ export class FewShotRegressor {
    * Learn a function from a few of its points.
    *
    * @param {Array} inputs of a table's bundle its rows: objects by column name, or arrays in the
-   *     columns' order. A number is a number; a date a Date, or seconds since 1970; a category its
-   *     name; null or undefined is missing. Of other bundles each input's numbers as one flat list,
-   *     or the number where it is only one.
+   *     columns' order. A number is a number; a date a Date, ISO 8601 text (UTC where it has no
+   *     offset), or seconds since 1970; a category its name; null or undefined is missing. Of other
+   *     bundles each input's numbers as one flat list, or the number where it is only one.
    * @param {Array} values for each input its values, or the value where there is one output.
    * @param {object} options steps, learningRate, seed or batches, as of `FewShotModel.adapt`; none
    *     of a bundle in closed form.
@@ -84,90 +42,13 @@ export class FewShotRegressor {
    * @throws {InputError} an argument that cannot be used, or an adaptation that diverged.
    */
   async adapt(inputs, values, options = {}) {
-    const points = this.#inputs(inputs);
-    const targets = this.#values(values);
+    const { task } = this.manifest;
+    const numbers = this.check(inputs, options);
     const count = inputs.length;
-    checkSupport(count, this.manifest, "points");
-    if (values.length !== count) {
-      throw new InputError(`${count} inputs but ${values.length} values: give each point both`);
-    }
-    const feeds = { support_images: points, support_labels: targets };
-    if (!this.closedForm) {
-      Object.assign(feeds, this.#steps(count, options));
-    } else if (Object.values(options).some((value) => value !== undefined)) {
-      throw new InputError(
-        "this bundle learns in closed form, without gradient steps: leave out steps, " +
-          "learningRate, seed and batches",
-      );
-    }
-    const outputs = await this.#sessions.adapt.run(feeds);
-    if (!outputs.finite.data[0]) {
-      throw new InputError(
-        "what these points give is not finite: give values of the size of the training data's" +
-          (this.closedForm ? "" : ", or lower learningRate or steps"),
-      );
-    }
-    const names = Object.keys(this.manifest.adapted);
-    const weights = Object.fromEntries(names.map((name) => [name, outputs[name]]));
-    const run = async (chunk) =>
-      this.#sessions.predict_adapted.run({ images: this.#inputs(chunk), ...weights });
-    return new AdaptedRegressor(this, Float32Array.from(outputs.losses?.data ?? []), run);
-  }
-
-  #steps(count, { steps, learningRate, seed = 0, batches }) {
-    const { inner, limits } = this.manifest;
-    const rate = checkLearningRate(learningRate ?? inner.learning_rate);
-    let rows = batches;
-    if (rows === undefined) {
-      checkInteger(steps ?? inner.steps, "steps", 0, limits.max_steps);
-      checkInteger(seed, "seed", 0, Number.MAX_SAFE_INTEGER);
-      const batch = Math.min(inner.batch, count);
-      rows = miniBatches(seed, count, batch, steps ?? inner.steps, inner.replacement);
-    } else if (steps !== undefined) {
-      throw new InputError("give either steps or batches: a row of batches is a step");
-    } else {
-      checkBatches(rows, count, limits.max_steps);
-    }
-    const places = BigInt64Array.from(rows.flatMap((row) => [...row]), BigInt);
-    return {
-      batches: new this.#ort.Tensor("int64", places, [rows.length, rows[0]?.length ?? 1]),
-      learning_rate: new this.#ort.Tensor("float32", Float32Array.of(rate), []),
-    };
-  }
-
-  #inputs(inputs) {
-    const { image_shape: shape, columns } = this.manifest.task;
-    const size = shape.reduce((product, n) => product * n, 1);
-    checkList(inputs, "inputs");
-    const rows = columns
-      ? inputs.map((row, i) => coded(row, columns, `input ${i}`))
-      : inputs.map((row, i) => finite(row, size, `input ${i}`));
-    return this.#tensor(rows, shape);
-  }
-
-  #values(values) {
-    const { outputs, targets } = this.manifest.task;
-    checkList(values, "values");
-    const rows = values.map((row, i) => {
-      const named = row !== null && typeof row === "object" && !(row instanceof Date);
-      const given = targets && named && !isList(row);
-      const list = given ? coded(row, targets, `value ${i}`) : row;
-      return finite(isList(list) ? Array.from(list, seconds) : seconds(list), outputs, `value ${i}`);
-    });
-    return this.#tensor(rows, [outputs]);
-  }
-
-  #tensor(rows, shape) {
-    const { dtype } = this.manifest.task;
-    const Values = dtype === "float64" ? Float64Array : Float32Array;
-    return new this.#ort.Tensor(dtype, Values.from(rows.flat()), [rows.length, ...shape]);
-  }
-
-  /** Free the sessions' memory; nothing adapted from this model can predict after that. */
-  async release() {
-    for (const session of Object.values(this.#sessions)) {
-      await session.release();
-    }
+    const targets = this.tensor(task.dtype, checkValues(values, count, task), [count, task.outputs]);
+    const { losses, weights } = await this.learn(numbers, targets, options);
+    const run = (images) => this.run("predict_adapted", { images, ...weights });
+    return new AdaptedRegressor(this, losses, run);
   }
 }
 
@@ -221,11 +102,11 @@ export class AdaptedRegressor {
   }
 
   async #answers(inputs) {
-    checkList(inputs, "inputs");
     const { outputs } = this.#model;
+    const numbers = checkInputs(inputs, this.#model.manifest.task);
     const rows = [];
-    for (let start = 0; start < inputs.length; start += AT_ONCE) {
-      const { logits, variance } = await this.#run(inputs.slice(start, start + AT_ONCE));
+    for (const chunk of this.#model.chunks(numbers)) {
+      const { logits, variance } = await this.#run(chunk);
       for (let i = 0; i < logits.data.length; i += outputs) {
         const row = Array.from({ length: outputs }, (_, j) => ({
           value: logits.data[i + j],
@@ -236,60 +117,6 @@ export class AdaptedRegressor {
     }
     return rows;
   }
-}
-
-const isList = (value) => Array.isArray(value) || ArrayBuffer.isView(value);
-const seconds = (value) => (value instanceof Date ? value.getTime() / 1000 : value);
-
-function checkList(values, what) {
-  if (!Array.isArray(values)) {
-    throw new InputError(`${what} must be a list, one of each point`);
-  }
-}
-
-/** Return one input's numbers. */
-function finite(row, size, what) {
-  const numbers = isList(row) ? Array.from(row) : [row];
-  if (numbers.length !== size) {
-    throw new InputError(`${what} has ${numbers.length} numbers, expected ${size}`);
-  }
-  const wrong = numbers.find((value) => !Number.isFinite(value));
-  if (numbers.some((value) => !Number.isFinite(value))) {
-    throw new InputError(`${what} holds ${wrong}: give finite numbers`);
-  }
-  return numbers;
-}
-
-/** Return a row of a table as the graph takes it: NaN where a value is missing. */
-function coded(row, columns, what) {
-  const names = columns.map(({ name }) => name);
-  let values = row;
-  if (!isList(row)) {
-    const missing = names.find((name) => !(row !== null && Object.hasOwn(Object(row), name)));
-    if (missing !== undefined && !(columns.length === 1 && typeof row !== "object")) {
-      throw new InputError(
-        `${what} has no ${missing}: give ${names.join(", ")}, null where a value is missing`,
-      );
-    }
-    values = missing === undefined ? names.map((name) => row[name]) : [row];
-  }
-  if (values.length !== names.length) {
-    throw new InputError(`${what} has ${values.length} values, expected ${names.join(", ")}`);
-  }
-  return Array.from(values, (value, i) => {
-    const { name, kind, categories } = columns[i];
-    if (value === null || value === undefined || Number.isNaN(value)) {
-      return NaN;
-    }
-    if (kind === "category") {
-      return categories.indexOf(String(value)); // -1 stands for all that are not in the list
-    }
-    const number = kind === "date" ? seconds(value) : value;
-    if (!Number.isFinite(number)) {
-      throw new InputError(`${what}: ${name} is ${value}, no ${kind}; null is missing`);
-    }
-    return number;
-  });
 }
 
 /** Return how many standard deviations about the mean hold a normal value with a probability. */

@@ -1,10 +1,11 @@
-"""Regressors in C++ and in Node: the values and intervals that the Python runtime gives."""
+"""Bundles of tables in C++ and in Node: the values, intervals and classes of the Python runtime."""
 
 import json
 import math
 import shutil
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from machines import Made
 
 from reptile.minibatches import mini_batches
-from reptile.runtime import FewShotRegressor
+from reptile.runtime import FewShotModel, FewShotRegressor
 
 Machines = Callable[[str], Made]
 
@@ -39,6 +40,42 @@ console.log(
       said(() => model.adapt(input.rows.slice(0, 1), [null])),
       said(() => model.adapt([[0, "much", "north"]], [1])),
       said(() => adapted.predictInterval(input.queries, 2)),
+    ]),
+  }),
+);
+"""
+
+
+NODE_CLASSES = """
+import { readFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import ort from "onnxruntime-node";
+import { FewShotModel } from "reptile-fewshot";
+import { FewShotRegressor } from "reptile-fewshot/regressor.js";
+import { checkGolden } from "reptile-fewshot/golden.js";
+const input = JSON.parse(readFileSync(0));
+const bundle = (path) => readFile(`${input.bundle}/${path}`);
+const model = await FewShotModel.load(bundle, ort);
+const all = await model.adapt(input.rows, input.labels);
+const half = await model.adapt(input.rows.slice(0, 3), input.labels.slice(0, 3));
+const grown = await half.add(input.rows.slice(3), input.labels.slice(3));
+const said = (call) => call().then(() => "accepted", (error) => `${error.name}: ${error.message}`);
+const date = (text, i) => (i % 2 ? new Date(text) : Date.parse(text) / 1000);
+const when = (row, i) => ({ ...row, when: date(row.when, i) });
+console.log(
+  JSON.stringify({
+    cases: (await checkGolden(bundle, ort)).length,
+    columns: model.columns.map(({ name }) => name),
+    logits: (await all.logits(input.queries)).map((row) => [...row]),
+    typed: (await all.logits(input.queries.map(when))).map((row) => [...row]),
+    grown: (await grown.logits(input.queries)).map((row) => [...row]),
+    labels: (await all.predict(input.queries)).labels,
+    refused: await Promise.all([
+      said(() => model.adapt([{ when: 0 }], ["a"])),
+      said(() => model.adapt([[input.rows[0].when, 1, "north"]], ["a"])),
+      said(() => model.adapt([["yesterday", 1, "north"], [0, 1, "north"]], ["a", "b"])),
+      said(() => model.adapt([], [])),
+      said(() => FewShotRegressor.load(bundle, ort)),
     ]),
   }),
 );
@@ -112,14 +149,80 @@ def test_cpp_gives_the_runtimes_values_and_intervals(
         np.testing.assert_allclose(found[:, 1:], intervals, rtol=0, atol=atol)
 
 
-def test_cpp_refuses_a_classifiers_bundle(
-    machines: Machines,
-    built: Path,
-    tmp_path: Path,
+def test_cpp_gives_the_runtimes_classes(machines: Machines, built: Path, tmp_path: Path) -> None:
+    """Two forms of a task: all rows at once, and the last one added."""
+    made = machines("protonet")
+    np.save(tmp_path / "inputs.npy", numbers(ROWS, made))
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 0, 1]))
+    np.save(tmp_path / "queries.npy", numbers(QUERIES, made))
+    done = call(built / "row_classifier", made.folder, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = np.array([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
+    wanted = FewShotModel.load(made.folder).adapt(ROWS, [0, 1, 0, 1]).logits(QUERIES)
+    np.testing.assert_allclose(found, np.vstack([wanted, wanted]), rtol=0, atol=1e-4)
+
+
+def test_cpp_gives_pytorchs_golden_rows(machines: Machines, built: Path) -> None:
+    done = call(built / "cpp/golden", machines("protonet").folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "BEYOND" not in done.stdout
+
+
+def test_cpp_refuses_a_bundle_of_the_other_kind(
+    machines: Machines, built: Path, tmp_path: Path
 ) -> None:
-    done = call(built / "regressor", machines("protonet").folder, tmp_path)
-    assert done.returncode == 1
-    assert "names classes" in done.stderr
+    for program, learner, said in (
+        ("regressor", "protonet", "names classes"),
+        ("row_classifier", "bayes", "predicts values"),
+    ):
+        done = call(built / program, machines(learner).folder, tmp_path)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
+def in_node(script: str, given: dict[str, Any], root: Path) -> Any:
+    done = subprocess.run(
+        ["node", "--input-type=module", "--eval", script],
+        input=json.dumps(given),
+        cwd=root / "clients/node",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
+def test_node_gives_the_runtimes_classes(machines: Machines, root: Path) -> None:
+    """Dates as ISO text, as Date and as seconds."""
+    made = machines("protonet")
+
+    def dated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        days = [datetime.fromtimestamp(row["when"], UTC).isoformat() for row in rows]
+        return [row | {"when": day} for row, day in zip(rows, days, strict=True)]
+
+    labels = ["b", "a", "b", "a"]
+    adapted = FewShotModel.load(made.folder).adapt(ROWS, labels)
+    given = {
+        "bundle": str(made.folder),
+        "rows": dated(ROWS),
+        "labels": labels,
+        "queries": dated(QUERIES),
+    }
+    found = in_node(NODE_CLASSES, given, root)
+    assert found["columns"] == ["when", "dose", "site"]
+    for key in ("logits", "typed", "grown"):
+        np.testing.assert_allclose(found[key], adapted.logits(QUERIES), rtol=0, atol=1e-4)
+    assert found["labels"] == adapted.predict(QUERIES).labels
+    golden = json.loads((made.folder / "golden/golden.json").read_text())
+    assert found["cases"] == len(golden["cases"])
+    words = ["has no dose", "add rows of another", "when is yesterday, no date", "has 0 rows"]
+    words.append("use FewShotModel")
+    for word, message in zip(words, found["refused"], strict=True):
+        assert message.startswith("InputError: ") and word in message, message
 
 
 @pytest.mark.browser
@@ -137,17 +240,7 @@ def test_node_gives_the_runtimes_values_and_intervals(
         "queries": QUERIES,
         "options": options,
     }
-    done = subprocess.run(
-        ["node", "--input-type=module", "--eval", NODE],
-        input=json.dumps(given),
-        cwd=root / "clients/node",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = in_node(NODE, given, root)
     values, intervals = wanted(made)
     atol = 1e-4 * made.coding.targets[0].deviation
     np.testing.assert_allclose(found["values"], values, rtol=0, atol=atol)

@@ -1,0 +1,163 @@
+"""Reading examples and queries: images, rows of a table or other inputs, as JSON, CSV or files."""
+
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.requests import Request
+
+from reptile.errors import InputError
+from reptile.runtime.columns import check_values
+from reptile.runtime.inputs import check_points
+from reptile.serve.csv_rows import read_csv
+from reptile.serve.errors import first_error
+from reptile.serve.request_body import (
+    MAX_LABEL,
+    body_type,
+    csv_body,
+    in_thread_if_large,
+    json_body,
+    parse,
+    read_files,
+)
+from reptile.serve.service import Service
+
+Array = npt.NDArray[Any]
+Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float
+LABELS = TypeAdapter(list[Label])
+
+
+class Options(BaseModel):
+    """Options of an adaptation, as query parameters or in JSON."""
+
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+
+
+class Queries(BaseModel):
+    """Inputs, as JSON: one of the keys, by what the bundle takes."""
+
+    model_config = ConfigDict(extra="allow")  # `_check_keys` refuses others
+
+    images: list[Any] | None = None
+    """[N, C, H, W], or [N, H, W] where C is 1; pixels 0..255."""
+    rows: list[dict[str, Any]] | None = None
+    """Of a table: values by the names of their columns."""
+    inputs: list[Any] | None = None
+    """[N, ...]: other numbers."""
+
+
+class Examples(Queries):
+    """Inputs and what is to be learnt of each, as JSON; rows hold it themselves."""
+
+    labels: list[Label] | None = None
+    """The label of each image or other input."""
+    values: list[Any] | None = None
+    """[N, outputs], or [N] of a single output: the values of each input of a regressor."""
+
+
+class Support(Examples, Options):
+    """A support set, as JSON."""
+
+
+class Read(NamedTuple):
+    """Examples, as the service takes them."""
+
+    inputs: Array
+    targets: Any  # a list of labels; or values [N, outputs]
+    options: dict[str, Any]  # of the body
+
+
+async def read_examples(request: Request, service: Service, kind: type[Examples]) -> Read:
+    """Read a request's inputs, and their labels or values.
+
+    Raises:
+        HTTPException, InputError: a body that cannot be read or used.
+    """
+    if service.takes == "images" and body_type(request, service) == "form":
+        files = await read_files(request, service)
+        return Read(np.stack([image for _, image in files]), [name for name, _ in files], {})
+    label = request.query_params.get("label", "label")
+    content, is_csv = await _content(request, service)
+
+    def read() -> Read:
+        body = kind(rows=_rows(content, service, label)) if is_csv else parse(kind, content)
+        needed: list[str] = [service.takes]
+        if service.takes != "rows":
+            needed.append("values" if service.predicts_values else "labels")
+        _check_keys(body, needed)
+        inputs = service.inputs(getattr(body, service.takes))
+        options = body.model_dump(include=set(Options.model_fields), exclude_none=True)
+        return Read(inputs, _targets(body, service, label), options)
+
+    return await in_thread_if_large(len(content), read)
+
+
+async def read_queries(request: Request, service: Service) -> Array:
+    """Read a request's inputs, as `Service.inputs` returns them.
+
+    Raises:
+        HTTPException, InputError: a body that cannot be read or used.
+    """
+    if service.takes == "images" and body_type(request, service) == "form":
+        files = await read_files(request, service)
+        return np.stack([image for _, image in files])
+    content, is_csv = await _content(request, service)
+
+    def read() -> Array:
+        if is_csv:
+            return service.inputs(_rows(content, service, ""))
+        body = parse(Queries, content)
+        _check_keys(body, [service.takes])
+        return service.inputs(getattr(body, service.takes))
+
+    return await in_thread_if_large(len(content), read)
+
+
+async def _content(request: Request, service: Service) -> tuple[bytes, bool]:
+    """Return JSON or CSV, and whether it is CSV."""
+    if body_type(request, service) == "json":
+        return await json_body(request, service), False
+    return await csv_body(request, service), True
+
+
+def _rows(content: bytes, service: Service, label: str) -> list[dict[str, Any]]:
+    bundle = service.model.bundle
+    columns = [*bundle.columns, *bundle.targets]
+    return read_csv(content, columns, label, service.settings.max_images)
+
+
+def _check_keys(body: Queries, needed: list[str]) -> None:
+    keys = [key for key in Examples.model_fields if getattr(body, key, None) is not None]
+    given = [*keys, *(body.model_extra or {})]
+    if sorted(given) != sorted(needed):
+        raise InputError(
+            f"the body has {' and '.join(given)[:200] or 'no inputs'}: this bundle needs "
+            f"{' and '.join(needed)}"
+        )
+
+
+def _targets(body: Examples, service: Service, label: str) -> Any:
+    """Return a label of each input, or the values [N, outputs]."""
+    bundle = service.model.bundle
+    if service.takes != "rows":
+        if not service.predicts_values:
+            return body.labels
+        return check_points(body.values or [], (bundle.outputs,), "values")
+    rows = body.rows or []
+    if service.predicts_values:
+        return check_values(rows, bundle.targets, "rows")
+    if label in {column.name for column in bundle.columns}:
+        raise InputError(f"column {label!r} is an input: name that of the labels with label=NAME")
+    for number, row in enumerate(rows):
+        if row.get(label) is None:
+            raise InputError(
+                f"rows: row {number} has no {label!r}, its label; name another column with "
+                "label=NAME"
+            )
+    try:
+        return LABELS.validate_python([row[label] for row in rows])
+    except ValidationError as error:
+        raise InputError(f"column {label!r}: {first_error(error)}") from None
