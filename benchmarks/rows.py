@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.bundle import adapting, predicting
 from benchmarks.cases import CASES, CPU, Work, class_range
+from benchmarks.peers import maml, protonet
 from benchmarks.results import Line, Point, Row, compared
 from benchmarks.timing import Effort, Measure, interleave, paired, stopwatch
 from benchmarks.training import busy_core, overhead, processes
@@ -209,6 +210,8 @@ def _curve(points: dict[int, tuple[Work, int]], label: str, effort: Effort) -> t
 ROWS: dict[str, Callable[[Effort], Row]] = {
     **{name: partial(meta_iteration, name) for name in CASES},
     **{f"ridge-{name}": partial(through_a_head, name) for name in ("stride", "pool")},
+    "maml": maml,
+    "protonet": protonet,
     "evaluate-1shot": partial(evaluation, 1),
     "evaluate-5shot": partial(evaluation, 5),
     **{f"onnx-adapt-{threads}": partial(adapting, threads) for threads in (1, 2)},

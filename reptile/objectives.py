@@ -6,16 +6,16 @@ modules use these fields instead of testing which objective it is.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from reptile.errors import InputError
 from reptile.tasks import FewShotProtocol
+
+if TYPE_CHECKING:  # torch takes seconds to import, and preparing data does without it
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -26,7 +26,7 @@ class Objective:
     """What the outputs of a network are for."""
 
     name: Literal["classification", "regression"]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: "Callable[[Tensor, Tensor], Tensor]"
     """From outputs [B, outputs] and targets (labels, integers [B]; values [B, outputs], or [B] of a
     single output) to the mean loss []."""
     metric: Literal["accuracy", "mean_squared_error"]
@@ -99,23 +99,31 @@ def _mean_squared_error(values: Array, targets: Array) -> FloatArray:
     return np.asarray(np.square(values - targets.reshape(values.shape)).mean((-2, -1)))
 
 
-def to_unit(pixels: Tensor) -> Tensor:
+def to_unit(pixels: "Tensor") -> "Tensor":
     """Scale pixels 0..255 to float32 in 0..1, the networks' input."""
-    return pixels.to(torch.float32) / 255
+    return pixels.float() / 255
 
 
-def as_they_are(values: Tensor) -> Tensor:
+def as_they_are(values: "Tensor") -> "Tensor":
     """Return numbers other than pixels, the networks' input already."""
     return values
 
 
-def _squared_error(values: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(values, targets.to(values.dtype).reshape(values.shape))
+def _cross_entropy(logits: "Tensor", labels: "Tensor") -> "Tensor":
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, labels)
+
+
+def _squared_error(values: "Tensor", targets: "Tensor") -> "Tensor":
+    from torch.nn.functional import mse_loss
+
+    return mse_loss(values, targets.to(values.dtype).reshape(values.shape))
 
 
 CLASSIFICATION = Objective(
     name="classification",
-    loss=F.cross_entropy,
+    loss=_cross_entropy,
     metric="accuracy",
     title="accuracy",
     unit="%",

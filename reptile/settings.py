@@ -34,7 +34,7 @@ Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
-NETWORKS = ("conv4", "mlp", "resnet12")
+NETWORKS = ("conv4", "mlp", "resnet12", "conv1d")
 TOWERS = "towers"
 PREPROCESSING = ("input_size", "mean", "deviation")
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
@@ -201,9 +201,9 @@ class ModelSettings(Section):
     """The network whose initialisation is learnt."""
 
     name: str = "conv4"
-    """`conv4`, `mlp`, `resnet12`, `torchvision:NAME` (a classifier of torchvision), or
-    `module:package.function` (a function that returns a torch module; it gets `outputs` and
-    `image_shape` by keyword if it takes them). `towers` where these are given."""
+    """`conv4`, `mlp`, `resnet12`, `conv1d` (for signals), `torchvision:NAME` (a classifier of
+    torchvision), or `module:package.function` (a function that returns a torch module; it gets
+    `outputs` and `image_shape` by keyword if it takes them). `towers` where these are given."""
     towers: tuple["TowerSettings", ...] = ()
     """Networks side by side, for a closed-form head: their features are standardised and joined,
     and how much each counts is chosen on validation tasks."""
@@ -223,7 +223,7 @@ class ModelSettings(Section):
     """What pixels are then divided by (0.5, after a mean of 0.5, gives -1..1; 1/255 gives 0..255).
     Empty: that of torchvision's weights, or 1."""
     filters: Annotated[int, Field(ge=1, le=1024)] = 64
-    """conv4: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet).
+    """conv4, conv1d: channels of each convolution (the paper: 64 on Omniglot, 32 on mini-ImageNet).
     resnet12: channels of the first block; the next have 2.5, 5 and 10 times as many."""
     downsampling: Literal["stride", "pool"] = "stride"
     """conv4: stride-2 convolutions (Omniglot), or max-pooling (mini-ImageNet)."""

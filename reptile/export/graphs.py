@@ -302,16 +302,31 @@ def _join(
 
 
 def tidy(name: str, graph: onnx.ModelProto, inputs: Specs, outputs: Specs) -> onnx.ModelProto:
-    """Drop what is the exporter's and this machine's; name the free sizes."""
+    """Drop what is the exporter's and this machine's, and unread constants; name free sizes."""
     graph.graph.name, graph.ir_version = name, IR_VERSION
     graph.producer_name, graph.producer_version = "reptile", __version__
     _strip(graph.graph)
+    read = _read(graph.graph)  # ONNX Runtime warns of constants that nothing reads
+    constants = [each for each in graph.graph.initializer if each.name in read]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(constants)
     for values, specs in ((graph.graph.input, inputs), (graph.graph.output, outputs)):
         for value, (given, spec) in zip(values, specs.items(), strict=True):
             assert value.name == given
             kind = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(given, kind, spec.shape))
     return graph
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Return the names that a graph's nodes and outputs read, also within loops and branches."""
+    names = {value.name for value in graph.output}
+    for node in graph.node:
+        names.update(node.input)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= _read(attribute.g)
+    return names
 
 
 def _strip(graph: onnx.GraphProto) -> None:

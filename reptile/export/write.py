@@ -120,7 +120,8 @@ def export_bundles(
             had no validation tasks.
         data: what they were trained on.
         metrics: of the evaluation that measured them on the same tasks.
-        folder: replaced as a whole; each bundle lies in a folder of the name of its algorithm.
+        folder: replaced as a whole; each bundle lies in a folder of the name of its algorithm,
+            which ends the bundle's own name too.
         best: where the best one goes; replaced as a whole.
         protocol: the evaluation's settings.
 
@@ -134,8 +135,9 @@ def export_bundles(
             seen = metrics.model_copy(update={"learner": method})
             if method != metrics.learner:
                 seen = seen.model_copy(update={"differences": {}})  # which are to another learner
+            named = settings.model_copy(update={"name": f"{settings.name}-{names[method]}"})
             export_bundle(
-                settings, checkpoint, data, seen, temporary / names[method], protocol=protocol
+                named, checkpoint, data, seen, temporary / names[method], protocol=protocol
             )
     with atomic_directory(best) as temporary:
         shutil.copytree(folder / names[chosen], temporary, dirs_exist_ok=True)

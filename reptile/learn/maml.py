@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value
 
 from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import EpisodicState, adam
@@ -46,16 +45,14 @@ def maml_step(
     if settings.episode.multi_step_loss:
         shares = step_shares(len(shares), done)
 
-    def loss(vector: Tensor, task: Task) -> Tensor:
-        weights = vector[: size(engine.model)]
-        rates = settings.optimizer.learning_rate * relative_sizes(settings, engine.model, vector)
-        return query_loss(weights, engine, task, rates, shares)
-
     gradient, losses = torch.zeros_like(state.weights), []
     for task in tasks:
-        task_gradient, value = grad_and_value(loss)(state.weights, task)
-        gradient += task_gradient / len(tasks)
-        losses.append(value)
+        vector = state.weights.detach().requires_grad_()
+        weights = vector[: size(engine.model)]
+        rates = settings.optimizer.learning_rate * relative_sizes(settings, engine.model, vector)
+        loss = query_loss(weights, engine, task, rates, shares)
+        gradient += torch.autograd.grad(loss, vector)[0] / len(tasks)
+        losses.append(loss.detach())
     return adam(state, gradient, rate), torch.stack(losses)
 
 
@@ -70,7 +67,7 @@ def query_loss(
     """Return the loss [] of a task's queries after the inner loop from the weights [P].
 
     Args:
-        weights: where to start.
+        weights: where to start; they require gradients.
         engine: holds the network and the inputs.
         task: with queries.
         rates: step sizes of the inner loop, [P], or one for all.
@@ -91,8 +88,9 @@ def query_loss(
     total = weights.new_zeros(())
     for positions, share in zip(task.batches, shares, strict=True):
         batch = torch.from_numpy(positions).to(device)
-        gradient = grad(loss)(weights, inputs[batch], targets[batch])
-        weights = weights - rates * (gradient.detach() if first_order else gradient)
+        step_loss = loss(weights, inputs[batch], targets[batch])
+        (gradient,) = torch.autograd.grad(step_loss, weights, create_graph=not first_order)
+        weights = weights - rates * gradient
         if share:
             total = total + share * loss(weights, queries, query_targets)
     return total

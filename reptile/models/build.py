@@ -16,6 +16,7 @@ from torch import nn
 
 from reptile.errors import InputError
 from reptile.models.base import Model, Network
+from reptile.models.conv1d import Conv1d
 from reptile.models.conv4 import Conv4
 from reptile.models.forward_order import run_once
 from reptile.models.mlp import MLP
@@ -118,6 +119,10 @@ def _build_module(
         elif source == "module":
             module, code = _users(name, {"outputs": max(outputs, 1), "image_shape": seen})
             identity += [code, state_sha256(module).encode()]
+        elif source == "conv1d":
+            if len(seen) != 2:
+                raise InputError(f"conv1d needs signals [channels, samples], not inputs of {seen}")
+            module = Conv1d(settings.filters, *seen, max(outputs, 1))
         else:
             module = ResNet12(settings.filters, seen[0], max(outputs, 1))
     module = module.cpu().float().eval()

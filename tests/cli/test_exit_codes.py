@@ -1,35 +1,18 @@
-"""Each exit code, from a process that ends with it; docs/cli.md has all codes and commands."""
+"""Each exit code, where it is met; docs/cli.md has all codes and commands."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
-from patterns import draw_letters
 
 from pipeline.__main__ import app as pipeline_app
 from reptile import errors
 from reptile.cli import app
-
-SETTINGS = """
-prepare: {source: letters, image_size: 14, validation: 0.2, test: 0.2, images_per_class: 6}
-train:
-  model: {filters: 8}
-  train_shots: 5
-  inner_steps: 3
-  inner_batch: 5
-  meta_batch: 2
-  meta_iterations: 3
-  checkpoint_every: 3
-  validation_tasks: 2
-evaluate: {tasks: 6, shots: [1], steps: 5}
-export: {gate: {insist: true}}
-verify: {tasks: 10, steps: 5}
-"""
 
 NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}
 ALONE = {"WORLD_SIZE": "2", "RANK": "0"}
@@ -40,59 +23,52 @@ OVERSHOOTING = (
     *("-S", "train.optimizer.weight_decay=0.1"),
 )
 
-FAILURES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
-    "a setting out of range": (["train", "-S", "train.ways=1"], {}, 2, "train.ways"),
-    "a command that is not there": (["trian"], {}, 2, "trian"),
-    "a gate above the accuracy": (["export", "-S", "export.gate.accuracy=1.0"], {}, 3, "1.0"),
+FAILURES: dict[str, tuple[list[str], int, str]] = {
+    "a setting out of range": (["train", "-S", "train.ways=1"], 2, "train.ways"),
+    "a command that is not there": (["trian"], 2, "trian"),
+    "a gate above the accuracy": (["export", "-S", "export.gate.accuracy=1.0"], 3, "1.0"),
     # Each meta-step makes the weights nearly a hundred times as large, of the other sign.
     "a meta-step that overshoots": (
         ["train", *OVERSHOOTING, "-S", "train.meta_iterations=30"],
-        {},
         4,
         "lower train.optimizer.learning_rate",
     ),
-    "a changed graph": (["verify"], {}, 5, "SHA-256"),
+    "a changed graph": (["verify"], 5, "SHA-256"),
+}
+PROCESSES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
+    "a command that is not there": (["trian"], {}, 2, "trian"),
     "no CUDA device": (["train", "-S", "train.device=cuda"], NO_CUDA, 6, "train.device"),
     "no other process": (["train", "-S", "train.seed=1"], ALONE, 6, "torchrun"),
 }
 
 
-def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=folder,
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_ends_with_the_code_of_its_class(
+    failure: str, here: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    graph = here / "artifacts/bundle/adapt/1/model.onnx"
+    if failure == "a changed graph":
+        content = bytearray(graph.read_bytes())
+        content[len(content) // 2] ^= 1
+        graph.write_bytes(content)
+    arguments, expected, words = FAILURES[failure]
+    code, _, said = run(*arguments)
+    assert code == expected, said
+    assert words in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("failure", PROCESSES)
+def test_a_process_ends_with_the_code(failure: str, here: Path, root: Path) -> None:
+    arguments, environment, code, words = PROCESSES[failure]
+    done = subprocess.run(
+        [sys.executable, "-m", "reptile", *arguments],
+        cwd=here,
         env=os.environ | {"PYTHONPATH": str(root)} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all stages before `verify` have run."""
-    folder = tmp_path_factory.mktemp("finished")
-    draw_letters(folder / "letters")
-    (folder / "params.yaml").write_text(SETTINGS)
-    for stage in ("prepare", "train", "evaluate", "export"):
-        done = call(folder, "reptile", stage)
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_failure_ends_with_the_code_of_its_class(
-    failure: str, finished: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(finished, tmp_path / "folder")
-    graph = folder / "artifacts/bundle/adapt/1/model.onnx"
-    if failure == "a changed graph":
-        content = bytearray(graph.read_bytes())
-        content[len(content) // 2] ^= 1
-        graph.write_bytes(content)
-    arguments, environment, code, words = FAILURES[failure]
-    done = call(folder, "reptile", *arguments, **environment)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr

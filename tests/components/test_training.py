@@ -124,7 +124,16 @@ def child_of(process: "subprocess.Popen[str]") -> int:
 
 
 def test_a_killed_training_process_goes_on_in_the_same_task(task: Task, whole: Path) -> None:
+    """And what a lost attempt left among the outputs is gone."""
     process = task.start()
+    left = (
+        ".checkpoint.0123456789abcdef0123456789abcdef.tmp/weights.safetensors",
+        "checkpoint/half.safetensors",
+        "curves/plots/metrics/old.tsv",
+    )
+    for path in left:  # of an attempt before
+        (task.pod / path).parent.mkdir(parents=True, exist_ok=True)
+        (task.pod / path).write_text("left")
     task.until_kept(process)
     os.kill(child_of(process), signal.SIGKILL)
     printed, _ = process.communicate(timeout=300)
@@ -135,6 +144,7 @@ def test_a_killed_training_process_goes_on_in_the_same_task(task: Task, whole: P
     metadata = json.loads(printed.splitlines()[-1])
     assert metadata["validation_accuracy"] == load_checkpoint(whole).info.curve[-1].score
     task.gives(whole)
+    assert not any((task.pod / path).exists() for path in left)
 
 
 @pytest.mark.slow
@@ -161,24 +171,6 @@ def test_a_pod_that_is_stopped_or_lost_is_followed_by_one_that_goes_on(
     assert process.returncode == 0, printed
     assert "resuming" in printed
     task.gives(whole)
-
-
-def test_what_a_lost_attempt_left_among_the_outputs_is_gone(
-    tmp_path: Path, prepared: Path, whole: Path
-) -> None:
-    task = Task(tmp_path, prepared, None)
-    process = task.start()
-    for path in (
-        ".checkpoint.0123456789abcdef0123456789abcdef.tmp/weights.safetensors",
-        "checkpoint/half.safetensors",
-        "curves/plots/metrics/old.tsv",
-    ):
-        (task.pod / path).parent.mkdir(parents=True, exist_ok=True)
-        (task.pod / path).write_text("left")
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    task.gives(whole)
-    assert not (task.pod / "curves/plots/metrics/old.tsv").exists()
 
 
 def test_a_damaged_checkpoint_in_the_store_is_not_used(

@@ -116,6 +116,15 @@ def test_classes_too_few_for_the_stages_that_follow_are_said_at_once(place: Path
         "warning: test split of birds, for `reptile evaluate`: 4 classes cannot make a 5-way task; "
         "lower the ways or hold out more classes\n"
     )
-    assert prepare(place, "birds", "-S", "prepare.test=5")[2] == ""
     code, _, err = prepare(place, "birds", "-S", "prepare.test=5", "-S", "evaluate.queries=19")
     assert code == 0 and "a class has 20 images and a task needs 24 of each" in err
+
+
+def test_preparing_imports_no_torch(place: Path) -> None:
+    """It would take longer than to prepare a small set."""
+    write_classes(place / "birds", list("abcdefgh"))
+    code, _, err = prepare(place, "birds", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in err.splitlines()}
+    assert code == 0
+    assert "numpy" in imported
+    assert "torch" not in imported

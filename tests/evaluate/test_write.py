@@ -11,6 +11,7 @@ from typing import Literal
 from unittest.mock import ANY
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from rich.console import Console
@@ -278,6 +279,19 @@ def test_colour_images_can_be_shown(tmp_path: Path, data: PreparedData) -> None:
     index = data.index.model_copy(update={"image_shape": (3, 12, 12)})
     write_evaluation(run(PreparedData(data.images.repeat(3, axis=1), index)), tmp_path)
     assert "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("shape", [(144,), (12, 12), (1, 12, 12)])
+def test_inputs_that_are_no_images_are_shown_by_their_names(
+    tmp_path: Path, data: PreparedData, shape: tuple[int, ...]
+) -> None:
+    signals = (data.images / 255).astype(np.float32).reshape(-1, *shape)
+    index = data.index.model_copy(update={"image_shape": shape, "dtype": "float32"})
+    write_evaluation(run(PreparedData(signals, index), "mlp"), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Balance(text)
+    assert "<img" not in text and "Tasks as they were" not in text
+    assert "the hardest of the held-out classes" in text
 
 
 def test_summary_table_has_a_row_for_each_mode(evaluation: Evaluation) -> None:

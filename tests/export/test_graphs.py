@@ -12,7 +12,7 @@ import torch
 from reptile.export import reference
 from reptile.export.fold import fold
 from reptile.export.forms import form_of
-from reptile.export.graphs import Adapt, build_graphs
+from reptile.export.graphs import Adapt, Spec, build_graphs, tidy
 from reptile.export.reference import SupportSet
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.reptile import MetaState
@@ -245,3 +245,23 @@ def test_plain_sgd_carries_no_second_moment(case: Exported) -> None:
     sgd = case.checkpoint.info.settings.optimizer.name == "sgd"
     assert ("epsilon" in sizes) is not sgd
     assert sum(size > 100 for size in sizes.values()) == (1 if sgd else 2)
+
+
+def test_constants_that_nothing_reads_are_dropped() -> None:
+    """ONNX Runtime prints a warning of each to a consumer's terminal."""
+    float32 = onnx.TensorProto.FLOAT
+    out = onnx.helper.make_tensor_value_info("out", float32, [])
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["inside"], ["out"])], "inner", [], [out]
+    )
+    branch = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    result = onnx.helper.make_tensor_value_info("y", float32, [])
+    constants = [
+        onnx.helper.make_tensor("c", onnx.TensorProto.BOOL, [], [True]),
+        onnx.helper.make_tensor("inside", float32, [], [1.0]),
+        onnx.helper.make_tensor("unread", float32, [], [2.0]),
+    ]
+    graph = onnx.helper.make_graph([branch], "g", [], [result], constants)
+    tidied = tidy("g", onnx.helper.make_model(graph), {}, {"y": Spec(torch.float32, ())})
+    assert [each.name for each in tidied.graph.initializer] == ["c", "inside"]
+    onnx.checker.check_model(tidied)

@@ -66,6 +66,27 @@ def test_resnet12_has_the_published_number_of_parameters() -> None:
     assert round(size(build("resnet12", outputs=0)) / 1e6, 1) == 12.4  # as papers report
 
 
+def test_conv1d_is_three_convolutions_and_a_head() -> None:
+    model = build("conv1d", filters=4, shape=(2, 21))
+    params = unflatten(model, initialise(model, 0))
+    signals = 10 + 3 * torch.randn(6, 2, 21)
+    variance, mean = torch.var_mean(signals, (0, 2), keepdim=True, correction=0)
+    x = (signals - mean) / (variance + 1e-5).sqrt()
+    x = x * params["norm.weight"][:, None] + params["norm.bias"][:, None]
+    for block in range(3):
+        weight, bias = (params[f"blocks.{block}.0.{name}"] for name in ("weight", "bias"))
+        windows = F.pad(x, (2, 2)).unfold(2, 5, 2)  # [B, C, T, 5]
+        x = (torch.einsum("bcti,fci->bft", windows, weight) + bias[:, None]).relu()
+    assert x.shape == (6, 4, 3)
+    expected = x.flatten(1) @ params["head.weight"].T + params["head.bias"]
+    torch.testing.assert_close(model.forward(params, signals), expected)
+
+
+def test_conv1d_wants_signals() -> None:
+    with pytest.raises(InputError, match=r"conv1d needs signals \[channels, samples\], not inputs"):
+        build("conv1d", filters=4, shape=(1, 8, 8))
+
+
 @pytest.mark.parametrize("name", ["resnet12", SMALL])
 def test_networks_are_drawn_from_the_seed(name: str) -> None:
     first, again, other = (initialise(build(name, filters=2, seed=s), 0) for s in (1, 1, 2))

@@ -66,6 +66,8 @@ def test_all_stages_run_and_leave_a_bundle_that_works(delivered: Ended) -> None:
     for stage in (*STAGES, "gate"):
         assert stage in printed
     FewShotModel.load(folder / "export/bundle").check()
+    for bundle in (folder / "export/bundles").iterdir():
+        assert FewShotModel.load(bundle).manifest["name"].endswith(f"-{bundle.name}")
     assert (
         left_by(folder, "verify")["Output"]
         == left_by(folder, "export")["bundle"]["manifest_sha256"]

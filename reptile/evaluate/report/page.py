@@ -38,6 +38,7 @@ EXAMPLE_QUERIES = 3  # of each class
 HARDEST = 6
 DRAWINGS = 3  # of each of them
 LARGEST_MATRIX = 20
+LARGEST_ENLARGED = 46  # pixels: smaller images are shown enlarged
 
 
 class Query(NamedTuple):
@@ -92,11 +93,17 @@ def render_report(evaluation: Evaluation) -> str:
 
 
 def _named(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the parts for classifiers: classified images, right or wrong."""
+    """Return the parts for classifiers: classified images, right or wrong, and what is confused.
+
+    Where inputs are no images there are names alone.
+    """
     held_out, fewest = next(iter(evaluation.data)), evaluation.fewest_classes
     matrix = confusions(evaluation.data[fewest], evaluation.of(fewest)[:1])
+    images = _has_images(evaluation.data[held_out])
+    measurements = evaluation.measurements if images else ()
     return {
-        "examples": [_examples(m, evaluation.data[m.dataset]) for m in evaluation.measurements],
+        "examples": [_examples(m, evaluation.data[m.dataset]) for m in measurements],
+        "enlarge": images and evaluation.checkpoint.image_shape[1] <= LARGEST_ENLARGED,
         "example_tasks": EXAMPLE_TASKS,
         "example_queries": EXAMPLE_QUERIES,
         "matrix_data": fewest,
@@ -253,21 +260,31 @@ def _matrix(confusion: Confusions, data: PreparedData) -> list[dict[str, Any]]:
         return []
     shares = confusion.counts / np.maximum(confusion.counts.sum(1, keepdims=True), 1)
     return [
-        {"name": entry.name, "image": _image(data, entry.start), "shares": row.tolist()}
+        {"name": entry.name, "images": _drawings(data, entry, 1), "shares": row.tolist()}
         for entry, row in zip(confusion.classes, shares, strict=True)
     ]
 
 
 def _hardest(evaluation: Evaluation, dataset: str) -> list[dict[str, Any]]:
     data = evaluation.data[dataset]
-
-    def drawings(entry: PreparedClass) -> list[str]:
-        return [_image(data, entry.start + i) for i in range(min(DRAWINGS, entry.count))]
-
     return [
-        hard._asdict() | {"images": drawings(hard.entry), "others": drawings(hard.taken_for)}
+        hard._asdict()
+        | {
+            "images": _drawings(data, hard.entry, DRAWINGS),
+            "others": _drawings(data, hard.taken_for, DRAWINGS),
+        }
         for hard in hardest(confusions(data, evaluation.of(dataset)), HARDEST)
     ]
+
+
+def _has_images(data: PreparedData) -> bool:
+    return data.images.dtype == np.uint8
+
+
+def _drawings(data: PreparedData, entry: PreparedClass, most: int) -> list[str]:
+    """Return some images of a class; none where inputs are no images."""
+    count = min(most, entry.count) if _has_images(data) else 0
+    return [_image(data, entry.start + place) for place in range(count)]
 
 
 def _image(data: PreparedData, row: int | np.integer[Any]) -> str:
