@@ -242,7 +242,7 @@ class FewShotModel(OpenedBundle):
         if not self.bundle.pixels:
             raise InputError(
                 f"{self.bundle.folder} takes inputs of shape {list(self.image_shape)} that are no "
-                "images: adapt it from Python, with reptile.runtime"
+                "images: adapt it over HTTP (reptile serve) or from Python (reptile.runtime)"
             )
         channels, height, width = self.image_shape
         return channels, height, width

@@ -12,11 +12,12 @@ from reptile.bundle_format import Column
 from reptile.errors import InputError
 
 SEPARATORS = ",;\t|"
+MAX_HEADER = 2**20  # characters, as of `reptile prepare`
 MISSING = ("", "na", "n/a", "nan", "null", "none")
 
 
 def read_csv(
-    content: bytes, columns: Sequence[Column], label: str, most: int
+    content: bytes, columns: Sequence[Column], label: str | None, most: int
 ) -> list[dict[str, Any]]:
     """Return rows by the names of their columns; other columns are left out.
 
@@ -25,19 +26,21 @@ def read_csv(
 
     Args:
         content: UTF-8, with quotation marks as of RFC 4180.
-        columns: of inputs and values. Those that the file lacks are left out.
-        label: name of a classifier's column of labels, may be lacking too.
+        columns: of inputs and values. Those that the file lacks are left out of the rows.
+        label: name of a classifier's column of labels, which may be lacking too; None for none.
         most: rows that are read.
 
     Raises:
         HTTPException: not CSV in UTF-8.
-        InputError: too many rows, or a row of another length than the header.
+        InputError: too many rows, a row of another length than the header, or a header that is too
+            long or names a column twice.
     """
     try:
         text = content.decode("utf-8-sig")
         lines = io.StringIO(text, newline="")
-        kinds = {label: "category"} | {column.name: column.kind for column in columns}
-        header, separator = _header(lines.readline(), kinds)
+        kinds = {} if label is None else {label: "category"}
+        kinds |= {column.name: column.kind for column in columns}
+        header, separator = _header(lines.readline(MAX_HEADER), kinds)
         places = {name: header.index(name) for name in kinds if name in header}
         rows: list[dict[str, Any]] = []
         for cells in _cells(lines, separator, len(header)):
@@ -52,6 +55,8 @@ def read_csv(
 
 
 def _header(line: str, kinds: dict[str, str]) -> tuple[list[str], str]:
+    if len(line) == MAX_HEADER:
+        raise InputError(f"the header has {MAX_HEADER:,} characters or more: send fewer columns")
     split = {
         separator: [
             _normal(name)

@@ -108,7 +108,7 @@ async def read_queries(request: Request, service: Service) -> Array:
 
     def read() -> Array:
         if is_csv:
-            return service.inputs(_rows(content, service, ""))
+            return service.inputs(_rows(content, service, None))
         body = parse(Queries, content)
         _check_keys(body, [service.takes])
         return service.inputs(getattr(body, service.takes))
@@ -123,9 +123,10 @@ async def _content(request: Request, service: Service) -> tuple[bytes, bool]:
     return await csv_body(request, service), True
 
 
-def _rows(content: bytes, service: Service, label: str) -> list[dict[str, Any]]:
+def _rows(content: bytes, service: Service, label: str | None) -> list[dict[str, Any]]:
     bundle = service.model.bundle
     columns = [*bundle.columns, *bundle.targets]
+    label = None if service.predicts_values else label
     return read_csv(content, columns, label, service.settings.max_images)
 
 

@@ -146,7 +146,7 @@ def test_csv_of_all_sorts_is_read_as_prepare_reads_it(
 ) -> None:
     """A byte-order mark, spaces, empty lines, further columns, names of missing values."""
     client = serve(bundle=machines("bayes").folder)
-    rows = [{"machine": "m1", **row, "note": 'a "b"\nc'} for row in KNOWN]
+    rows = [{"": "1", "machine": "m1", **row, "note": 'a "b"\nc'} for row in KNOWN]
     for row, missing in zip(rows, ("", "NA", "null", " NaN "), strict=True):
         row["dose"] = missing if row["dose"] is None else f" {row['dose']} "
     plain = post(client, "/tasks", KNOWN, "json").json()["id"]
@@ -188,6 +188,7 @@ REFUSED: list[tuple[str, bytes, int, str]] = [
     ("csv", b"when,dose,site,wear\n2026-01-03,x,a,5\n", 422, "row 0, column 'dose': 'x' is no"),
     ("csv", b"when,dose,site,wear\n2026-01-03,1,a,\n", 422, "row 0 has no 'wear'"),
     ("csv", b"when,dose,wear\n2026-01-03,1,5\n", 422, "row 0 has no 'site'"),
+    ("csv", b"a," * 2**20, 422, "the header has 1,048,576 characters or more"),
     ("csv", b"when,dose,dose,site,wear\n", 422, "column 'dose' is there more than once"),
     ("csv", b"when,dose,site,wear\n2026-01-03,inf,a,5\n", 422, "row 0 is infinite in 'dose'"),
     ("csv", b'when,dose,site,wear\n2026-01-03,1,"a,5\n', 400, "is not CSV: unexpected end"),
