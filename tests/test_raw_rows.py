@@ -220,3 +220,17 @@ def test_golden_tensors_are_raw_in_plain_onnxruntime(machines: Machines) -> None
     (found,) = session.run(["logits"], feeds)
     wanted = np.load(made.folder / "golden/some/logits.npy")
     np.testing.assert_allclose(found, wanted, atol=1e-3 * made.coding.targets[0].deviation)
+
+
+@pytest.mark.parametrize("dose", [np.inf, 1e300])
+def test_a_number_beyond_float32_is_not_taken_for_a_large_one(
+    machines: Machines, dose: float
+) -> None:
+    made = machines("reptile")
+    session = onnxruntime.InferenceSession(made.folder / "few_shot/1/model.onnx")
+    case = next(path.parent for path in made.folder.glob("golden/*/support_images.npy"))
+    names = [each.name for each in session.get_inputs()]
+    feeds = {name: np.load(case / f"{name}.npy") for name in names}
+    assert session.run(["finite"], feeds)[0]
+    feeds["support_images"][:, 1] = dose
+    assert not session.run(["finite"], feeds)[0]

@@ -149,7 +149,8 @@ def _encode_rows(name: str, coding: Coding) -> _Part:
         run("IsNaN", ["scaled"], "missing"),
         run("Where", ["missing", "coding.zero", "scaled"], "filled"),
         # tanh takes infinity for 1: as NaN it passes through any network, and `finite` is false.
-        run("IsInf", ["filled"], "infinite"),
+        run("Cast", ["filled"], "narrow", to=onnx.TensorProto.FLOAT),
+        run("IsInf", ["narrow"], "infinite"),
         run("Where", ["infinite", "coding.nan", "filled"], "numbers"),
     ]
     last = "numbers"

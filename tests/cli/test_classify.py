@@ -234,7 +234,7 @@ def test_a_stage_without_its_packages_says_what_to_install(root: Path) -> None:
         "main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "train", "--params", root / "params.yaml"],
+        [sys.executable, "-c", script, "check-model", "--params", root / "params.yaml"],
         capture_output=True,
         text=True,
         check=False,
