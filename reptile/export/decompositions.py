@@ -23,6 +23,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **get_decompositions([aten.max_pool2d_with_indices_backward]),
         aten.empty.memory_format: empty,
         aten.empty_permuted.default: empty,
+        aten.copy.default: copy,
         aten.threshold_backward.default: threshold_backward,
         aten.convolution_backward.default: convolution_backward,
         aten.avg_pool2d_backward.default: avg_pool_backward,
@@ -43,6 +44,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def empty(sizes: Sizes, *layout: Any, dtype: torch.dtype | None = None, **form: Any) -> Tensor:
     """Allocate: what is overwritten later may as well be zeros."""
     return torch.zeros(sizes, dtype=dtype)
+
+
+def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Write assignment as expansion to the target's shape, which the exporter leaves out."""
+    return source.to(target.dtype).expand(target.shape).clone()
 
 
 def threshold_backward(gradient: Tensor, output: Tensor, threshold: float) -> Tensor:

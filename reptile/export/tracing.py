@@ -106,21 +106,26 @@ def plain_operators() -> Iterator[None]:
             enable_python_dispatcher(),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.mkldnn.flags(enabled=False),
-            _PlainLinear(),
+            _PlainFunctions(),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _PlainLinear(TorchFunctionMode):
-    """Linear layers as products: the compiled form fixes the batch's size of sequences."""
+class _PlainFunctions(TorchFunctionMode):
+    """Linear layers as products, and pooling to one value as a mean.
+
+    Their compiled forms fix the batch's size of sequences, and set strides that no graph can.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.linear and args[0].dim() > 2:
             return _linear(*args, **(kwargs or {}))
+        if function is F.adaptive_avg_pool2d and args[1] in (1, (1, 1), [1, 1]):
+            return args[0].mean((-2, -1), keepdim=True)
         return function(*args, **(kwargs or {}))
 
 
