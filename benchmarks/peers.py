@@ -1,7 +1,7 @@
 """MAML and ProtoNet beside plain PyTorch, and beside learn2learn where its sources are at hand.
 
-learn2learn's compiled parts no longer build, but its algorithms are plain Python. Unpack its source
-archive, and name the folder that has `learn2learn/` in the environment variable LEARN2LEARN;
+learn2learn 0.2.0 does not install with Python 3.11, but its algorithms are plain Python. Unpack its
+source archive, and name the folder that has `learn2learn/` in the environment variable LEARN2LEARN;
 without it, those lines are left out.
 """
 
@@ -220,7 +220,8 @@ def _learn2learn_protonet(
     package: Any, network: nn.Module, engine: Engine, drawn: list[Task]
 ) -> list[Tensor]:
     def logits(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        return package.PrototypicalClassifier(support, labels)(queries)  # type: ignore[no-any-return]
+        found: Tensor = package.PrototypicalClassifier(support, labels)(queries)
+        return found
 
     return _prototypes_step(logits, network, engine, drawn)
 
