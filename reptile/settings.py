@@ -209,7 +209,8 @@ class ModelSettings(Section):
     and how much each counts is chosen on validation tasks."""
     weights: str = ""
     """Where training starts: torchvision's weights by name (`DEFAULT`), a .safetensors file, or a
-    .pth file of tensors. Empty: drawn from `train.seed`."""
+    .pth file of tensors. Empty: drawn from `train.seed`. conv4, mlp: as towers alone, from a file;
+    that of a checkpoint is its weights.safetensors."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
     """What the network sees of images. auto: RGB for torchvision's networks, else what the data
     is."""
@@ -261,9 +262,8 @@ class ModelSettings(Section):
             )
         if any(tower.towers for tower in self.towers):
             raise ValueError("towers: a tower has none of its own; list all in one row")
-        preprocessed = self.is_module or isinstance(self, TowerSettings)
-        names = ("weights",) if preprocessed else ("weights", "channels", *PREPROCESSING)
-        for name in () if self.is_module else names:
+        any_start = self.is_module or isinstance(self, TowerSettings)
+        for name in () if any_start else ("weights", "channels", *PREPROCESSING):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: {self.name} has none")
         return self

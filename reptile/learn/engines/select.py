@@ -12,7 +12,7 @@ from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.eager import EagerEngine
 from reptile.learn.engines.native import NETWORKS, BuildError, NativeEngine
 from reptile.learn.engines.towers import TowersEngine
-from reptile.models import Model, ModuleNetwork, Towers, unflatten
+from reptile.models import Model, ModuleNetwork, PretrainedNetwork, Towers, unflatten
 from reptile.models.cut import split
 from reptile.settings import OptimizerSettings
 
@@ -49,7 +49,11 @@ def make_engine(
             raise InputError(
                 f"train.engine = {name}: each tower has its own; use auto (the fastest), or eager"
             )
-        engines = [make_engine(name, tower, optimizer, inputs, device) for tower in model.towers]
+        functions = [  # what a tower starts from is no part of what it computes
+            each.network if isinstance(each, PretrainedNetwork) and not each.frozen else each
+            for each in model.towers
+        ]
+        engines = [make_engine(name, each, optimizer, inputs, device) for each in functions]
         return TowersEngine(model, engines, optimizer, inputs, device)
     if name == "eager":
         return EagerEngine(model, optimizer, inputs, device)
