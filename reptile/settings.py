@@ -33,6 +33,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
+Precision = Literal["float32", "bf16"]
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 NETWORKS = ("conv4", "mlp", "resnet12", "conv1d")
 TOWERS = "towers"
@@ -333,6 +334,9 @@ class TrainSettings(Section):
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
+    precision: Precision = "float32"
+    """bf16: the network's products and convolutions in bfloat16 (mixed precision, for CUDA);
+    weights, optimiser, losses and heads stay in float32. Evaluation and export are in float32."""
     model: ModelSettings = ModelSettings()
     adapt: AdaptSetting = "all"
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
@@ -422,6 +426,9 @@ class TrainSettings(Section):
                 f"model.towers: are for a closed-form head, not for {self.algorithm}; set "
                 "algorithm to protonet or ridge"
             )
+        if self.precision == "bf16" and (self.engine == "native" or self.second_order):
+            what = "engine = native" if self.engine == "native" else f"algorithm = {self.algorithm}"
+            raise ValueError(f"precision = bf16: {what} computes in float32; leave precision out")
         size = self.ways * self.train_shots
         if self.replacement and self.inner_batch > size:
             raise ValueError(
