@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IN_CHECKPOINT = "weights/"  # before the names of parameters in a checkpoint
+ONLY = "0."  # before those of the only tower; any further tower's are refused
 BESIDE_NETWORK = (
     "head.",
     "classifier.",
@@ -152,7 +153,8 @@ def network_weights(
         InputError: a parameter is missing, is not one of the network's, or has another shape.
     """
     if of_checkpoint := {k: v for k, v in stored.items() if k.startswith(IN_CHECKPOINT)}:
-        stored = {key.removeprefix(IN_CHECKPOINT): v for key, v in of_checkpoint.items()}
+        names = {key: key.removeprefix(IN_CHECKPOINT).removeprefix(ONLY) for key in of_checkpoint}
+        stored = {names[key]: value for key, value in of_checkpoint.items()}
     for each, shape in shapes.items():
         if each not in stored:
             raise InputError(f"{source}: has no {each}, which {name} needs")

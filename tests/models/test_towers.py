@@ -142,15 +142,15 @@ def conv4_weights(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("adapt", ["all", "none"])
-@pytest.mark.parametrize("kind", ["state.safetensors", "state.pth", "checkpoint"])
+@pytest.mark.parametrize("kind", ["state.safetensors", "state.pth", "checkpoint", "tower"])
 def test_a_tower_starts_from_the_weights_of_a_file(kind: str, adapt: str, tmp_path: Path) -> None:
     given = conv4_weights()
     path = tmp_path / kind
     if kind == "state.pth":
         torch.save(given, path)
-    elif kind == "checkpoint":
-        path = path.with_suffix(".safetensors")
-        of_training = {f"weights/{name}": value for name, value in given.items()}
+    elif kind in ("checkpoint", "tower"):
+        path, place = path.with_suffix(".safetensors"), "0." if kind == "tower" else ""
+        of_training = {f"weights/{place}{name}": value for name, value in given.items()}
         of_training |= {f"second_moment/{name}": value + 1 for name, value in given.items()}
         save_file(of_training | {"step": torch.tensor(3)}, path)
     else:
