@@ -197,8 +197,8 @@ def _labels(given: list[Any], label: str, service: Service) -> list[Label]:
         raise InputError(f"column {label!r} is an input: name that of the labels with label=NAME")
     if None in given:
         raise InputError(
-            f"rows: row {given.index(None)} has no {label!r}, its label; name another column with "
-            "label=NAME"
+            f"rows: row {given.index(None)} has no {label[:50]!r}, its label; name another column "
+            "with label=NAME"
         )
     try:
         return LABELS.validate_python(given)
