@@ -60,6 +60,14 @@ _HEAD_OF_CLASSES = {"train": {"meta_batch": 1, "episode": {"queries": 5}}}
 PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "classification": {
         "maml": _STEPS_OF_CLASSES,
+        "proto-maml": {
+            "train": {
+                "optimizer": {"name": "sgd", "learning_rate": 0.005, "state": "reset"},
+                "inner_steps": 6,
+                "meta_batch": 1,
+            },
+            "evaluate": {"steps": 6},
+        },
         "anil": _STEPS_OF_CLASSES,
         "meta-sgd": _STEPS_OF_CLASSES | {"evaluate": {"steps": 1}},
         "pretrain": {"train": {"meta_batch": 1, "inner_batch": 64}},
@@ -74,8 +82,9 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 """By objective and algorithm: the settings of the paper that has it, where they are not those of
-Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet:
-Snell et al. (2017). Ridge: Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
+Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. Proto-MAML:
+the configuration for ImageNet of Triantafillou et al. (2020). ProtoNet: Snell et al. (2017). Ridge:
+Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
 EPISODE_WAYS = 20  # of protonet and ridge in training, if there are so many classes
 
 
@@ -274,6 +283,8 @@ def gradients(settings: TrainSettings) -> int:
         queries = settings.ways * episode.queries
         queries *= settings.inner_steps if episode.multi_step_loss else 1
         each = 2 * settings.inner_steps * settings.inner_batch + queries
+        if settings.algorithm == "proto-maml":
+            each += settings.ways * settings.train_shots  # for the prototypes
     return settings.meta_batch * each
 
 

@@ -240,6 +240,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     [  # of tasks of 3 classes with an image to adapt to and 5 queries each
         ("anil", 32 * (2 * 3 + 15)),
         ("meta-sgd", 32 * (2 * 3 + 15)),
+        ("proto-maml", 2 * 6 * 3 + 15 + 3),
         ("pretrain", 64),
     ],
 )
