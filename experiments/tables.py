@@ -8,7 +8,6 @@ three points are known; *past*: the first three. Errors are squared, in units of
 training rows.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ import typer
 from torch import Tensor, nn
 
 import reptile
-from experiments import run
+from experiments import keep, kept, run
 from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
@@ -129,11 +128,9 @@ def main(
             for fold in range(folds):
                 file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
                 asked = {"folds": folds, "iterations": iterations, "tasks": tasks}
-                found = json.loads(file.read_text()) if file.exists() else {}
-                if found.get("asked") != asked:
+                if (found := kept(file, asked)) is None:
                     prepared = _prepare(study, source, mode, fold, folds, output)
-                    found = _measure(prepared, iterations, tasks) | {"asked": asked}
-                    write_json(file, found)
+                    found = keep(file, asked, _measure(prepared, iterations, tasks))
                 each.append(found)
             results[f"{study.name}, {mode}"] = _mean(each)
     write_json(output / "tables.json", results)

@@ -323,9 +323,7 @@ class Comparison:
         classes = self._data.split("validation")
         ways = min(self.ways, len(classes.starts))
         masks = all(isinstance(each.checkpoint.model, Network) for each in self.adapted.values())
-        if ways < (2 if self.objective is CLASSIFICATION else 1) or (
-            ways < self.ways and not masks
-        ):
+        if ways < self.objective.least_ways or (ways < self.ways and not masks):
             return None
         try:
             check_classes(classes, ways, shots + self._settings.queries, "validation split")

@@ -90,7 +90,7 @@ class ClassifierHead(Head):
         queries: Tensor,
         query_targets: Tensor,
     ) -> Tensor:
-        """See `Head.loss`: cross-entropy."""
+        """Return the mean cross-entropy [] of the queries' labels."""
         classifier = self.fit(params, support, support_targets)
         return F.cross_entropy(classifier.logits(queries), query_targets)
 
@@ -112,7 +112,7 @@ class PrototypeHead(ClassifierHead):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `ClassifierHead.fit`."""
+        """Return the classifier by squared distances to the classes' mean features."""
         prototypes = (labels.T @ features) / labels.sum(0).clamp(min=1)[:, None]
         scale = params["head.scale"].exp()
         return Classifier(2 * scale * prototypes, -scale * prototypes.square().sum(1))
@@ -139,7 +139,7 @@ class RidgeHead(ClassifierHead):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `ClassifierHead.fit`."""
+        """Return the classifier by ridge regression on one-hot labels, solved in its dual form."""
         strength = params["head.strength"].exp()
         identity = torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
         kernel = features @ features.T + 1 + strength * identity  # 1: of the column of ones
@@ -315,7 +315,7 @@ class BayesHead(Head):
         queries: Tensor,
         query_targets: Tensor,
     ) -> Tensor:
-        """See `Head.loss`."""
+        """Return the mean negative log-likelihood [] of the queries' values."""
         mean, variance = self.fit(params, support, support_targets).predict(queries)
         off = (query_targets.to(mean.dtype) - mean).square() / variance
         return (0.5 * (off + variance.log() + math.log(2 * math.pi))).mean().to(queries.dtype)
