@@ -33,6 +33,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Ways = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 
+Precision = Literal["float32", "bf16"]
 BatchNormMode = Literal["transductive", "non_transductive", "frozen"]
 NETWORKS = ("conv4", "mlp", "resnet12", "conv1d")
 TOWERS = "towers"
@@ -209,7 +210,8 @@ class ModelSettings(Section):
     and how much each counts is chosen on validation tasks."""
     weights: str = ""
     """Where training starts: torchvision's weights by name (`DEFAULT`), a .safetensors file, or a
-    .pth file of tensors. Empty: drawn from `train.seed`."""
+    .pth file of tensors. Empty: drawn from `train.seed`. conv4, mlp: as towers alone, from a file;
+    that of a checkpoint is its weights.safetensors."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
     """What the network sees of images. auto: RGB for torchvision's networks, else what the data
     is."""
@@ -261,9 +263,8 @@ class ModelSettings(Section):
             )
         if any(tower.towers for tower in self.towers):
             raise ValueError("towers: a tower has none of its own; list all in one row")
-        preprocessed = self.is_module or isinstance(self, TowerSettings)
-        names = ("weights",) if preprocessed else ("weights", "channels", *PREPROCESSING)
-        for name in () if self.is_module else names:
+        any_start = self.is_module or isinstance(self, TowerSettings)
+        for name in () if any_start else ("weights", "channels", *PREPROCESSING):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: {self.name} has none")
         return self
@@ -345,6 +346,9 @@ class TrainSettings(Section):
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "native", "batched"] = "auto"
+    precision: Precision = "float32"
+    """bf16: the network's products and convolutions in bfloat16 (mixed precision, for CUDA);
+    weights, optimiser, losses and heads stay in float32. Evaluation and export are in float32."""
     model: ModelSettings = ModelSettings()
     adapt: AdaptSetting = "all"
     """What is adapted to a task, and meta-trained; everything else is fixed: `all`, the `head`, the
@@ -444,6 +448,9 @@ class TrainSettings(Section):
                 f"model.towers: are for a closed-form head, not for {self.algorithm}; set "
                 "algorithm to protonet or ridge"
             )
+        if self.precision == "bf16" and (self.engine == "native" or self.second_order):
+            what = "engine = native" if self.engine == "native" else f"algorithm = {self.algorithm}"
+            raise ValueError(f"precision = bf16: {what} computes in float32; leave precision out")
         size = self.ways * self.train_shots
         if self.replacement and self.inner_batch > size:
             raise ValueError(

@@ -64,6 +64,8 @@ WALK: dict[str, str] = {  # a printed command, and the settings that make it sma
     "reptile check-model -S train.model.name=torchvision:resnet18 -S train.adapt='last: 1'": "",
     "reptile presets omniglot-5w1s": "",
     "reptile prepare -S prepare.source=letters.zip": "",
+    "reptile prepare --artifacts runs/small": "",
+    "reptile prepare --artifacts runs/towers": "",
     "reptile train --resume -S train.seed=3": "",
     "reptile evaluate -S evaluate.tasks=100": "evaluate.tasks=6",
     "reptile prepare --preset omniglot-5w1s": SMALL,
@@ -111,6 +113,9 @@ TESTED: dict[str, str] = {  # the head of printed commands, and the test that ru
     "python -m experiments.signals": "tests/experiments/test_signals.py::test_the_study_runs_and",
     "python -m experiments.languages": (
         "tests/experiments/test_languages.py::test_the_study_runs_and"
+    ),
+    "reptile train --params small.yaml": (
+        "tests/learn/test_towers.py::test_a_trained_and_a_frozen_tower_start_from_a_checkpoint"
     ),
     **{
         f"reptile {stage} --params {name}.yaml": (
@@ -242,6 +247,10 @@ NOT_RUN: dict[str, str] = {  # the head of printed commands, and why no test run
     "make test": "runs the tests themselves, or those of an image that needs a container engine",
     "make bench": "takes minutes, and its figures need an idle machine; `--quick` is tested",
     "make photos": "needs the extra `photos`; tests/models/test_towers.py tests the mechanics",
+    **dict.fromkeys(
+        ("reptile train --params towers.yaml", "reptile evaluate --params towers.yaml"),
+        "need the extra `photos`; tests/learn/test_towers.py tests the mechanics",
+    ),
     "make images": "needs a container engine and a package index",
     "dvc metrics show": "DVC's own view of files that are tested",
     "dvc plots show": "DVC's own view of files that are tested",

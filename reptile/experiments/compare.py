@@ -399,7 +399,9 @@ def _seconds_per_iteration(settings: TrainSettings, data: PreparedData, folder: 
             return float(kept["seconds_per_iteration"])
     model, state, info = untrained(settings, data)
     device = choose_device(settings.device)
-    engine = make_engine(settings.engine, model, settings.optimizer, data.images, device)
+    engine = make_engine(
+        settings.engine, model, settings.optimizer, data.images, device, settings.precision
+    )
     algorithm, state = algorithm_of(settings, model, info.values, info.classes), state.to(device)
     times: list[float] = []
     while sum(times[1:]) < TIMED_SECONDS:

@@ -89,7 +89,9 @@ def check_model(
     device = choose_device(settings.device)
     weights = initialise(model, settings.seed).to(device)
     task, inputs = _random_task(settings, image_shape, values)
-    engine = make_engine(settings.engine, model, settings.optimizer, inputs, device)
+    engine = make_engine(
+        settings.engine, model, settings.optimizer, inputs, device, settings.precision
+    )
     step = _step(engine, weights, task, settings)
     images = engine.images(task.support)
     with torch.no_grad():

@@ -81,7 +81,9 @@ def run_training(
     # More threads than the quota allows would be stopped for most of the time.
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     start = _agree(start, processes, device)
-    engine = make_engine(settings.engine, start.model, settings.optimizer, data.images, device)
+    engine = make_engine(
+        settings.engine, start.model, settings.optimizer, data.images, device, settings.precision
+    )
     try:
         with lock_folder(folder) if folder else nullcontext():
             return meta_train(

@@ -99,7 +99,14 @@ def meta_train(
         )
         if done < settings.meta_iterations and stop():
             if done != info.iteration:
-                info = info.model_copy(update={"iteration": done, "losses": tuple(losses)})
+                state = algorithm.finish(engine, state, data)  # so that it can be evaluated
+                info = info.model_copy(
+                    update={
+                        "iteration": done,
+                        "losses": tuple(losses),
+                        "shares": getattr(state, "shares", ()),
+                    }
+                )
                 on_checkpoint(Checkpoint(model, state.to(torch.device("cpu")), info))
             raise StoppedError(f"stopped after meta-iteration {done} of {settings.meta_iterations}")
     if start.info.iteration == settings.meta_iterations:  # the loop did not run

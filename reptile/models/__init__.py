@@ -19,6 +19,7 @@ from reptile.models.conv4 import BATCH_NORM_EPSILON, CONV_LAYERS, Conv4
 from reptile.models.masked import OUTPUT_MASK, MaskedNetwork
 from reptile.models.mlp import MLP
 from reptile.models.module import ModuleNetwork
+from reptile.models.pretrained import PretrainedNetwork
 from reptile.models.towers import Towers
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ModuleNetwork",
     "Network",
     "Params",
+    "PretrainedNetwork",
     "Statistics",
     "Towers",
     "build_model",

@@ -15,20 +15,22 @@ import torch
 from torch import nn
 
 from reptile.errors import InputError
-from reptile.models.base import Model, Network
+from reptile.models.base import Model, Network, unflatten
 from reptile.models.conv1d import Conv1d
 from reptile.models.conv4 import Conv4
 from reptile.models.forward_order import run_once
 from reptile.models.mlp import MLP
 from reptile.models.module import ModuleNetwork
 from reptile.models.preprocess import GREY, RGB, Preprocess
+from reptile.models.pretrained import PretrainedNetwork
 from reptile.models.resnet12 import ResNet12
 from reptile.models.towers import Towers
 from reptile.models.weights import (
     download,
+    network_weights,
     put_weights,
     read_weights,
-    state_sha256,
+    tensors_sha256,
     weights_entry,
 )
 from reptile.objectives import CLASSIFICATION, Objective
@@ -93,7 +95,16 @@ def _build_tower(
         image_shape = tuple(preprocess(torch.zeros(1, *image_shape)).shape[1:])
     model = build_model(settings, 0, image_shape, objective)
     assert isinstance(model, Network)
-    return replace(model, preprocess=preprocess)
+    model = replace(model, preprocess=preprocess)
+    frozen = settings.adapt == "none"
+    if not (settings.weights or frozen):
+        return model
+    weights, sha256 = unflatten(model, model.initialise(seed)), ""
+    if settings.weights and load:
+        stored = read_weights(Path(settings.weights))
+        weights = network_weights(stored, model.shapes, model.name, settings.weights)
+        sha256 = tensors_sha256(weights)
+    return PretrainedNetwork(model, weights, frozen=frozen, weights_sha256=sha256)
 
 
 def _build_module(
@@ -118,7 +129,7 @@ def _build_module(
             module = _torchvision(name, max(outputs, 1), trained=entry is not None)
         elif source == "module":
             module, code = _users(name, {"outputs": max(outputs, 1), "image_shape": seen})
-            identity += [code, state_sha256(module).encode()]
+            identity += [code, tensors_sha256(module.state_dict()).encode()]
         elif source == "conv1d":
             if len(seen) != 2:
                 raise InputError(f"conv1d needs signals [channels, samples], not inputs of {seen}")
@@ -138,7 +149,7 @@ def _build_module(
         if entry:  # GoogLeNet's and Inception's heads for training alone
             weights = {k: v for k, v in weights.items() if not k.lower().startswith("aux")}
         put_weights(module, weights, last, settings.name, settings.weights)
-        identity.append(state_sha256(module).encode())
+        identity.append(tensors_sha256(module.state_dict()).encode())
     sha256 = hashlib.sha256(b"\0".join(identity)).hexdigest() if identity else ""
     if outputs == 0 and forward.outputs.shape[1:] == (1,):  # without the head of one output
         module.set_submodule(last, nn.Identity())

@@ -85,6 +85,7 @@ class Conv4(Network):
         # reference's batch norm gives the bias.
         scale, shift = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
         training = mean is None
+        x = x.to(scale.dtype)  # in mixed precision it is less precise
         return torch.batch_norm(
             x, scale, shift, mean, variance, training, 0.0, BATCH_NORM_EPSILON, False
         )

@@ -212,6 +212,8 @@ class BatchStatisticsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, F, ...] over all but its second axis."""
+        if self.weight is not None:
+            x = x.to(self.weight.dtype)  # in mixed precision it is less precise
         if self.keeps:
             axes = [0, *range(2, x.dim())]
             variance_here, mean_here = torch.var_mean(x, dim=axes, correction=0)

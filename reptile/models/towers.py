@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reptile.models.base import LayerStatistics, Model, Params, Statistics, unflatten
 from reptile.models.module import ModuleNetwork
+from reptile.models.pretrained import PretrainedNetwork
 from reptile.objectives import Objective
 
 MEAN_SQUARE = 10.0  # of an input's joined features, summed; suits a ridge strength of 1
@@ -54,7 +55,7 @@ class Towers:
         return {
             f"{place}.{name}": value
             for place, tower in enumerate(self.towers)
-            if isinstance(tower, ModuleNetwork)
+            if isinstance(tower, ModuleNetwork | PretrainedNetwork)
             for name, value in tower.fixed.items()
         }
 
@@ -71,7 +72,7 @@ class Towers:
     def start_from(self, weights: Tensor, fixed: Mapping[str, Tensor]) -> None:
         """Replace the towers' original weights by [P], and what never changes."""
         for place, (tower, part) in enumerate(zip(self.towers, self.split(weights), strict=True)):
-            if isinstance(tower, ModuleNetwork):
+            if isinstance(tower, ModuleNetwork | PretrainedNetwork):
                 tower.start_from(part, _of(place, fixed))
 
     def split(self, weights: Tensor) -> Sequence[Tensor]:

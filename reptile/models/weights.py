@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+IN_CHECKPOINT = "weights/"  # before the names of parameters in a checkpoint
+ONLY = "0."  # before those of the only tower; any further tower's are refused
+BESIDE_NETWORK = (
+    "head.",
+    "classifier.",
+    "step_size.",
+)  # what is learnt beside a network's features
 NESTED = ("state_dict", "model")  # where training scripts put the weights in a .pth file
 
 
@@ -131,10 +138,40 @@ def put_weights(
     module.load_state_dict(dict(weights), strict=False)
 
 
-def state_sha256(module: nn.Module) -> str:
-    """Return the hash of all parameters and buffers of a module."""
+def network_weights(
+    stored: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], name: str, source: str
+) -> dict[str, Tensor]:
+    """Return the weights of one of this library's networks, without a head.
+
+    Args:
+        stored: a state dict, or what a checkpoint's weights.safetensors holds.
+        shapes: of the network's parameters; those of all must be there, and no more but a head.
+        name: of the network, for messages.
+        source: of the weights, for messages.
+
+    Raises:
+        InputError: a parameter is missing, is not one of the network's, or has another shape.
+    """
+    if of_checkpoint := {k: v for k, v in stored.items() if k.startswith(IN_CHECKPOINT)}:
+        names = {key: key.removeprefix(IN_CHECKPOINT).removeprefix(ONLY) for key in of_checkpoint}
+        stored = {names[key]: value for key, value in of_checkpoint.items()}
+    for each, shape in shapes.items():
+        if each not in stored:
+            raise InputError(f"{source}: has no {each}, which {name} needs")
+        if stored[each].shape != shape:
+            raise InputError(
+                f"{source}: {each} is {list(stored[each].shape)}, {name} needs {list(shape)}"
+            )
+    for each in sorted(set(stored) - set(shapes)):
+        if not each.startswith(BESIDE_NETWORK):
+            raise InputError(f"{source}: {each} is no parameter of {name}")
+    return {each: stored[each].float() for each in shapes}
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of tensors by name, such as a module's state dict."""
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

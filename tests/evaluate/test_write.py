@@ -20,6 +20,7 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.evaluate import Evaluation, evaluate, summary_table, write_evaluation
 from reptile.evaluate.metrics import read_metrics
+from reptile.evaluate.report import render_report
 from reptile.evaluate.report.charts import LABEL_HEIGHT, Line, _spread, axis, line_chart
 from reptile.evaluate.write import metrics
 from reptile.learn.checkpoint import Checkpoint, CurvePoint
@@ -353,4 +354,8 @@ def test_a_closed_form_learner_is_reported_without_steps(
     text = (tmp_path / "report.html").read_text()
     Balance(text)
     assert "second (protonet)" in text
+    named = evaluate(SETTINGS, checkpoint_of(data), data, {}, beside={"protonet-trained": closed})
+    text = render_report(named)
+    assert "second learner, trained through nearest prototypes" in text
+    assert "protonet-trained (protonet)" not in text
     assert "Ship a closed-form learner where it is at least as good" in text

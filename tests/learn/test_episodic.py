@@ -8,7 +8,7 @@ import torch
 
 from reptile import from_arrays
 from reptile.data.dataset import PreparedData
-from reptile.errors import InputError
+from reptile.errors import InputError, StoppedError
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.engines import EagerEngine
 from reptile.learn.episodic import (
@@ -119,6 +119,36 @@ def test_resume_equals_never_having_stopped(data: PreparedData, tmp_path: Path) 
         run_training(settings, data, tmp_path / "cut", on_progress=kill)
     resumed = run_training(settings, data, tmp_path / "cut", resume=True)
     assert_equal(resumed, whole)
+
+
+def test_a_checkpoint_left_by_a_signal_is_evaluated_like_any_other(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    settings = settings_of(meta_iterations=8)
+    whole = run_training(settings, data)
+    iterations: list[int] = []
+    with pytest.raises(StoppedError):
+        run_training(
+            settings,
+            data,
+            tmp_path,
+            on_progress=lambda progress: iterations.append(progress.iteration),
+            stop=lambda: iterations[-1] == 6,
+        )
+    stopped = load_checkpoint(max(tmp_path.glob("*/iteration-*")))
+    assert stopped.info.iteration == 6
+    assert isinstance(stopped.state, EpisodicState)
+    engine = EagerEngine(stopped.model, OptimizerSettings(), data.images, CPU)
+    measured = population_statistics(engine, stopped.state.weights, data.split("train"), 0)
+    for mine, theirs in zip(stopped.state.statistics, measured, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    rows = np.arange(10, 14)
+    together, alone = (
+        stopped.closed_form.features(torch.from_numpy(data.images[some]).float() / 255)
+        for some in (rows, rows[:1])
+    )
+    torch.testing.assert_close(together[:1], alone)  # an image's features are its own
+    assert_equal(run_training(settings, data, tmp_path, resume=True), whole)
 
 
 def test_a_checkpoint_survives_its_folder(data: PreparedData, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from patterns import make_data
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reptile.export.closed_form import build_closed_form_graphs
@@ -107,6 +108,37 @@ def test_a_frozen_network_trains_on_the_statistics_that_it_is_used_with() -> Non
         checkpoint.closed_form.statistics, before.closed_form.statistics, strict=True
     ):
         assert torch.equal(mine.mean, theirs.mean)
+
+
+def test_a_trained_and_a_frozen_tower_start_from_a_checkpoint(
+    trained: Checkpoint, tmp_path: Path
+) -> None:
+    alone = run_training(settings_of(CONV4), DATA)
+    # What a training of conv4 alone leaves: its names without the tower's place.
+    start = unflatten(alone.model, alone.state.weights[: size(alone.model)])
+    path = tmp_path / "weights.safetensors"
+    save_file({f"weights/{k.removeprefix('0.')}": v.contiguous() for k, v in start.items()}, path)
+    given = {**CONV4, "weights": str(path)}
+    settings = settings_of(given, {**given, "adapt": "none"}, meta_iterations=2, ways=3)
+    checkpoint = run_training(settings, DATA)
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    path.unlink()  # the checkpoint has them
+    again = load_checkpoint(tmp_path / "checkpoint")
+    assert again.info == checkpoint.info and again.info.weights_sha256
+    images = torch.from_numpy(np.asarray(DATA.images[ROWS])).float() / 255
+    torch.testing.assert_close(
+        again.closed_form.features(images), checkpoint.closed_form.features(images), rtol=0, atol=0
+    )
+    first, second = again.model.towers  # type: ignore[attr-defined]
+    wanted = unflatten(first, alone.state.weights[: size(first)])
+    for name, value in wanted.items():
+        assert torch.equal(unflatten(first, first.initialise(9))[name], value)
+        assert torch.equal(second.fixed[name], value)
+        moved = unflatten(first, again.state.weights[: size(first)])[name]
+        assert not torch.equal(moved, value)
+    session = ort.InferenceSession(build_closed_form_graphs(again, 10)["embed"].SerializeToString())
+    (features, *_) = session.run(None, {"images": np.asarray(DATA.images[ROWS], np.float32)})
+    np.testing.assert_allclose(features, again.closed_form.features(images), atol=1e-4)
 
 
 def test_the_graphs_compute_what_the_learner_does(trained: Checkpoint) -> None:

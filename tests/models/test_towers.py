@@ -1,9 +1,11 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reptile.errors import InputError
@@ -116,11 +118,81 @@ def test_grey_from_rgb_is_what_pillow_makes_of_it() -> None:
         ({"towers": [{"towers": [{}]}]}, "none of its own"),
         ({"towers": [{"name": "conv4", "adapt": "head"}]}, "use all or none"),
         ({"name": "conv4", "input_size": 8}, "conv4 has none"),
+        ({"name": "conv4", "weights": "some.safetensors"}, "conv4 has none"),
     ],
 )
 def test_settings_that_make_no_towers_are_refused(model: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSettings.model_validate(model)
+
+
+def conv4_with(weights: Path, **changes: object) -> Towers:
+    tower = {"name": "conv4", "filters": 4, "weights": str(weights), **changes}
+    model = build_model(ModelSettings.model_validate({"towers": [tower]}), 0, SHAPE)
+    assert isinstance(model, Towers)
+    return model
+
+
+def conv4_weights(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+    """Return weights that no seed of the tests draws."""
+    model = build_model(ModelSettings(filters=4), 5, shape)
+    return {
+        name: value.contiguous() for name, value in unflatten(model, model.initialise(7)).items()
+    }
+
+
+@pytest.mark.parametrize("adapt", ["all", "none"])
+@pytest.mark.parametrize("kind", ["state.safetensors", "state.pth", "checkpoint", "tower"])
+def test_a_tower_starts_from_the_weights_of_a_file(kind: str, adapt: str, tmp_path: Path) -> None:
+    given = conv4_weights()
+    path = tmp_path / kind
+    if kind == "state.pth":
+        torch.save(given, path)
+    elif kind in ("checkpoint", "tower"):
+        path, place = path.with_suffix(".safetensors"), "0." if kind == "tower" else ""
+        of_training = {f"weights/{place}{name}": value for name, value in given.items()}
+        of_training |= {f"second_moment/{name}": value + 1 for name, value in given.items()}
+        save_file(of_training | {"step": torch.tensor(3)}, path)
+    else:
+        save_file(given, path)
+    model, x = conv4_with(path, adapt=adapt), images(6)
+    (tower,) = model.towers
+    params = unflatten(tower, tower.initialise(0))
+    assert bool(params) == (adapt == "all")
+    alone = build_model(ModelSettings(filters=4), 0, SHAPE)
+    torch.testing.assert_close(tower.features(params, x), alone.features(given, x), rtol=0, atol=0)
+    assert len(model.weights_sha256) == 64
+
+
+def test_other_weights_have_another_hash(tmp_path: Path) -> None:
+    given = conv4_weights()
+    hashes = []
+    for number in range(2):
+        save_file(given, tmp_path / f"{number}.safetensors")
+        hashes.append(conv4_with(tmp_path / f"{number}.safetensors").weights_sha256)
+        given["norm1.bias"] = given["norm1.bias"] + 1e-6
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv2.weight": None}, "has no conv2.weight, which conv4 needs"),
+        ({"conv1.weight": torch.zeros(4, 1, 3, 3)}, r"conv1.weight is \[4, 1, 3, 3\], conv4 needs"),
+        ({"conv5.weight": torch.zeros(1)}, "conv5.weight is no parameter of conv4"),
+    ],
+)
+def test_weights_that_are_not_the_towers_are_refused(
+    change: dict[str, Tensor | None], message: str, tmp_path: Path
+) -> None:
+    changed = {
+        name: value for name, value in (conv4_weights() | change).items() if value is not None
+    }
+    save_file(changed, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=message):
+        conv4_with(tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match="no such file"):
+        conv4_with(tmp_path / "none.safetensors")
 
 
 def test_towers_are_for_closed_form_heads() -> None:

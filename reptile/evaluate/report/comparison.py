@@ -5,7 +5,7 @@ from typing import NamedTuple
 from reptile.evaluate.measure import Evaluation, Measurement
 from reptile.evaluate.methods import METHODS, in_order, title
 from reptile.evaluate.metrics import Score
-from reptile.settings import BatchNormMode
+from reptile.settings import BatchNormMode, second_learner
 
 HEADLINE_MODE: BatchNormMode = "frozen"  # queries independent, as the exported model predicts
 
@@ -72,7 +72,9 @@ def shown_title(evaluation: Evaluation, method: str) -> str:
     if method == "trained":
         return f"{title(method)} ({evaluation.checkpoint.settings.algorithm})"
     if method in evaluation.beside:
-        return f"{method} ({evaluation.beside[method].settings.algorithm})"
+        algorithm = evaluation.beside[method].settings.algorithm
+        if method != second_learner(algorithm):  # a name of the user's, which says nothing of it
+            return f"{method} ({algorithm})"
     return title(method)
 
 

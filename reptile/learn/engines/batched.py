@@ -17,11 +17,12 @@ from torch import Tensor
 from reptile.data.dataset import Inputs
 from reptile.learn.engines.base import Adapted, adapt_each, gather
 from reptile.learn.engines.fixed import without_fixed_part
+from reptile.learn.engines.precision import in_precision
 from reptile.learn.optimizer import OptimizerState, decay, update
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Conv4, Model, Statistics, unflatten
-from reptile.settings import BatchNormMode, OptimizerSettings
+from reptile.settings import BatchNormMode, OptimizerSettings, Precision
 from reptile.tasks import Targets, Task
 
 Loop = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -37,6 +38,7 @@ class BatchedEngine:
         optimizer: OptimizerSettings,
         inputs: Inputs,
         device: torch.device,
+        precision: Precision = "float32",
     ) -> None:
         if device.type == "cuda":  # TF32 keeps 10 bits of a product: too few for Adam's signs
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -47,9 +49,9 @@ class BatchedEngine:
         self.name = f"batched on {device}"
         self._inputs = inputs
         network, self._values = without_fixed_part(model, inputs, device)
-        self._network = (
-            replace(network, convolve=patches) if isinstance(network, Conv4) else network
-        )
+        if isinstance(network, Conv4):
+            network = replace(network, convolve=patches)
+        self._network = in_precision(network, precision, device)
         self._loops: dict[tuple[torch.Size, ...], Loop] = {}
 
     def images(self, rows: IntArray) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor
 from reptile.data.dataset import Inputs
 from reptile.learn.engines.base import Adapted, adapt_each, gather
 from reptile.learn.engines.fixed import without_fixed_part
+from reptile.learn.engines.precision import in_precision
 from reptile.learn.inner_loop import inner_loop
 from reptile.learn.optimizer import OptimizerState
 from reptile.learn.predict import query_logits
 from reptile.minibatches import IntArray
 from reptile.models import Model, Statistics, unflatten
-from reptile.settings import BatchNormMode, OptimizerSettings
+from reptile.settings import BatchNormMode, OptimizerSettings, Precision
 from reptile.tasks import Task
 
 
@@ -29,13 +30,15 @@ class EagerEngine:
         optimizer: OptimizerSettings,
         inputs: Inputs,
         device: torch.device,
+        precision: Precision = "float32",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.device = device
         self.name = f"eager on {device}"
         self._inputs = inputs
-        self._network, self._values = without_fixed_part(model, inputs, device)
+        network, self._values = without_fixed_part(model, inputs, device)
+        self._network = in_precision(network, precision, device)
 
     def images(self, rows: IntArray) -> Tensor:
         """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""

@@ -12,9 +12,9 @@ from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.engines.eager import EagerEngine
 from reptile.learn.engines.native import NETWORKS, BuildError, NativeEngine
 from reptile.learn.engines.towers import TowersEngine
-from reptile.models import Model, ModuleNetwork, Towers, unflatten
+from reptile.models import Model, ModuleNetwork, PretrainedNetwork, Towers, unflatten
 from reptile.models.cut import split
-from reptile.settings import OptimizerSettings
+from reptile.settings import OptimizerSettings, Precision
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,6 +36,7 @@ def make_engine(
     optimizer: OptimizerSettings,
     inputs: Inputs,
     device: torch.device,
+    precision: Precision = "float32",
 ) -> Engine:
     """Return the engine that the settings name; `auto` takes the fastest that runs this network.
 
@@ -49,19 +50,25 @@ def make_engine(
             raise InputError(
                 f"train.engine = {name}: each tower has its own; use auto (the fastest), or eager"
             )
-        engines = [make_engine(name, tower, optimizer, inputs, device) for tower in model.towers]
+        functions = [  # what a tower starts from is no part of what it computes
+            each.network if isinstance(each, PretrainedNetwork) and not each.frozen else each
+            for each in model.towers
+        ]
+        engines = [
+            make_engine(name, each, optimizer, inputs, device, precision) for each in functions
+        ]
         return TowersEngine(model, engines, optimizer, inputs, device)
     if name == "eager":
-        return EagerEngine(model, optimizer, inputs, device)
+        return EagerEngine(model, optimizer, inputs, device, precision)
     if name == "batched" or (name == "auto" and device.type != "cpu"):
         reason = why_not_batched(model)
         if not reason:
-            return BatchedEngine(model, optimizer, inputs, device)
+            return BatchedEngine(model, optimizer, inputs, device, precision)
         if name == "batched":
             raise InputError(
                 f"train.engine = batched: cannot run {model.name} ({reason}); use auto"
             )
-        engine = EagerEngine(model, optimizer, inputs, device)
+        engine = EagerEngine(model, optimizer, inputs, device, precision)
         engine.name += f" (slower than batched: {reason})"
         return engine
     if name == "native" and device.type != "cpu":
@@ -70,14 +77,14 @@ def make_engine(
     if name == "native" and scaled:
         raise InputError("train.engine = native: has no steps of scaled_sgd; use auto")
     special = type(model) not in NETWORKS or getattr(model, "preprocess", None)
-    if name == "auto" and (special or scaled):
-        return EagerEngine(model, optimizer, inputs, device)
+    if name == "auto" and (special or scaled or precision == "bf16"):
+        return EagerEngine(model, optimizer, inputs, device, precision)
     try:
         return NativeEngine(model, optimizer, inputs)
     except BuildError as error:
         if name == "native":
             raise PlatformError(f"train.engine = native: {error}; or use auto") from None
-        eager = EagerEngine(model, optimizer, inputs, device)
+        eager = EagerEngine(model, optimizer, inputs, device, precision)
         eager.name += f" (several times slower than native: {error})"
         return eager
 
