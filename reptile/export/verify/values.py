@@ -30,6 +30,7 @@ from reptile.export.verify.running import (
 )
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
+from reptile.learn.unadapted import with_measured_intervals
 from reptile.objectives import REGRESSION
 from reptile.runtime import FewShotRegressor
 from reptile.settings import VerifySettings
@@ -50,6 +51,7 @@ def verify_bundle(
     queries = REGRESSION.validation.queries
     check_classes(data.split("test"), 1, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
+    checkpoint = with_measured_intervals(checkpoint, manifest.raw["metrics"])
     sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
