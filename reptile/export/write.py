@@ -116,7 +116,7 @@ def export_bundles(
     *,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write the bundle of each learner, and once more the one that is best on validation tasks.
+    """Write the bundle of each learner, and once more the one that validation tasks choose.
 
     Args:
         settings: name and limits of them all.
