@@ -34,6 +34,7 @@ _TRAINED = (  # to read a checkpoint and its data, adapt to tasks and predict
     "learn/optimizer.py",
     "learn/predict.py",
     "learn/pretrain.py",
+    "learn/prototypes.py",
     "learn/reptile.py",
     "learn/step_sizes.py",
     "learn/validate.py",

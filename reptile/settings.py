@@ -292,7 +292,7 @@ class OptimizerSettings(Section):
 
     name: Literal["adam", "sgd", "scaled_sgd"] = "adam"
     """scaled_sgd: the step of each parameter is multiplied by a number of its own; it is what
-    `sgd` means for the algorithms anil and meta-sgd."""
+    `sgd` means for the algorithms anil and meta-sgd, and with `episode.layer_step_sizes`."""
     learning_rate: Rate = 1e-3
     weight_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Every weight is multiplied by this before each inner step; 1 is off."""
@@ -301,11 +301,11 @@ class OptimizerSettings(Section):
 
 
 class EpisodeSettings(Section):
-    """Training on the loss of queries: in closed form, and maml, anil and meta-sgd."""
+    """Training on the loss of queries: in closed form, and maml and its variants."""
 
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
-    """Support images per class; each meta-iteration draws one of these numbers. maml, anil and
-    meta-sgd: train_shots instead."""
+    """Support images per class; each meta-iteration draws one of these numbers. maml and its
+    variants: train_shots instead."""
     queries: Positive = 5
     """Query images per class."""
     fit_prior: bool = False
@@ -317,8 +317,11 @@ class EpisodeSettings(Section):
     leaves everything as the prior's fit found it."""
     learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5
     multi_step_loss: bool = False
-    """maml, anil and meta-sgd: the queries' loss after every inner step counts (MAML++, Antoniou et
+    """maml and its variants: the queries' loss after every inner step counts (MAML++, Antoniou et
     al., 2019), all alike at the start, the last alone at the end of training."""
+    layer_step_sizes: bool = False
+    """maml and proto-maml: learn a step size for each layer's weight or bias and each inner step
+    (MAML++)."""
 
     @model_validator(mode="after")
     def _learns(self) -> "EpisodeSettings":
@@ -331,7 +334,16 @@ class EpisodeSettings(Section):
 
 
 Algorithm = Literal[
-    "reptile", "fomaml", "maml", "anil", "meta-sgd", "protonet", "ridge", "bayes", "pretrain"
+    "reptile",
+    "fomaml",
+    "maml",
+    "proto-maml",
+    "anil",
+    "meta-sgd",
+    "protonet",
+    "ridge",
+    "bayes",
+    "pretrain",
 ]
 SCALED = ("anil", "meta-sgd")
 """Algorithms whose inner step has a size of its own for each parameter."""
@@ -350,8 +362,9 @@ class TrainSettings(Section):
     parameter names (`["layer4.*", "fc.*"]`); `none` for a closed-form head on frozen features.
     Towers have a setting each."""
     algorithm: Algorithm = "reptile"
-    """Adapt by gradient steps: reptile, fomaml, maml, anil (maml that adapts the head alone) or
-    meta-sgd (maml that learns a step size for each parameter). Or in closed form on the network's
+    """Adapt by gradient steps: reptile, fomaml, maml, proto-maml (maml from a head of prototypes),
+    anil (maml that adapts the head alone) or meta-sgd (maml that learns a step size for each
+    parameter). Or in closed form on the network's
     features, which the network is then trained through: by the nearest prototype (protonet), by
     ridge regression on labels (ridge), or, for values, by Bayesian linear regression (bayes).
     pretrain: a classifier of all training classes; then the nearest prototype of its features."""
@@ -386,7 +399,12 @@ class TrainSettings(Section):
     @property
     def second_order(self) -> bool:
         """Whether it is MAML or one of its variants, which differentiate the inner loop."""
-        return self.algorithm in ("maml", *SCALED)
+        return self.algorithm in ("maml", "proto-maml", *SCALED)
+
+    @property
+    def scales_steps(self) -> bool:
+        """Whether an inner step has a size of its own for each parameter."""
+        return self.algorithm in SCALED or self.episode.layer_step_sizes
 
     @property
     def interpolates(self) -> bool:
@@ -407,7 +425,11 @@ class TrainSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _sgd_of_scaled_steps(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("algorithm") in SCALED:
+        if not isinstance(values, dict):
+            return values
+        episode = values.get("episode", {})
+        of_layers = isinstance(episode, dict) and episode.get("layer_step_sizes")
+        if values.get("algorithm") in SCALED or of_layers:
             optimizer = values.get("optimizer", {})
             if isinstance(optimizer, dict) and optimizer.get("name") == "sgd":
                 values = values | {"optimizer": optimizer | {"name": "scaled_sgd"}}
@@ -448,20 +470,29 @@ class TrainSettings(Section):
                 f"optimizer.weight_decay = {self.optimizer.weight_decay:g}: {self.algorithm} has "
                 "none; set it to 1"
             )
-        if self.optimizer.name == "scaled_sgd" and self.algorithm not in SCALED:
+        if self.episode.layer_step_sizes and self.algorithm not in ("maml", "proto-maml"):
             raise ValueError(
-                f"optimizer.name = scaled_sgd: is for {' and '.join(SCALED)}, not for "
-                f"{self.algorithm}; use sgd"
+                f"episode.layer_step_sizes: is for maml and proto-maml, not for {self.algorithm}; "
+                "leave it out"
+            )
+        if (self.optimizer.name == "scaled_sgd") != self.scales_steps:
+            raise ValueError(
+                f"optimizer.name = {self.optimizer.name}: steps of {self.algorithm} here "
+                + (
+                    "have sizes of their own; use scaled_sgd"
+                    if self.scales_steps
+                    else "all have the same size; use sgd"
+                )
             )
         if self.optimizer.name == "scaled_sgd" and self.engine == "native":
             raise ValueError(
-                f"engine = native: has one step size for all parameters, {self.algorithm} one "
-                "each; use auto"
+                f"engine = native: has one step size for all parameters, {self.algorithm} here "
+                "more; use auto"
             )
         if self.episode.multi_step_loss and not self.second_order:
             raise ValueError(
-                f"episode.multi_step_loss: is for maml, {' and '.join(SCALED)}, not for "
-                f"{self.algorithm}; leave it out"
+                f"episode.multi_step_loss: is for maml and its variants, not for {self.algorithm}; "
+                "leave it out"
             )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")

@@ -164,7 +164,7 @@ def adapt_along(
         tasks: T tasks.
         path: numbers of steps, ascending.
     """
-    weights, inner = state
+    weights, inner = state.starts(engine, tasks)
     weights, done = weights.expand(len(tasks), -1), 0
     inner = inner._replace(second_moment=inner.second_moment.expand(len(tasks), -1))
     for step in path:

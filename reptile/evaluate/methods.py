@@ -66,6 +66,7 @@ SECOND = {
     "reptile": "second learner, Reptile",
     "fomaml": "second learner, first-order MAML",
     "maml": "second learner, MAML",
+    "proto-maml": "second learner, Proto-MAML",
     "anil": "second learner, ANIL",
     "meta-sgd": "second learner, Meta-SGD",
     "protonet": "second learner, trained through nearest prototypes",

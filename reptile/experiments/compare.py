@@ -60,6 +60,7 @@ _HEAD_OF_CLASSES = {"train": {"meta_batch": 1, "episode": {"queries": 5}}}
 PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "classification": {
         "maml": _STEPS_OF_CLASSES,
+        "proto-maml": _STEPS_OF_CLASSES,
         "anil": _STEPS_OF_CLASSES,
         "meta-sgd": _STEPS_OF_CLASSES | {"evaluate": {"steps": 1}},
         "pretrain": {"train": {"meta_batch": 1, "inner_batch": 64}},
@@ -74,7 +75,7 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 """By objective and algorithm: the settings of the paper that has it, where they are not those of
-Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; ANIL and Meta-SGD as MAML. ProtoNet:
+Reptile. MAML: Finn et al. (2017), appendices A.1 and A.2; its variants as MAML. ProtoNet:
 Snell et al. (2017). Ridge: Bertinetto et al. (2019). Bayes: Harrison et al. (2018)."""
 EPISODE_WAYS = 20  # of protonet and ridge in training, if there are so many classes
 

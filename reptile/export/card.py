@@ -23,6 +23,7 @@ ALGORITHMS = {
     "reptile": "Reptile (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "fomaml": "first-order MAML (Nichol, Achiam, Schulman: arXiv 1803.02999)",
     "maml": "MAML (Finn, Abbeel, Levine: arXiv 1703.03400)",
+    "proto-maml": "Proto-MAML (Triantafillou, Zhu, Dumoulin et al.: arXiv 1903.03096)",
     "anil": "ANIL (Raghu, Raghu, Bengio, Vinyals: arXiv 1909.09157)",
     "meta-sgd": "Meta-SGD (Li, Zhou, Chen, Li: arXiv 1707.09835)",
     "protonet": "nearest prototype (Snell, Swersky, Zemel: arXiv 1703.05175)",

@@ -27,7 +27,8 @@ def exportable(checkpoint: Checkpoint) -> Checkpoint:
     masked, (weights, inner), info = with_mask(checkpoint.model), checkpoint.meta, checkpoint.info
     if not isinstance(masked, MaskedNetwork):
         return checkpoint
-    inner = inner._replace(second_moment=masked.extend(inner.second_moment))
+    each_step = inner.second_moment.view(-1, len(weights))
+    inner = inner._replace(second_moment=masked.extend(each_step).flatten())
     return Checkpoint(masked, MetaState(masked.extend(weights), inner), info)
 
 

@@ -58,6 +58,9 @@ class Form(Protocol):
     def logits(self, packed: Tensor, inputs: Tensor, share: Tensor) -> Tensor:
         """Map a mini-batch [B, *input_shape] to logits [B, outputs]; `share` is 1/B, []."""
 
+    def features(self, params: Params, inputs: Tensor) -> Tensor:
+        """Return the features [N, D] of the loop's inputs, as `Model.features` does."""
+
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
         """Return what `adapt` hands to `predict_adapted`; inputs are the support set's."""
 
@@ -70,7 +73,7 @@ class Form(Protocol):
     def parts(self) -> list[Traced]:
         """Return the traced graphs of what `logits` does not hold."""
 
-    def trace_all(self) -> None:
+    def trace_all(self, *, features: bool) -> None:
         """Trace what `graphs` will need: inside of torch.export it is too late."""
 
 
@@ -104,6 +107,10 @@ class Rows:
         """See `Form.logits`."""
         return logits(self._network, self._layout.named(packed), inputs, share, self._indices)
 
+    def features(self, params: Params, inputs: Tensor) -> Tensor:
+        """See `Form.features`."""
+        return self.model.features(params, inputs)
+
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
         """See `Form.adapted`."""
         return adapted_tensors(self.model, params, inputs)
@@ -120,7 +127,7 @@ class Rows:
         """See `Form.parts`: none is traced."""
         return []
 
-    def trace_all(self) -> None:
+    def trace_all(self, *, features: bool) -> None:
         """See `Form.trace_all`: nothing."""
 
 
@@ -158,6 +165,11 @@ class AsItIs:
         """See `Form.logits`."""
         return self._tail.forward(unflatten(self.model, packed), inputs)
 
+    def features(self, params: Params, inputs: Tensor) -> Tensor:
+        """See `Form.features`."""
+        features: Tensor = self._features(inputs, *params.values())
+        return features
+
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
         """See `Form.adapted`."""
         return dict(zip(self._tensors, self._adapted(inputs, *params.values()), strict=True))
@@ -176,9 +188,10 @@ class AsItIs:
         """See `Form.parts`: the fixed part."""
         return [self._fixed] if self._fixed else []
 
-    def trace_all(self) -> None:
+    def trace_all(self, *, features: bool) -> None:
         """See `Form.trace_all`."""
         _ = self._fixed, self._adapted, self._predict, self._predict_adapted
+        _ = features and self._features
 
     @cached_property
     def _fixed(self) -> Traced | None:
@@ -186,6 +199,10 @@ class AsItIs:
             return None
         images = torch.zeros(BATCH, *self.model.image_shape)
         return trace(self._cut.fixed, (images,), (0,), self._cut.fixed)
+
+    @cached_property
+    def _features(self) -> Traced:
+        return self._trace(self._tail.features, self._params, self.input_shape)
 
     @cached_property
     def _adapted(self) -> Traced:

@@ -21,6 +21,7 @@ from reptile.export.forms import Form, form_of
 from reptile.export.gradient import trace_gradient
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.optimizer import BETA2, EPSILON, decay
+from reptile.learn.prototypes import with_prototypes
 from reptile.models import OUTPUT_MASK, Model, mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
 
@@ -59,7 +60,7 @@ def build_graphs(checkpoint: Checkpoint, max_steps: int) -> dict[str, onnx.Model
     """
     checkpoint = exportable(checkpoint)
     model, form = checkpoint.model, form_of(checkpoint.model)
-    form.trace_all()
+    form.trace_all(features=checkpoint.info.settings.algorithm == "proto-maml")
     task = {
         "support_images": _images(model, "support"),
         "support_labels": _targets(model),
@@ -131,15 +132,18 @@ class Adapt(nn.Module):
         self.optimizer = info.settings.optimizer
         self.max_steps = max_steps
         self.gradient = trace_gradient(form)
-        stateless = self.optimizer.name == "sgd"
+        self.prototypes = info.settings.algorithm == "proto-maml"
         self.register_buffer("initial_weights", form.pack(weights))
         # The loop carries s = v / (1 - β): then s ← β·s + g² and, with c = √((1 - β^t) / (1 - β)),
-        # Adam's step is α·c·g / (√s + ε·c), which saves two passes over the weights. Plain SGD
-        # has no state.
-        # Scaled SGD has the factors of its steps instead.
-        scale = 1 - BETA2 if self.optimizer.name == "adam" else 1.0
-        moment = form.pack(state.second_moment.double() / scale).float()
-        self.register_buffer("second_moment", weights.new_empty(0) if stateless else moment)
+        # Adam's step is α·c·g / (√s + ε·c), which saves two passes over the weights. Scaled SGD
+        # carries the factors of its steps instead, [steps, P], plain SGD nothing.
+        moment = weights.new_empty(0)
+        if self.optimizer.name == "adam":
+            moment = form.pack(state.second_moment.double() / (1 - BETA2)).float()
+        elif self.optimizer.name == "scaled_sgd":
+            each_step = state.second_moment.view(-1, len(weights))
+            moment = torch.stack([form.pack(each) for each in each_step])
+        self.register_buffer("second_moment", moment)
         # c of each step, exact for any step count and without a double in the graph. Epsilon has a
         # dimension because optimisers drop the addition of a scalar that they take for zero.
         taken = range(state.step + 1, state.step + max_steps + 1)
@@ -157,6 +161,10 @@ class Adapt(nn.Module):
             targets = torch.eye(self.model.outputs)[support_labels.clamp(0, self.model.outputs - 1)]
             # Packed or not, the bias of the outputs is in the same place.
             weights = mask_absent_outputs(self.model, weights, targets.sum(0) > 0)
+        if self.prototypes:
+            unpacked = self.form.unpack(weights)
+            features = self.form.features(unflatten(self.model, unpacked), inputs)
+            weights = self.form.pack(with_prototypes(self.model, unpacked, features, targets))
         losses, packed = self._loop(
             weights, inputs, targets, batches.clamp(0, inputs.shape[0] - 1), learning_rate
         )
@@ -196,7 +204,7 @@ class Adapt(nn.Module):
             )
             losses = losses.index_copy(0, step[None], loss[None])
             if self.optimizer.name == "scaled_sgd":
-                gradient = moment * gradient
+                gradient = moment[step.clamp(max=len(moment) - 1)] * gradient
             move = learning_rate * gradient
             if self.optimizer.name == "adam":
                 correction = corrections[step]

@@ -14,6 +14,7 @@ from reptile.export import fold
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.inner_loop import inner_loop
 from reptile.learn.optimizer import OptimizerState
+from reptile.learn.prototypes import one_hot, with_prototypes
 from reptile.minibatches import IntArray
 from reptile.models import mask_absent_outputs, unflatten
 from reptile.objectives import CLASSIFICATION
@@ -64,6 +65,10 @@ def adapt(
         present = torch.isin(torch.arange(model.outputs), labels)
         weights = mask_absent_outputs(model, weights, present)
     weights, state = weights.to(dtype), OptimizerState(state.second_moment.to(dtype), state.step)
+    if info.settings.algorithm == "proto-maml":
+        with torch.no_grad():
+            features = model.features(unflatten(model, weights), inputs)
+            weights = with_prototypes(model, weights, features, one_hot(model, labels).to(dtype))
     generator = torch.Generator().manual_seed(noise or 0)
     losses = [weights.new_empty(0)]
     for batch in task.batches:

@@ -1,6 +1,6 @@
 """The algorithms behind one interface: where each starts, a meta-iteration, its validation score.
 
-Reptile and first-order MAML are in `reptile`, MAML, ANIL and Meta-SGD in `maml`, training through a
+Reptile and first-order MAML are in `reptile`, MAML and its variants in `maml`, training through a
 closed-form head in `episodic`, ordinary supervised training in `pretrain`.
 """
 
@@ -94,15 +94,17 @@ class GradientSteps:
 
 
 class Maml:
-    """MAML, ANIL and Meta-SGD."""
+    """MAML, Proto-MAML, ANIL and Meta-SGD."""
 
     def __init__(self, settings: TrainSettings, model: Model) -> None:
-        self.settings = settings
-        relative_sizes(settings, model, model.initialise(0))  # refuses a network that has none
+        self.settings, self.model = settings, model
+        relative_sizes(
+            settings, model, first_vector(settings, model, model.initialise(0))
+        )  # refuses
 
     def start(self, weights: Tensor) -> EpisodicState:
         """See `Algorithm.start`."""
-        vector = first_vector(self.settings, weights)
+        vector = first_vector(self.settings, self.model, weights)
         return EpisodicState(vector, torch.zeros_like(vector), torch.zeros_like(vector), 0)
 
     def iterate(
@@ -236,7 +238,8 @@ def check_objective(settings: TrainSettings, objective: Objective) -> None:
     Raises:
         InputError: a head for classes where values are to be predicted, or the other way round.
     """
-    heads = {"protonet": "classification", "ridge": "classification", "bayes": "regression"}
+    heads = dict.fromkeys(("protonet", "proto-maml", "ridge"), "classification")
+    heads["bayes"] = "regression"
     wanted = heads.get(settings.head, objective.name)
     if wanted != objective.name:
         use = "bayes" if objective.name == "regression" else "protonet or ridge"

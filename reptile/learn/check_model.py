@@ -147,7 +147,7 @@ def _step(
     """Return one training step, which gives how far what is learnt has moved."""
     if not settings.closed_form:
         start = untrained_start(settings, engine.model, weights)
-        return lambda: engine.adapt(*start, [task]).weights[0] - weights
+        return lambda: engine.adapt(*start.starts(engine, [task]), [task]).weights[0] - weights
     values = task.query_targets.shape[1] if task.query_targets.ndim > 1 else 0
     head = head_of(settings.head, engine.model.feature_size, values)
     state, rate = EpisodicState.start(weights, head), settings.episode.learning_rate

@@ -281,6 +281,9 @@ def _shapes(model: Model, info: CheckpointInfo) -> dict[str, torch.Size]:
     """Return the names and shapes of all that is learnt: the network's weights, then others."""
     if info.settings.algorithm == "meta-sgd":
         return model.shapes | {f"step_size.{name}": each for name, each in model.shapes.items()}
+    if info.settings.episode.layer_step_sizes:
+        steps = torch.Size([info.settings.inner_steps])
+        return model.shapes | {f"step_size.{name}": steps for name in model.shapes}
     if not info.settings.closed_form:
         return model.shapes
     shapes = model.shapes | _head(model, info).shapes

@@ -1,9 +1,9 @@
 """MAML: the initialisation follows the gradient of the queries' loss through the inner loop.
 
 Finn et al., Model-agnostic meta-learning (2017), algorithm 2; with `first_order` its second
-derivatives are left out. ANIL and Meta-SGD are MAML with other step sizes (`step_sizes`). Batch
-norm uses the statistics of each batch, as theirs does. The outer optimiser is that of `episodic`,
-and so is its state.
+derivatives are left out. ANIL and Meta-SGD are MAML with other step sizes (`step_sizes`),
+Proto-MAML is MAML from another head (`prototypes`). Batch norm uses the statistics of each batch,
+as theirs does. The outer optimiser is that of `episodic`, and so is its state.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import EpisodicState, adam
+from reptile.learn.prototypes import one_hot, with_prototypes
 from reptile.learn.step_sizes import relative_sizes
 from reptile.models import size, unflatten
 from reptile.settings import TrainSettings
@@ -50,7 +51,8 @@ def maml_step(
         vector = state.weights.detach().requires_grad_()
         weights = vector[: size(engine.model)]
         rates = settings.optimizer.learning_rate * relative_sizes(settings, engine.model, vector)
-        loss = query_loss(weights, engine, task, rates, shares)
+        prototypes = settings.algorithm == "proto-maml"
+        loss = query_loss(weights, engine, task, rates, shares, prototypes=prototypes)
         gradient += torch.autograd.grad(loss, vector)[0] / len(tasks)
         losses.append(loss.detach())
     return adam(state, gradient, rate), torch.stack(losses)
@@ -63,6 +65,7 @@ def query_loss(
     rates: Tensor | float,
     shares: Sequence[float] = (),
     first_order: bool = False,
+    prototypes: bool = False,
 ) -> Tensor:
     """Return the loss [] of a task's queries after the inner loop from the weights [P].
 
@@ -70,9 +73,10 @@ def query_loss(
         weights: where to start; they require gradients.
         engine: holds the network and the inputs.
         task: with queries.
-        rates: step sizes of the inner loop, [P], or one for all.
+        rates: step sizes of the inner loop: [P], [K, P] for each of K steps, or one for all.
         shares: how much the loss after each step counts, [K]; the last alone by default.
         first_order: leave second derivatives out.
+        prototypes: start from a head of the support set's prototypes.
     """
     model, device = engine.model, weights.device
     inputs = engine.images(task.support).to(weights.dtype)
@@ -86,11 +90,15 @@ def query_loss(
 
     shares = shares or [0.0] * (len(task.batches) - 1) + [1.0]
     total = weights.new_zeros(())
-    for positions, share in zip(task.batches, shares, strict=True):
+    each_rate = rates if isinstance(rates, Tensor) and rates.dim() == 2 else [rates] * len(shares)
+    if prototypes:
+        features = model.features(unflatten(model, weights), inputs)
+        weights = with_prototypes(model, weights, features, one_hot(model, targets).to(features))
+    for positions, share, rate in zip(task.batches, shares, each_rate, strict=True):
         batch = torch.from_numpy(positions).to(device)
         step_loss = loss(weights, inputs[batch], targets[batch])
         (gradient,) = torch.autograd.grad(step_loss, weights, create_graph=not first_order)
-        weights = weights - rates * gradient
+        weights = weights - rate * gradient
         if share:
             total = total + share * loss(weights, queries, query_targets)
     return total

@@ -1,7 +1,8 @@
 """The inner loop's optimiser: what it carries from step to step, and one update.
 
 Adam with beta1 = 0 has two state variables, the second moment and the step count; meta-training
-learns both. Scaled SGD has the factor of each parameter's step in the second moment's place.
+learns both. Scaled SGD has the factor of each parameter's step in the second moment's place: [P],
+or [K·P] for K steps, of which the last serves all later ones.
 Written once, for a single task [P] and a batch of tasks [T, P].
 """
 
@@ -39,13 +40,20 @@ def update(
     """Take one step of SGD or of Adam with beta1 = 0 (Kingma and Ba, algorithm 1)."""
     step = state.step + 1
     if optimizer.name == "scaled_sgd":
-        gradient = state.second_moment * gradient
+        gradient = _factors(state, gradient.shape[-1]) * gradient
     if optimizer.name != "adam":
         return weights - optimizer.learning_rate * gradient, state._replace(step=step)
     second_moment = BETA2 * state.second_moment + (1 - BETA2) * gradient.square()
     corrected = second_moment.sqrt() / (1 - BETA2**step) ** 0.5
     moved = weights - optimizer.learning_rate * gradient / (corrected + EPSILON)
     return moved, OptimizerState(second_moment, step)
+
+
+def _factors(state: OptimizerState, size: int) -> Tensor:
+    """Return the factors [..., P] of the next step."""
+    factors = state.second_moment.view(*state.second_moment.shape[:-1], -1, size)
+    step = torch.as_tensor(state.step, device=factors.device).clamp(max=factors.shape[-2] - 1)
+    return factors[..., step.long(), :]
 
 
 def merge_parallel_states(

@@ -22,6 +22,10 @@ class MetaState(NamedTuple):
     weights: Tensor  # [P], the initialisation θ
     inner: OptimizerState  # the optimiser's state that adaptation starts from
 
+    def starts(self, engine: Engine, tasks: Sequence[Task]) -> tuple[Tensor, OptimizerState]:
+        """Return where the tasks' steps start: the same for each, [P]."""
+        return self.weights, self.inner
+
     def to(self, device: torch.device) -> "MetaState":
         """Return it on a device."""
         return self.each(lambda vector: vector.to(device))
@@ -29,7 +33,7 @@ class MetaState(NamedTuple):
     def each(self, change: Callable[[Tensor], Tensor]) -> "MetaState":
         """Return it with each of its vectors changed."""
         inner = self.inner._replace(second_moment=change(self.inner.second_moment))
-        return MetaState(change(self.weights), inner)
+        return self._replace(weights=change(self.weights), inner=inner)
 
     @property
     def step(self) -> int:

@@ -2,7 +2,8 @@
 
 MAML takes steps of one size. ANIL (Raghu et al., Rapid learning or feature reuse?, 2020) adapts the
 head alone: the steps of all other parameters have size 0. Meta-SGD (Li et al., 2017) learns a size
-for each parameter. All sizes are relative to `optimizer.learning_rate`.
+for each parameter, MAML++ (Antoniou et al., 2019) one for each layer's weight or bias and each
+inner step. All sizes are relative to `optimizer.learning_rate`.
 """
 
 import torch
@@ -10,20 +11,34 @@ from torch import Tensor
 
 from reptile.errors import InputError
 from reptile.learn.optimizer import OptimizerState, fresh_state
+from reptile.learn.prototypes import PrototypeState
 from reptile.learn.reptile import MetaState
 from reptile.models import Model, size
 from reptile.settings import TrainSettings
 
 
-def first_vector(settings: TrainSettings, weights: Tensor) -> Tensor:
-    """Return what is learnt, before training: the weights [P], and Meta-SGD's step sizes [P]."""
+def first_vector(settings: TrainSettings, model: Model, weights: Tensor) -> Tensor:
+    """Return what is learnt, before training: the weights [P], then step sizes, all 1.
+
+    Args:
+        settings: of the training.
+        model: the network.
+        weights: of the network, [P].
+
+    Returns:
+        [P]; with Meta-SGD [P + P]; with sizes for L layers and K steps [P + L·K].
+    """
     if settings.algorithm == "meta-sgd":
         return torch.cat([weights, torch.ones_like(weights)])
+    if settings.episode.layer_step_sizes:
+        return torch.cat([weights, weights.new_ones(len(model.shapes) * settings.inner_steps)])
     return weights
 
 
 def relative_sizes(settings: TrainSettings, model: Model, vector: Tensor) -> Tensor:
-    """Return the relative size of each parameter's step, [P], or [] where all are the same.
+    """Return the relative size of each parameter's step.
+
+    [P]; of each of K steps, [K, P]; or [] where all are the same.
 
     Args:
         settings: of the training.
@@ -31,16 +46,20 @@ def relative_sizes(settings: TrainSettings, model: Model, vector: Tensor) -> Ten
         vector: what is learnt, as `first_vector` gives it.
 
     Raises:
-        InputError: ANIL needs a network that ends in an adapted linear layer.
+        InputError: ANIL and Proto-MAML need a network that ends in an adapted linear layer.
     """
+    if settings.algorithm in ("anil", "proto-maml") and not model.head_bias:
+        raise InputError(
+            f"train.algorithm = {settings.algorithm}: {model.name} does not end in an adapted "
+            "linear layer with a bias; use maml"
+        )
     if settings.algorithm == "meta-sgd":
         return vector[size(model) :]
+    if settings.episode.layer_step_sizes:
+        of_layers = vector[size(model) :].view(len(model.shapes), settings.inner_steps)
+        lengths = torch.tensor([shape.numel() for shape in model.shapes.values()])
+        return of_layers.t().repeat_interleave(lengths.to(vector.device), dim=1)
     if settings.algorithm == "anil":
-        if not model.head_bias:
-            raise InputError(
-                f"train.algorithm = anil: {model.name} does not end in an adapted linear layer "
-                "with a bias; use maml"
-            )
         head = model.head_bias.removesuffix("bias")
         sizes = [
             torch.full((shape.numel(),), float(name.startswith(head)))
@@ -53,11 +72,13 @@ def relative_sizes(settings: TrainSettings, model: Model, vector: Tensor) -> Ten
 def start_of(settings: TrainSettings, model: Model, vector: Tensor) -> MetaState:
     """Return where gradient steps start, from what is learnt."""
     weights = vector[: size(model)]
-    if settings.optimizer.name != "scaled_sgd":
-        return MetaState(weights, fresh_state(weights))
-    return MetaState(weights, OptimizerState(relative_sizes(settings, model, vector), 0))
+    inner = fresh_state(weights)
+    if settings.optimizer.name == "scaled_sgd":
+        inner = OptimizerState(relative_sizes(settings, model, vector).flatten(), 0)
+    state = PrototypeState if settings.algorithm == "proto-maml" else MetaState
+    return state(weights, inner)
 
 
 def untrained_start(settings: TrainSettings, model: Model, weights: Tensor) -> MetaState:
     """Return where gradient steps start from weights [P] before any training."""
-    return start_of(settings, model, first_vector(settings, weights))
+    return start_of(settings, model, first_vector(settings, model, weights))

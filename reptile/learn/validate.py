@@ -23,7 +23,7 @@ def adapted_in_chunks(
     """Adapt to each task from the same start; yield some tasks with their weights [T, P]."""
     for start in range(0, len(tasks), TASKS_AT_ONCE):
         chunk = tasks[start : start + TASKS_AT_ONCE]
-        yield chunk, engine.adapt(*state, chunk).weights
+        yield chunk, engine.adapt(*state.starts(engine, chunk), chunk).weights
 
 
 def mean_score(

@@ -3,6 +3,7 @@
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reptile.models.base import Params, Statistics
@@ -40,8 +41,8 @@ class MaskedNetwork:
         return self.extend(self.network.initialise(seed))
 
     def extend(self, vector: Tensor) -> Tensor:
-        """Append zeros for the mask to a flat vector [P] of the module."""
-        return torch.cat([vector, vector.new_zeros(self.outputs)])
+        """Append zeros for the mask to flat vectors [..., P] of the module."""
+        return F.pad(vector, (0, self.outputs))
 
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None

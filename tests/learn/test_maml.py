@@ -1,4 +1,4 @@
-"""MAML, ANIL, Meta-SGD: gradients by finite differences and in closed form, checkpoints."""
+"""MAML and its variants: gradients by finite differences and in closed form, checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.learn.checkpoint import load_checkpoint, save_checkpoint
 from reptile.learn.engines import EagerEngine, make_engine
+from reptile.learn.engines.batched import BatchedEngine
 from reptile.learn.episodic import EpisodicState
 from reptile.learn.maml import maml_step, query_loss
 from reptile.learn.run import run_training
-from reptile.learn.step_sizes import first_vector
+from reptile.learn.step_sizes import first_vector, relative_sizes, start_of
 from reptile.learn.train import Progress
 from reptile.models import ModuleNetwork, build_model, initialise, size, unflatten
 from reptile.objectives import REGRESSION
@@ -115,7 +116,7 @@ def test_metasgds_step_sizes_follow_finite_differences(data: PreparedData) -> No
     engine = EagerEngine(model, OptimizerSettings(), data.images, CPU)
     (task, _) = episodes(data.split("train"), settings_of(), 0)
     settings = settings_of(algorithm="meta-sgd")
-    start = first_vector(settings, initialise(model, 0).double())
+    start = first_vector(settings, model, initialise(model, 0).double())
     state = EpisodicState(start, torch.zeros_like(start), torch.zeros_like(start), 0)
 
     def loss(vector: torch.Tensor) -> float:
@@ -187,11 +188,138 @@ def test_the_multi_step_loss_equals_a_literal_loop(done: float, data: PreparedDa
     torch.testing.assert_close(after.first_moment / 0.1, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "anil", "meta-sgd"])
-def test_resume_equals_never_having_stopped(
-    algorithm: str, data: PreparedData, tmp_path: Path
+def nearest_prototype(model: Any, leaves: Any, engine: Any, task: Task) -> Any:
+    """Return Proto-MAML's head as its paper has it: weight 2c and bias -c·c for each class."""
+    images = engine.images(task.support).double()
+    features = model.features(leaves, images)
+    labels = torch.from_numpy(task.support_targets)
+    centres = [features[labels == label].mean(0) for label in range(model.outputs)]
+    weight = torch.stack([2 * centre for centre in centres])
+    bias = torch.stack([-(centre @ centre) for centre in centres])
+    return weight, bias
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_proto_maml_and_sizes_of_layers_equal_a_literal_loop(
+    layers: bool, data: PreparedData
 ) -> None:
-    settings = settings_of(algorithm=algorithm)
+    """The outer gradient goes through the prototypes, the steps and their sizes."""
+    model = build_model(ModelSettings(filters=6), 3, (1, 8, 8))
+    engine = EagerEngine(model, OptimizerSettings(), data.images, CPU)
+    settings = settings_of(
+        algorithm="proto-maml", episode={"queries": 2, "layer_step_sizes": layers}
+    )
+    (task, _) = episodes(data.split("train"), settings, 0)
+    weights = initialise(model, 0).double()
+    start = first_vector(settings, model, weights)
+    sizes = torch.rand(len(model.shapes), 3, dtype=torch.float64) + 0.5
+    if layers:
+        start[size(model) :] = sizes.flatten()
+    state = EpisodicState(start, torch.zeros_like(start), torch.zeros_like(start), 0)
+    after, losses = maml_step(engine, state, [task], settings, 0.0)
+
+    leaves = {name: value.clone() for name, value in unflatten(model, weights).items()}
+    for value in leaves.values():
+        value.requires_grad_()
+    sizes = (sizes if layers else torch.ones_like(sizes)).requires_grad_()
+    weight, bias = nearest_prototype(model, leaves, engine, task)
+    # Copies: a step's gradient takes the body and the head for independent.
+    params = {name: value.clone() for name, value in leaves.items()}
+    params |= {"head.weight": weight, "head.bias": bias}
+    for step, batch in enumerate(task.batches):
+        images = engine.images(task.support[batch]).double()
+        targets = torch.from_numpy(task.support_targets[batch])
+        inner = F.cross_entropy(model.forward(params, images), targets)
+        gradients = torch.autograd.grad(inner, list(params.values()), create_graph=True)
+        params = {
+            name: value - RATE * sizes[layer, step] * gradient
+            for layer, ((name, value), gradient) in enumerate(
+                zip(params.items(), gradients, strict=True)
+            )
+        }
+    outputs = model.forward(params, engine.images(task.query).double())
+    loss = F.cross_entropy(outputs, torch.from_numpy(task.query_targets))
+    wanted = torch.autograd.grad(loss, [*leaves.values(), sizes], allow_unused=True)
+    assert wanted[-3] is None and wanted[-2] is None  # the head's own weights do not count
+    assert float(losses) == pytest.approx(float(loss.detach()), rel=1e-12)
+    flat = [
+        torch.zeros_like(leaf).flatten() if each is None else each.flatten()
+        for leaf, each in zip([*leaves.values(), sizes], wanted, strict=True)
+    ]
+    found = after.first_moment / 0.1  # Adam's, of its first step
+    torch.testing.assert_close(
+        found, torch.cat(flat if layers else flat[:-1]), rtol=1e-8, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", [EagerEngine, BatchedEngine])
+def test_adapting_from_prototypes_equals_the_inner_loop_of_training(
+    kind: Any, data: PreparedData
+) -> None:
+    """With sizes for three steps; the last of them serves the fourth."""
+    settings = settings_of(algorithm="proto-maml", episode={"queries": 2, "layer_step_sizes": True})
+    trained = run_training(settings, data)
+    model, vector = trained.model, trained.state.weights.double()
+    optimizer = trained.info.settings.optimizer
+    tasks = episodes(data.split("test"), settings, 0)
+    tasks = [task._replace(batches=(*task.batches, task.batches[0])) for task in tasks]
+    engine = kind(model, optimizer, data.images, CPU)
+    start = start_of(settings, model, vector)
+    adapted = engine.adapt(*start.starts(engine, tasks), tasks)
+
+    eager = EagerEngine(model, optimizer, data.images, CPU)
+    rates = RATE * relative_sizes(settings, model, vector)[[0, 1, 2, 2]]
+    for task, weights in zip(tasks, adapted.weights, strict=True):
+        loss = query_loss(
+            vector[: size(model)].requires_grad_(), eager, task, rates, prototypes=True
+        )
+        outputs = model.forward(unflatten(model, weights), eager.images(task.query).double())
+        here = F.cross_entropy(outputs, torch.from_numpy(task.query_targets))
+        assert float(loss) == pytest.approx(float(here), rel=1e-9)
+
+
+def test_without_steps_proto_maml_is_the_nearest_prototype(data: PreparedData) -> None:
+    """Also for tasks of fewer classes than the network has outputs."""
+    settings = settings_of(algorithm="proto-maml")
+    trained = run_training(settings, data)
+    model = trained.model
+    engine = make_engine("eager", model, settings.optimizer, data.images, CPU)
+    (task, _) = episodes(data.split("test"), settings, 0)
+    two = np.flatnonzero(task.support_targets < 2)
+    fewer = task._replace(
+        support=task.support[two], support_targets=task.support_targets[two], batches=()
+    )
+    (weights,), _ = trained.meta.starts(engine, [fewer])
+    leaves = unflatten(model, trained.meta.weights)
+    statistics = model.statistics(leaves, engine.images(fewer.support))
+    found = model.forward(unflatten(model, weights), engine.images(task.query), statistics)
+    support = model.features(leaves, engine.images(fewer.support))
+    queries = model.features(leaves, engine.images(task.query), statistics)
+    labels = torch.from_numpy(fewer.support_targets)
+    centres = torch.stack([support[labels == label].mean(0) for label in (0, 1)])
+    distances = torch.cdist(queries, centres).square()
+    torch.testing.assert_close(
+        found[:, :2].softmax(1), (-distances).softmax(1), rtol=1e-4, atol=1e-5
+    )
+    assert (found.softmax(1)[:, 2] == 0).all()
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "maml": {},
+    "anil": {"algorithm": "anil"},
+    "meta-sgd": {"algorithm": "meta-sgd"},
+    "proto-maml": {
+        "algorithm": "proto-maml",
+        "episode": {"queries": 2, "layer_step_sizes": True},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_equals_never_having_stopped(
+    variant: str, data: PreparedData, tmp_path: Path
+) -> None:
+    settings = settings_of(**VARIANTS[variant])
     whole = run_training(settings, data, tmp_path / "whole")
 
     def kill(progress: Progress) -> None:
@@ -227,6 +355,18 @@ def test_metasgds_checkpoint_has_its_step_sizes(data: PreparedData, tmp_path: Pa
     assert 0 < float((sizes - 1).abs().max()) < 0.1
 
 
+def test_a_checkpoint_has_the_step_sizes_of_its_layers(data: PreparedData, tmp_path: Path) -> None:
+    trained = run_training(settings_of(**VARIANTS["proto-maml"]), data)
+    save_checkpoint(tmp_path / "checkpoint", trained)
+    read = load_checkpoint(tmp_path / "checkpoint")
+    start, model = read.meta, read.model
+    sizes = trained.state.weights[size(model) :].view(len(model.shapes), 3)
+    assert 0 < float((sizes[:-2] - 1).abs().max()) < 0.1
+    for step, factors in enumerate(start.inner.second_moment.view(3, -1)):
+        for layer, part in enumerate(unflatten(model, factors).values()):
+            assert (part == sizes[layer, step]).all()
+
+
 def test_anil_adapts_the_head_alone(data: PreparedData) -> None:
     trained = run_training(settings_of(algorithm="anil"), data)
     settings = trained.info.settings
@@ -243,9 +383,11 @@ def test_anil_adapts_the_head_alone(data: PreparedData) -> None:
     [
         ({"optimizer": {"name": "adam"}}, "its inner loop is plain SGD"),
         ({"optimizer": {"name": "sgd", "weight_decay": 0.9}}, "maml has none; set it to 1"),
-        ({"optimizer": {"name": "scaled_sgd"}}, "not for maml; use sgd"),
+        ({"optimizer": {"name": "scaled_sgd"}}, "all have the same size; use sgd"),
         ({"algorithm": "anil", "engine": "native"}, "one step size for all parameters"),
         ({"algorithm": "ridge", "episode": {"multi_step_loss": True}}, "not for ridge"),
+        ({"algorithm": "anil", "episode": {"layer_step_sizes": True}}, "not for anil"),
+        ({"engine": "native", "episode": {"layer_step_sizes": True}}, "maml here more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
@@ -253,7 +395,8 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], mes
         settings_of(**changes)
 
 
-def test_anil_refuses_a_network_without_a_linear_head(data: PreparedData) -> None:
+@pytest.mark.parametrize("algorithm", ["anil", "proto-maml"])
+def test_a_network_without_a_linear_head_is_refused(algorithm: str, data: PreparedData) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Tanh())
     with pytest.raises(InputError, match="does not end in an adapted linear layer"):
-        run_training(settings_of(algorithm="anil"), data, module=module)
+        run_training(settings_of(algorithm=algorithm), data, module=module)

@@ -59,10 +59,9 @@ class BatchedEngine:
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
         steps = len(tasks[0].batches)
-        shape = (len(tasks), weights.shape[-1])
         arguments = [
-            weights.expand(shape).contiguous(),
-            state.second_moment.expand(shape).contiguous(),
+            weights.expand(len(tasks), -1).contiguous(),
+            state.second_moment.expand(len(tasks), -1).contiguous(),
             torch.tensor(state.step, dtype=torch.float64, device=self.device),
             self._values(np.stack([task.support for task in tasks])).to(weights.dtype),
             self._send(np.stack([task.support_targets for task in tasks])),

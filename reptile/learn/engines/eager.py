@@ -43,8 +43,8 @@ class EagerEngine:
 
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
         """See `Engine.adapt`."""
-        shape = (len(tasks), weights.shape[-1])
-        starts, moments = weights.expand(shape), state.second_moment.expand(shape)
+        starts = weights.expand(len(tasks), -1)
+        moments = state.second_moment.expand(len(tasks), -1)
         results = [
             self._adapt_one(start, OptimizerState(moment, state.step), task)
             for start, moment, task in zip(starts, moments, tasks, strict=True)
