@@ -313,8 +313,8 @@ class EpisodeSettings(Section):
     features before training; for few tasks. Where features are not trained, that is the
     mixed-effects model."""
     learning_rate: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1e-3
-    """Of Adam at the start; it falls linearly to `learning_rate_final`. With `fit_prior`, 0 at both
-    leaves everything as the prior's fit found it."""
+    """Of Adam at the start; it falls linearly to `learning_rate_final`. bayes with `fit_prior`: 0,
+    with `learning_rate_final` 0 and `meta_iterations` 1, leaves all as the fit found it."""
     learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5
     multi_step_loss: bool = False
     """maml and its variants: the queries' loss after every inner step counts (MAML++, Antoniou et
@@ -322,15 +322,6 @@ class EpisodeSettings(Section):
     layer_step_sizes: bool = False
     """maml and proto-maml: learn a step size for each layer's weight or bias and each inner step
     (MAML++)."""
-
-    @model_validator(mode="after")
-    def _learns(self) -> "EpisodeSettings":
-        if self.learning_rate == 0 and not (self.fit_prior and self.learning_rate_final == 0):
-            raise ValueError(
-                "learning_rate = 0: nothing would be learnt; with fit_prior, set "
-                "learning_rate_final to 0 too, without it give a rate above 0"
-            )
-        return self
 
 
 Algorithm = Literal[
@@ -493,6 +484,14 @@ class TrainSettings(Section):
             raise ValueError(
                 f"episode.multi_step_loss: is for maml and its variants, not for {self.algorithm}; "
                 "leave it out"
+            )
+        fits = self.algorithm == "bayes" and self.episode.fit_prior
+        if self.episode.learning_rate == 0 and (
+            not fits or self.episode.learning_rate_final or self.meta_iterations > 1
+        ):
+            raise ValueError(
+                "episode.learning_rate = 0: is for bayes with episode.fit_prior, which alone then "
+                "learns; set learning_rate_final to 0 and meta_iterations to 1 too, or give a rate"
             )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")

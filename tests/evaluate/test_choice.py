@@ -312,6 +312,12 @@ def test_folds_that_make_no_sense_are_refused(values: dict[str, int], words: str
         reptile.EvaluateSettings.model_validate(values)
 
 
+@pytest.mark.parametrize("changes", [{"algorithm": "pretrain"}, {"meta_iterations": 2}])
+def test_a_rate_of_zero_that_learns_nothing_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="learning_rate = 0: is for bayes"):
+        reptile.TrainSettings.model_validate(FITTED.model_dump() | changes)
+
+
 def test_more_folds_than_classes_are_refused() -> None:
     data = lines([1.0] * 4, {"validation": 1, "test": 1})
     trained = reptile.train(data, FITTED, Time())
