@@ -275,7 +275,7 @@ class BayesHead(Head):
             product: ΦᵀY, [T, D + 1, outputs].
             square: the sum of each value's squares, [T, outputs].
             count: of rows, [T].
-            iterations: of EM.
+            iterations: of ECME.
         """
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         whole, rows = gram.sum(0), count.sum()
