@@ -101,7 +101,7 @@ def refusal(
     """Return why metrics do not pass the gate; None if they do. NaN never passes.
 
     Both limits are on the mean of the checkpoint's learner. Against a champion the 95 % intervals
-    decide, of the learner that would be exported: the best on validation tasks, which may be one
+    decide, of the learner that would be exported: the choice on validation tasks, which may be one
     beside. It is worse only if its whole interval lies below the champion's. Against simpler
     methods the interval of the paired differences decides; `insist` skips them.
 

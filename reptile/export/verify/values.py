@@ -31,6 +31,7 @@ from reptile.export.verify.running import (
     setting,
 )
 from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.unadapted import with_measured_intervals
 from reptile.objectives import REGRESSION
 from reptile.settings import VerifySettings
 from reptile.tasks import FewShotProtocol, Purpose, check_classes, held_out_task, random_stream
@@ -51,6 +52,7 @@ def verify_bundle(
     queries = REGRESSION.validation.queries
     check_classes(data.split("test"), 1, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
+    checkpoint = with_measured_intervals(checkpoint, manifest.raw["metrics"])
     sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
