@@ -450,7 +450,7 @@ def export(
         checkpoint: of the learner that the gate judged.
         beside: of the second one, if there is one.
         evaluation: of both.
-        bundle: that of the learner that is best on validation tasks.
+        bundle: that of the learner that validation tasks choose.
         bundles: those of both, in folders named after the algorithms.
     """
     chosen = parse_settings(ExportSettings, settings)

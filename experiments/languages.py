@@ -21,7 +21,7 @@ import typer
 from torch import Tensor, nn
 
 import reptile
-from experiments import run
+from experiments import keep, kept, run
 from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
@@ -101,13 +101,9 @@ def main(
     results: list[Mapping[str, Any]] = []
     for fold in range(folds):
         file = output / "folds" / f"{fold}.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if found.get("asked") != asked:
-            found = {
-                "asked": asked,
-                "accuracy": _measure(names, fold, folds, lengths, tasks, output),
-            }
-            write_json(file, found)
+        if (found := kept(file, asked)) is None:
+            accuracy = _measure(names, fold, folds, lengths, tasks, output)
+            found = keep(file, asked, {"accuracy": accuracy})
         results.append(found["accuracy"])
     print(_printed(results))
 

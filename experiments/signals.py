@@ -8,7 +8,6 @@ JapaneseVowels: nine speakers say two vowels, as twelve coefficients over time. 
 persons are held out; all rows are measured on the same episodes of them.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -21,7 +20,7 @@ import typer
 from scipy.stats import t as student
 
 import reptile
-from experiments import run
+from experiments import keep, kept, run
 from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
@@ -92,11 +91,10 @@ def main(
         for split in range(splits):
             for fold in range(study.folds):
                 file = output / "folds" / f"{study.name}-{split}-{fold}.json"
-                found = json.loads(file.read_text()) if file.exists() else {}
-                if found.get("asked") != asked:
+                if (found := kept(file, asked)) is None:
                     prepared = _prepare(study, source, split, fold, output)
-                    found = {"asked": asked, "accuracy": _measure(prepared, iterations, tasks)}
-                    write_json(file, found)
+                    accuracy = _measure(prepared, iterations, tasks)
+                    found = keep(file, asked, {"accuracy": accuracy})
                 results.setdefault(study.name, []).append(found["accuracy"])
     print("\n\n".join(_printed(name, folds) for name, folds in results.items()))
 

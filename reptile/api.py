@@ -108,7 +108,7 @@ class Initialisation:
             folder: replaced as a whole.
             data: what it was trained on; its test split gives the bundle's golden tensors.
             settings: the bundle's name and limits; the gate is not applied here.
-            metrics: what `evaluate` returned, for the model card.
+            metrics: what `evaluate` returned of it, for the model card and the scale of intervals.
             protocol: the evaluation's settings; its steps and batch become the bundle's defaults.
 
         Raises:

@@ -44,6 +44,9 @@ class Objective:
     validation: FewShotProtocol
     """The tasks of the learning curve; those of classification take the training's ways."""
 
+    disagreement_title: str
+    """What `disagreement` measures, for people: "… from others'"."""
+
     @property
     def scale(self) -> int:
         """What a score is multiplied by to be shown in its unit."""
@@ -131,6 +134,7 @@ CLASSIFICATION = Objective(
     least_ways=2,
     scores=_share_right,
     validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
+    disagreement_title="share of answers that differ",
 )
 REGRESSION = Objective(
     name="regression",
@@ -142,6 +146,7 @@ REGRESSION = Objective(
     least_ways=1,
     scores=_mean_squared_error,
     validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
+    disagreement_title="difference of the values, relative to their norm,",
 )
 
 

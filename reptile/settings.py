@@ -313,8 +313,9 @@ class EpisodeSettings(Section):
     """bayes: start from the prior and noise of greatest likelihood on the training tasks, given the
     features before training; for few tasks. Where features are not trained, that is the
     mixed-effects model."""
-    learning_rate: Rate = 1e-3
-    """Of Adam at the start; it falls linearly to `learning_rate_final`."""
+    learning_rate: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1e-3
+    """Of Adam at the start; it falls linearly to `learning_rate_final`. bayes with `fit_prior`: 0,
+    with `learning_rate_final` 0 and `meta_iterations` 1, leaves all as the fit found it."""
     learning_rate_final: Annotated[float, Field(ge=0, le=100)] = 2e-5
     multi_step_loss: bool = False
     """maml and its variants: the queries' loss after every inner step counts (MAML++, Antoniou et
@@ -491,6 +492,14 @@ class TrainSettings(Section):
                 f"episode.multi_step_loss: is for maml and its variants, not for {self.algorithm}; "
                 "leave it out"
             )
+        fits = self.algorithm == "bayes" and self.episode.fit_prior
+        if self.episode.learning_rate == 0 and (
+            not fits or self.episode.learning_rate_final or self.meta_iterations > 1
+        ):
+            raise ValueError(
+                "episode.learning_rate = 0: is for bayes with episode.fit_prior, which alone then "
+                "learns; set learning_rate_final to 0 and meta_iterations to 1 too, or give a rate"
+            )
         if self.tail_shots and self.algorithm != "fomaml":
             raise ValueError(f"tail_shots = {self.tail_shots}: only `algorithm: fomaml` has a tail")
         if self.tail_shots >= self.train_shots:
@@ -534,8 +543,19 @@ class EvaluateSettings(Section):
     classes there are. Learners that take gradient steps have at most as many as in training."""
     learner: Literal["trained", "prototypes", "ridge", "auto"] = "trained"
     """What a bundle is to learn tasks with: the learner as it was trained, or its features without
-    adaptation and a closed-form head. Every row is compared with it. `auto`: the best of these on
-    validation tasks."""
+    adaptation and a closed-form head. Every row is compared with it. `auto`: what validation tasks
+    choose of these, by the one-standard-error rule."""
+    folds: Annotated[int, Field(ge=0, le=100)] = 0
+    """Choose the learner, and the scale of intervals, by cross-validation: train all learners again
+    on all but one of so many parts of the training and validation classes, and measure them on that
+    part. 0: on the validation split, without training. For few classes and short trainings."""
+
+    @field_validator("folds")
+    @classmethod
+    def _at_least_two(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("folds = 1: at least 2, or 0 for the validation split")
+        return folds
 
     def task_ways(self, training: TrainSettings, classes: int) -> int:
         """Return the classes of a task, for a learner trained so and a split of so many classes."""

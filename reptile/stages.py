@@ -174,8 +174,8 @@ def export(
 ) -> None:
     """Write the ONNX bundle of a checkpoint whose evaluation passes the gate.
 
-    With the second learner's checkpoint `beside`, the bundle is that of the learner that is best on
-    validation tasks; the bundles of both are in `bundles`, in folders named after the algorithms.
+    With the second learner's checkpoint `beside`, the bundle is that of the learner that validation
+    tasks choose; the bundles of both are in `bundles`, in folders named after the algorithms.
     """
     from reptile.data.dataset import load_prepared
     from reptile.evaluate.gate import check_gate

@@ -90,7 +90,10 @@ def points(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def posterior(run: Run, x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Mean and variance by the textbook's formula, in float64 on the network's features."""
+    """Mean and variance by the textbook's formula, in float64 on the network's features.
+
+    The variance has the scale that validation tasks gave it.
+    """
     learner = run.checkpoint.closed_form
     params = {name: value.double() for name, value in learner.params.items()}
 
@@ -106,7 +109,9 @@ def posterior(run: Run, x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> tupl
     precision = shown.T @ shown + prior
     weights = np.linalg.solve(precision, shown.T @ y[:, None].astype(np.float32) + prior @ mean)
     spread = 1 + np.einsum("nd,dn->n", queries, np.linalg.solve(precision, queries.T))
-    return queries @ weights, spread[:, None] * np.exp(params["head.noise"].numpy())
+    scale = read_metrics(run.folder / "evaluation").interval_scales["trained"].scale
+    noise = scale**2 * np.exp(params["head.noise"].numpy())
+    return queries @ weights, spread[:, None] * noise
 
 
 def test_the_learner_beats_ridge_and_its_start(run: Run) -> None:

@@ -25,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -177,6 +178,13 @@ struct Bundle {
   // Whether inputs are images: the graphs tell no more of them than that they have three sizes.
   bool pixels() const { return !values && !raw && input_shape.size() == 3; }
 
+  // Whether a number is finite in the type that the graphs take: double of a table's bundle, else
+  // float.
+  template <class T>
+  bool fits(T value) const {
+    return std::abs(value) <= (raw ? std::numeric_limits<T>::max() : std::numeric_limits<float>::max());
+  }
+
   // Returns how many inputs these numbers are. Throws std::invalid_argument unless they are whole
   // inputs of finite numbers, of pixels in 0..255; only rows may have a NaN.
   template <class T>
@@ -194,8 +202,9 @@ struct Bundle {
       if (pixels() && !(value >= 0 && value <= 255)) {
         throw std::invalid_argument("pixels must be finite and lie in 0..255");
       }
-      if (!std::isfinite(value) && !(raw && std::isnan(value))) {
-        throw std::invalid_argument("inputs must be finite, or NaN where a row has no value");
+      if (!fits(value) && !(raw && std::isnan(value))) {
+        throw std::invalid_argument(raw ? "inputs must be finite, or NaN where a row has no value"
+                                        : "inputs must be finite in float");
       }
     }
     return static_cast<std::int64_t>(numbers.size() / size);

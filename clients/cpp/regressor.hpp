@@ -146,8 +146,8 @@ class Regressor {
       throw std::invalid_argument(std::to_string(count) + " inputs but " +
                                   std::to_string(values.size()) + " values");
     }
-    if (!std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); })) {
-      throw std::invalid_argument("values must be finite");
+    if (!std::all_of(values.begin(), values.end(), [this](double v) { return bundle_->fits(v); })) {
+      throw std::invalid_argument("values must be finite in the type of the bundle's graphs");
     }
     return count;
   }

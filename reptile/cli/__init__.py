@@ -304,7 +304,7 @@ def evaluate(
     metrics = read_metrics(folder)
     console.print(summary_table(metrics))
     if metrics.chosen:
-        console.print(f"best on validation tasks: {metrics.chosen.best}")
+        console.print(f"chosen on validation tasks: {metrics.chosen.best}")
     if result.adaptations:
         console.print(
             f"{result.adaptations} adaptations of {settings.evaluate.steps} steps in "

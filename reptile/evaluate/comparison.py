@@ -20,7 +20,9 @@ from reptile.evaluate.adapting import (
     run,
 )
 from reptile.evaluate.baselines import train_jointly
+from reptile.evaluate.choice import by_preference, interval_scale, mean_of_classes
 from reptile.evaluate.features import Embedding, apply, embed, raw, rows_of, training_sample
+from reptile.evaluate.folds import parts, trained_again
 from reptile.evaluate.heads import (
     Head,
     closed_form,
@@ -32,7 +34,7 @@ from reptile.evaluate.heads import (
     ridge,
     variances,
 )
-from reptile.evaluate.metrics import Choice, Score
+from reptile.evaluate.metrics import Choice, IntervalScale, Score
 from reptile.learn import heads as learnt
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.engines import choose_device
@@ -80,6 +82,26 @@ class Drawn(NamedTuple):
     shots: int
 
 
+class Validated(NamedTuple):
+    """Learners on validation tasks: means over each of C classes' queries, all shots alike."""
+
+    tasks: int
+    ways: int
+    scores: dict[str, FloatArray]  # by learner, the simplest first, [C]
+    errors: dict[str, FloatArray]  # of learners with variances: squared standardised errors, [C]
+
+    @classmethod
+    def together(cls, parts: "Sequence[Validated]") -> "Validated":
+        """Join the folds of a cross-validation, which have different classes."""
+
+        def join(name: str) -> dict[str, FloatArray]:
+            each = [getattr(part, name) for part in parts]
+            return {learner: np.concatenate([one[learner] for one in each]) for learner in each[0]}
+
+        tasks = sum(part.tasks for part in parts)
+        return cls(tasks, parts[0].ways, join("scores"), join("errors"))
+
+
 class Comparison:
     """What is compared: learners of gradient steps, and rows on networks' features.
 
@@ -105,7 +127,9 @@ class Comparison:
         self.ways, self.objective = ways, checkpoint.info.objective
         self.adapted: dict[str, GradientLearner] = {}
         self.rows: dict[str, Row] = {}
-        self._settings, self._data, self._beside = settings, data, tuple(beside)
+        self._settings, self._data = settings, data
+        self._checkpoints = {"trained": checkpoint, **beside}
+        self.scales: dict[str, IntervalScale] = {}
         self._networks: dict[str, ClosedForm] = {}
         self._strengths: dict[tuple[str, int], float] = {}
         checkpoint = _on_device(checkpoint)
@@ -177,13 +201,21 @@ class Comparison:
 
     @property
     def learners(self) -> tuple[str, ...]:
-        """The methods that a bundle can have, and the checkpoints beside."""
-        unadapted = ("prototypes", "ridge") if self.objective is CLASSIFICATION else ()
-        return (
-            "trained",
-            *self._beside,
-            *(name for name in unadapted if name in self.rows),
-        )
+        """The methods that a bundle can have, and the checkpoints beside; the simplest first.
+
+        That is the one with the fewest trained numbers, then with the fewest meta-iterations; a
+        checkpoint's features without adaptation come before the checkpoint.
+        """
+
+        def size(name: str) -> tuple[int, int]:
+            checkpoint = self._checkpoints[name]
+            return len(checkpoint.state.weights), checkpoint.info.settings.meta_iterations
+
+        names = sorted(self._checkpoints, key=size)
+        if self.objective is CLASSIFICATION:
+            unadapted = [name for name in ("prototypes", "ridge") if name in self.rows]
+            names[(place := names.index("trained")) : place] = unadapted
+        return tuple(names)
 
     def draw(self, classes: ClassRange, shots: int) -> Drawn:
         """Draw the test tasks; what else is measured changes none of them."""
@@ -223,8 +255,20 @@ class Comparison:
     ) -> FloatArray | None:
         """Return the share of each task's values [T] that lie in their 95 % intervals.
 
-        None for a row without variances.
+        The intervals have the scale that validation tasks gave the learner, if any. None for a row
+        without variances.
         """
+        errors = self._standardised(name, embeddings, drawn, outputs)
+        if errors is None:
+            return None
+        scale = self.scales[name].scale if name in self.scales else 1.0
+        inside = np.abs(errors) <= 1.96 * scale
+        return np.asarray(inside.mean((-2, -1)))
+
+    def _standardised(
+        self, name: str, embeddings: Mapping[str, Embedding], drawn: Drawn, outputs: FloatArray
+    ) -> FloatArray | None:
+        """Return (value - output) / standard deviation [T, Q, outputs] of a row with variances."""
         row = self.rows[name]
         if row.variances is None:
             return None
@@ -232,8 +276,7 @@ class Comparison:
             row.variances, embeddings[row.network], drawn.tasks, drawn.ways, self.objective
         )
         targets = np.stack([task.query_targets for task in drawn.tasks]).reshape(outputs.shape)
-        inside = np.abs(targets - outputs) <= 1.96 * np.sqrt(spread)
-        return np.asarray(inside.mean((-2, -1)))
+        return np.asarray((targets - outputs) / np.sqrt(spread))
 
     def strength(self, name: str, shots: int) -> float | None:
         """Return the strength of a row of ridge regression; None for other rows."""
@@ -246,34 +289,28 @@ class Comparison:
         )
 
     def choose(self, count: Count) -> Choice | None:
-        """Compare the learners on validation tasks that have chosen nothing else.
+        """Choose between the learners, and the scale of each one's intervals, on validation tasks.
 
-        All numbers of shots count alike, and batch norm is frozen, as in a bundle. None if the
-        validation split cannot make the tasks.
+        These have chosen nothing else. All numbers of shots count alike, and batch norm is frozen,
+        as in a bundle. With `folds`, every learner is trained again for each. None if the
+        validation split cannot make the tasks, or has a single class.
+
+        Raises:
+            InputError: a fold cannot make the tasks.
         """
-        each: dict[str, list[FloatArray]] = {name: [] for name in self.learners}
-        closed = [name for name in each if name in self.rows]
-        for shots in self._shots:
-            drawn = self._validation(shots, STRENGTH_TASKS, CHOICE_TASKS)
-            if drawn is None:
-                return None
-            ways = drawn.ways
-            embeddings = self.embeddings(self._data, drawn.tasks, closed)
-            for name, parts in each.items():
-                if name in self.adapted:
-                    predictions = self.adapt(
-                        name, self._data, drawn, modes=("frozen",), count=count
-                    )
-                    outputs = predictions.outputs["frozen"]
-                else:
-                    outputs = self.outputs(name, embeddings, drawn)
-                parts.append(self.scores(outputs, drawn))
-        scores = {name: np.concatenate(parts) for name, parts in each.items()}
-        best = max(scores, key=lambda name: self.objective.better * scores[name].mean())
+        found = self._cross_validate(count) if self._settings.folds else self._validate(count)
+        if found is None or len(next(iter(found.scores.values()))) < 2:
+            return None
+        self.scales = {name: interval_scale(errors) for name, errors in found.errors.items()}
+        scores, order = found.scores, by_preference(found.scores, self.objective.better)
+        best = order[0]
         return Choice(
             best=best,
-            tasks=len(scores[best]),
-            ways=ways,
+            order=order,
+            tasks=found.tasks,
+            ways=found.ways,
+            classes=len(scores[best]),
+            folds=self._settings.folds,
             scores={name: Score.of(values).rounded() for name, values in scores.items()},
             differences={
                 name: Score.of(values - scores[best]).rounded()
@@ -282,13 +319,76 @@ class Comparison:
             },
         )
 
+    def _cross_validate(self, count: Count) -> Validated:
+        found = []
+        for data in parts(self._data, self._settings.folds, self._settings.seed):
+            trained, *beside = (
+                (name, trained_again(each, data)) for name, each in self._checkpoints.items()
+            )
+            fold = Comparison(
+                self._settings,
+                self.ways,
+                trained[1],
+                data,
+                dict(beside),
+                baselines=self.objective is CLASSIFICATION,  # which may be chosen there
+            )
+            part = fold._validate(count)
+            if part is None:
+                raise InputError(
+                    f"evaluate.folds = {self._settings.folds}: a part of the classes of "
+                    f"{data.name} cannot make the tasks; lower it, or evaluate.queries"
+                )
+            found.append(part)
+        return Validated.together(found)
+
+    def _validate(self, count: Count) -> Validated | None:
+        """Measure the learners on tasks of the validation split; None if it cannot make them."""
+        scores: dict[str, list[FloatArray]] = {name: [] for name in self.learners}
+        errors: dict[str, list[FloatArray]] = {}
+        classes, tasks, ways = [], 0, self.ways
+        closed = [name for name in scores if name in self.rows]
+        starts = np.sort(self._data.split("validation").starts)
+        for shots in self._shots:
+            drawn = self._validation(shots, STRENGTH_TASKS, CHOICE_TASKS)
+            if drawn is None:
+                return None
+            tasks, ways = tasks + len(drawn.tasks), drawn.ways
+            queries = np.stack([task.query for task in drawn.tasks])
+            classes.append(np.searchsorted(starts, queries, side="right"))
+            embeddings = self.embeddings(self._data, drawn.tasks, closed)
+            for name, each in scores.items():
+                if name in self.adapted:
+                    predictions = self.adapt(
+                        name, self._data, drawn, modes=("frozen",), count=count
+                    )
+                    outputs = predictions.outputs["frozen"]
+                else:
+                    outputs = self.outputs(name, embeddings, drawn)
+                    off = self._standardised(name, embeddings, drawn, outputs)
+                    if off is not None:
+                        errors.setdefault(name, []).append(np.square(off).mean(-1))
+                targets = np.stack([task.query_targets for task in drawn.tasks])
+                # Each query by itself: the objective's scores are means over the last axis but one.
+                each.append(self.objective.scores(outputs[:, :, None], targets[:, :, None]))
+        where = np.concatenate([each.ravel() for each in classes])
+
+        def by_class(values: Mapping[str, list[FloatArray]]) -> dict[str, FloatArray]:
+            return {
+                name: mean_of_classes(np.concatenate([part.ravel() for part in found]), where)
+                for name, found in values.items()
+            }
+
+        return Validated(tasks, ways, by_class(scores), by_class(errors))
+
     @property
     def choice_adaptations(self) -> int:
         """How many tasks `choose` adapts to."""
-        if any(self._validation(shots, 0, 1) is None for shots in self._shots):
+        folds = self._settings.folds
+        if not folds and any(self._validation(shots, 0, 1) is None for shots in self._shots):
             return 0
         gradient = sum(name in self.adapted for name in self.learners)
-        return gradient * CHOICE_TASKS * len(self._shots)
+        return gradient * CHOICE_TASKS * len(self._shots) * max(1, folds)
 
     @property
     def _shots(self) -> list[int]:
@@ -323,9 +423,7 @@ class Comparison:
         classes = self._data.split("validation")
         ways = min(self.ways, len(classes.starts))
         masks = all(isinstance(each.checkpoint.model, Network) for each in self.adapted.values())
-        if ways < (2 if self.objective is CLASSIFICATION else 1) or (
-            ways < self.ways and not masks
-        ):
+        if ways < self.objective.least_ways or (ways < self.ways and not masks):
             return None
         try:
             check_classes(classes, ways, shots + self._settings.queries, "validation split")

@@ -15,7 +15,7 @@ from reptile.errors import GateError, InputError
 from reptile.evaluate.methods import title
 from reptile.evaluate.metrics import Metrics, Score, read_metrics, upgrade
 from reptile.learn.checkpoint import load_checkpoint
-from reptile.objectives import CLASSIFICATION, objective_named
+from reptile.objectives import objective_named
 from reptile.settings import GateSettings
 
 
@@ -101,7 +101,7 @@ def refusal(
     """Return why metrics do not pass the gate; None if they do. NaN never passes.
 
     Both limits are on the mean of the checkpoint's learner. Against a champion the 95 % intervals
-    decide, of the learner that would be exported: the best on validation tasks, which may be one
+    decide, of the learner that would be exported: the choice on validation tasks, which may be one
     beside. It is worse only if its whole interval lies below the champion's. Against simpler
     methods the interval of the paired differences decides; `insist` skips them.
 
@@ -114,7 +114,7 @@ def refusal(
     gain, sign = objective.gain(learner.mean, random.mean), objective.better
     what = f"{settings.shots}-shot {settings.mode} {objective.title} on {metrics.held_out}"
     worse, better = ("below", "above") if sign > 0 else ("above", "below")
-    limit = settings.accuracy if objective is CLASSIFICATION else settings.mean_squared_error
+    limit: float | None = getattr(settings, objective.metric)
     # Written as `not >=` because every comparison with NaN is false.
     if limit is not None and not sign * learner.mean >= sign * limit:
         return f"{what} is {learner.mean:.4f}, {worse} the gate of {limit}"

@@ -20,8 +20,9 @@ from reptile.evaluate.adapting import (
 from reptile.evaluate.comparison import Comparison, Drawn
 from reptile.evaluate.fits import Fit, fit_curves, fit_posteriors
 from reptile.evaluate.methods import METHODS, in_order
-from reptile.evaluate.metrics import Choice, Mode, Score
+from reptile.evaluate.metrics import Choice, IntervalScale, Mode, Score
 from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
+from reptile.learn.unadapted import with_interval_scale
 from reptile.objectives import Objective
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
 from reptile.tasks import Task, check_classes
@@ -95,6 +96,8 @@ class Evaluation:
     has_batch_norm: bool
     adaptations: int  # how many tasks learners of gradient steps were adapted to
     fits: tuple[Fit, ...] = ()  # of the first tasks, where inputs are single numbers
+    interval_scales: Mapping[str, IntervalScale] = field(default_factory=dict)
+    """Of learners that give intervals, by method."""
 
     @property
     def objective(self) -> Objective:
@@ -208,6 +211,7 @@ def evaluate(
         ),
         adaptations=of_choice + of_tests,
         fits=_fits(comparison, settings, data, measurements[0].tasks, checkpoint),
+        interval_scales=comparison.scales,
     )
 
 
@@ -255,12 +259,11 @@ def _learner(settings: EvaluateSettings, comparison: Comparison, choice: Choice 
         return settings.learner
     if choice is None:
         log.warning(
-            "evaluate.learner = auto: the validation split cannot make the tasks; took trained"
+            "evaluate.learner = auto: the validation split has one class or cannot make the tasks; "
+            "took trained"
         )
         return "trained"
-    own = [name for name in choice.scores if name in METHODS]
-    better = comparison.objective.better
-    return max(own, key=lambda name: better * choice.scores[name].mean)
+    return next(name for name in choice.order if name in METHODS)
 
 
 def _measure(
@@ -326,6 +329,8 @@ def _fits(
     if data.values == 0 or math.prod(data.image_shape) > 1:
         return ()
     if checkpoint.info.settings.closed_form:
+        if "trained" in comparison.scales:
+            checkpoint = with_interval_scale(checkpoint, comparison.scales["trained"].scale)
         return fit_posteriors(checkpoint.closed_form, data, tasks[:FITS])
     trained = comparison.adapted["trained"]
     path = sorted({0, min(1, settings.steps), settings.steps})

@@ -53,17 +53,36 @@ Scores = dict[str, dict[Shots, ByMethod]]
 
 
 class Choice(BaseModel):
-    """The learners compared on validation tasks, all numbers of shots alike."""
+    """The learners compared on validation tasks, all numbers of shots alike, class by class."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     best: str
-    """The one with the best mean; it may be of a checkpoint beside."""
+    """The choice: the simplest learner within one standard error of the best mean; it may be of a
+    checkpoint beside. Before there were `classes`, the one with the best mean."""
+    order: tuple[str, ...] = ()
+    """All learners, each the choice among it and those after it."""
     tasks: Annotated[int, Field(ge=2)]
     ways: Annotated[int, Field(ge=1)]
+    classes: Annotated[int, Field(ge=2)] | None = None
+    """Of the tasks: what the intervals are over. None in older files, where they are over tasks."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Of cross-validation; 0 where the validation split has decided."""
     scores: dict[str, Score]
+    """The simplest learner first."""
     differences: dict[str, Score]
-    """Of each other learner to the best, task by task."""
+    """Of each other learner to the choice, class by class."""
+
+
+class IntervalScale(BaseModel):
+    """How much wider or narrower a learner's intervals are made; its predictions stay the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """What the standard deviations are multiplied by; 1 where there were too few classes."""
+    classes: Annotated[int, Field(ge=1)]
+    """Validation classes that it was measured on."""
 
 
 class Metrics(BaseModel):
@@ -87,7 +106,7 @@ class Metrics(BaseModel):
     beside: tuple[str, ...] = ()
     """Methods that are other checkpoints, trained on the same data."""
     chosen: Choice | None = None
-    """Which learner is best on validation tasks; none where there are no such tasks."""
+    """Which learner validation tasks choose; none where there are no such tasks."""
     scores: Scores
     """By dataset, shots, method and what batch norm sees."""
     differences: Scores = {}
@@ -97,7 +116,9 @@ class Metrics(BaseModel):
     """Of ridge regression, by method and shots: λ for the kernel of the features."""
     coverage: dict[str, dict[Shots, dict[str, Score]]] = {}
     """Of learners that give intervals, by dataset, shots and method: the share of values that lie
-    in their 95 % intervals."""
+    in their 95 % intervals, which have the scale of `interval_scales`."""
+    interval_scales: dict[str, IntervalScale] = {}
+    """Of learners that give intervals, by method, as measured on validation tasks."""
 
     def find(self, dataset: str, shots: int, method: str, mode: Mode) -> Score | None:
         """Return a score, or None if it was not measured; a method without network has one."""
@@ -116,9 +137,11 @@ class Metrics(BaseModel):
         return score
 
     def best_of(self, methods: Sequence[str]) -> str:
-        """Return the method that is best on validation tasks, the first where there were none."""
+        """Return what validation tasks choose of these methods, the first where there were none."""
         if self.chosen is None:
             return methods[0]
+        if self.chosen.order:
+            return min(methods, key=self.chosen.order.index)
         better, scores = objective_named(self.objective).better, self.chosen.scores
         return max(methods, key=lambda method: better * scores[method].mean)
 

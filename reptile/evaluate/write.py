@@ -67,6 +67,7 @@ def metrics(evaluation: Evaluation) -> Metrics:
         differences=differences,
         strengths=strengths,
         coverage=coverage,
+        interval_scales=dict(evaluation.interval_scales),
     )
 
 

@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import ValidationError
 
@@ -23,7 +22,8 @@ from reptile.errors import InputError
 from reptile.evaluate.adapting import FloatArray
 from reptile.evaluate.measure import evaluate
 from reptile.evaluate.metrics import Score
-from reptile.evaluate.report.charts import Axis, Line, axis, line_chart
+from reptile.evaluate.report.charts import Line, axis, line_chart
+from reptile.evaluate.report.page import score_axis, templates
 from reptile.experiments.cells import Reported, Training, trained
 from reptile.experiments.reproduce import over_seeds
 from reptile.files import atomic_file, write_json
@@ -316,14 +316,7 @@ def html(result: Comparison) -> str:
 
 def page(**parts: Any) -> str:
     """Return a comparison's page: `dataset`, `budget`, `header`, `rows`, `notes` and `charts`."""
-    environment = Environment(
-        loader=PackageLoader("reptile.experiments", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    return environment.get_template("compare.html").render(parts)
+    return templates("reptile.experiments").get_template("compare.html").render(parts)
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
@@ -531,7 +524,8 @@ def _signed(show: Any, score: Score) -> str:
 
 def _notes(result: Comparison) -> list[str]:
     test, cells = result.entries[0].settings.evaluate, result.entries[0].cells
-    unit = "accuracy in %" if result.objective is CLASSIFICATION else result.objective.title
+    title, unit = result.objective.title, result.objective.unit
+    unit = f"{title} in {unit}" if unit else title
     several = len(cells) > 1
     notes = [
         f"{unit[0].upper()}{unit[1:]}, {result.ways}-way, on the same {test.tasks:,} test tasks of "
@@ -576,10 +570,7 @@ def _curves(result: Comparison, *, over_time: bool) -> Markup:
         lines.append(Line(entry.algorithm, f"line-{number % 8}", x, y))
     title = "minutes of training" if over_time else "million gradient evaluations"
     high = max(max(line.y) for line in lines)
-    if result.objective is CLASSIFICATION:
-        y_axis = Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
-    else:
-        y_axis = axis("", 1.05 * high)
+    y_axis = score_axis(result.objective, high)
     x_axis = axis(title, max(ends))
     return line_chart(f"validation {result.objective.title} over {title}", lines, x_axis, y_axis)
 

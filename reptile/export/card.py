@@ -308,7 +308,15 @@ def _coverage(metrics: Metrics | None) -> str:
         for shots, methods in by_shots.items()
         if metrics.learner in methods
     ]
-    return f"\nOf the values, {', '.join(shares)} lie in their 95 % intervals.\n" if shares else ""
+    if not shares:
+        return ""
+    text = f"\nOf the values, {', '.join(shares)} lie in their 95 % intervals."
+    if found := metrics.interval_scales.get(metrics.learner):
+        text += (
+            f" Their width is {found.scale:g} times what training left, as {found.classes} "
+            "validation classes say (with too few it is left as it was)."
+        )
+    return f"{text}\n"
 
 
 def _architecture(info: CheckpointInfo) -> str:

@@ -29,8 +29,9 @@ def write_closed_form_golden(folder: Path, checkpoint: Checkpoint, data: Prepare
     Of a table's rows, `missing` has two without any value.
     """
     classes = data.split("test")
-    named = checkpoint.info.objective is CLASSIFICATION
-    check_classes(classes, 2 if named else 1, 1 + QUERIES, f"test split of {data.name}")
+    objective = checkpoint.info.objective
+    named = objective is CLASSIFICATION
+    check_classes(classes, objective.least_ways, 1 + QUERIES, f"test split of {data.name}")
     rng, golden = random_stream(0, Purpose.EXPORT), Golden(folder, data.index.coding)
     learners = [
         reference.cast(checkpoint.closed_form, each) for each in (torch.float32, torch.float64)

@@ -72,7 +72,7 @@ def rrelu_with_noise_backward(
     training: bool,
     is_result: bool,
 ) -> Tensor:
-    """See `rrelu_with_noise`."""
+    """Return the gradient by the inputs of `rrelu_with_noise` with its mean slope."""
     return torch.where(output > 0, gradient, gradient * ((lower + upper) / 2))
 
 
@@ -268,7 +268,7 @@ def adaptive_max_pool2d(x: Tensor, outputs: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_max_pool2d_backward(gradient: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """See `adaptive_max_pool2d`."""
+    """Return the gradient by the inputs of `adaptive_max_pool2d`; equal windows only."""
     kernel = _equal_windows(x, gradient.shape[-2:])
     return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
         gradient, x, kernel, kernel, [0, 0], [1, 1], False, indices

@@ -100,35 +100,35 @@ class Rows:
         self.pack, self.unpack = self._layout.pack, self._layout.unpack
 
     def fixed(self, images: Tensor) -> Tensor:
-        """See `Form.fixed`: all is adapted."""
+        """Return the images as they are: every layer is adapted."""
         return images
 
     def logits(self, packed: Tensor, inputs: Tensor, share: Tensor) -> Tensor:
-        """See `Form.logits`."""
+        """Map a mini-batch [B, *input_shape] to logits [B, outputs]; `share` is 1/B, []."""
         return logits(self._network, self._layout.named(packed), inputs, share, self._indices)
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
-        """See `Form.features`."""
+        """Return the features [N, D] of the loop's inputs, as `Model.features` does."""
         return self.model.features(params, inputs)
 
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
-        """See `Form.adapted`."""
+        """Return what `adapt` hands to `predict_adapted`; inputs are the support set's."""
         return adapted_tensors(self.model, params, inputs)
 
     def predict(self, params: Params, images: Tensor) -> Tensor:
-        """See `Form.predict`."""
+        """Return the logits before adaptation; batch norm uses the given images."""
         return self.model.forward(params, images)
 
     def predict_adapted(self, tensors: Params, images: Tensor) -> Tensor:
-        """See `Form.predict_adapted`."""
+        """Return the logits under what `adapted` returned."""
         return predict_adapted(self.model, tensors, images)
 
     def parts(self) -> list[Traced]:
-        """See `Form.parts`: none is traced."""
+        """Return no graph: none is traced."""
         return []
 
     def trace_all(self, *, features: bool) -> None:
-        """See `Form.trace_all`: nothing."""
+        """Trace nothing."""
 
 
 class AsItIs:
@@ -149,47 +149,47 @@ class AsItIs:
             self._tensors = adapted_tensors(model, self._params, images)
 
     def pack(self, weights: Tensor) -> Tensor:
-        """See `Form.pack`: the order of the model."""
+        """Return the vector [P] as it is: the packed order is the model's."""
         return weights
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """See `Form.unpack`: the order of the model."""
+        """Return the vector [P] as it is: the packed order is the model's."""
         return packed
 
     def fixed(self, images: Tensor) -> Tensor:
-        """See `Form.fixed`."""
+        """Run the part that no step changes on images [N, *image_shape]."""
         inputs: Tensor = self._fixed(images) if self._fixed else images
         return inputs
 
     def logits(self, packed: Tensor, inputs: Tensor, share: Tensor) -> Tensor:
-        """See `Form.logits`."""
+        """Map a mini-batch [B, *input_shape] to logits [B, outputs]; `share` is 1/B, []."""
         return self._tail.forward(unflatten(self.model, packed), inputs)
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
-        """See `Form.features`."""
+        """Return the features [N, D] of the loop's inputs, as `Model.features` does."""
         features: Tensor = self._features(inputs, *params.values())
         return features
 
     def adapted(self, params: Params, inputs: Tensor) -> dict[str, Tensor]:
-        """See `Form.adapted`."""
+        """Return what `adapt` hands to `predict_adapted`; inputs are the support set's."""
         return dict(zip(self._tensors, self._adapted(inputs, *params.values()), strict=True))
 
     def predict(self, params: Params, images: Tensor) -> Tensor:
-        """See `Form.predict`."""
+        """Return the logits before adaptation; batch norm uses the given images."""
         logits: Tensor = self._predict(images, *params.values())
         return logits
 
     def predict_adapted(self, tensors: Params, images: Tensor) -> Tensor:
-        """See `Form.predict_adapted`."""
+        """Return the logits under what `adapted` returned."""
         logits: Tensor = self._predict_adapted(images, *tensors.values())
         return logits
 
     def parts(self) -> list[Traced]:
-        """See `Form.parts`: the fixed part."""
+        """Return the graph of the fixed part, if there is one."""
         return [self._fixed] if self._fixed else []
 
     def trace_all(self, *, features: bool) -> None:
-        """See `Form.trace_all`."""
+        """Trace what `graphs` will need: inside of torch.export it is too late."""
         _ = self._fixed, self._adapted, self._predict, self._predict_adapted
         _ = features and self._features
 

@@ -37,6 +37,7 @@ from reptile.export.graphs import build_graphs, describe
 from reptile.export.reference import Array, SupportSet
 from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.checkpoint import Checkpoint
+from reptile.learn.unadapted import with_measured_intervals
 from reptile.objectives import CLASSIFICATION
 from reptile.provenance import settings_sha256, versions
 from reptile.settings import EvaluateSettings, ExportSettings
@@ -66,7 +67,8 @@ def export_bundle(
         settings: the bundle's name and limits.
         checkpoint: the meta-trained initialisation.
         data: what it was trained on; its test split gives the golden tensors their images.
-        metrics: of the evaluation, embedded as they are; None if there was none.
+        metrics: of the evaluation, embedded as they are, whose `learner` the checkpoint is: its
+            intervals get the scale that was measured; None if there was none.
         folder: replaced as a whole.
         protocol: the evaluation's settings, whose steps and batch become the bundle's defaults.
 
@@ -80,6 +82,8 @@ def export_bundle(
             f"export.max_steps = {settings.max_steps} is below evaluate.steps = {protocol.steps}, "
             "the number of steps that the bundle takes by default; raise one or lower the other"
         )
+    values = None if metrics is None else metrics.model_dump(mode="json")
+    checkpoint = with_measured_intervals(checkpoint, values)
     graphs, coding = _graphs(settings, checkpoint), data.index.coding
     if coding:
         graphs = {name: with_coding(graph, coding) for name, graph in graphs.items()}
@@ -112,7 +116,7 @@ def export_bundles(
     *,
     protocol: EvaluateSettings,
 ) -> None:
-    """Write the bundle of each learner, and once more the one that is best on validation tasks.
+    """Write the bundle of each learner, and once more the one that validation tasks choose.
 
     Args:
         settings: name and limits of them all.

@@ -65,28 +65,28 @@ class GradientSteps:
         self.settings = settings
 
     def start(self, weights: Tensor) -> MetaState:
-        """See `Algorithm.start`."""
+        """Return the state from the network's weights [P]."""
         return MetaState(weights, fresh_state(weights))
 
     def iterate(
         self, engine: Engine, state: MetaState, classes: ClassRange, iteration: int
     ) -> tuple[MetaState, Tensor]:
-        """See `Algorithm.iterate`."""
+        """Take a meta-step; return the state, and each task's loss [T] before its last step."""
         tasks = training_tasks(classes, self.settings, iteration)
         epsilon = step_size(self.settings, iteration)
         state, losses = meta_step(engine, state, tasks, self.settings, epsilon)
         return state, losses[:, -1]
 
     def finish(self, engine: Engine, state: MetaState, data: PreparedData) -> MetaState:
-        """See `Algorithm.finish`: nothing."""
+        """Return the state as it is: training keeps all a checkpoint needs."""
         return state
 
     def score(self, engine: Engine, state: MetaState, tasks: Sequence[Task]) -> float:
-        """See `Algorithm.score`."""
+        """Return the mean score on validation tasks after the inner steps."""
         return mean_score(engine, state, tasks, engine.model.objective)
 
     def diverged(self) -> str:
-        """See `Algorithm.diverged`."""
+        """Return the settings to lower where the loss is no longer finite."""
         return (
             f"train.optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or "
             f"train.meta_step (now {self.settings.meta_step:g})"
@@ -103,29 +103,29 @@ class Maml:
         )  # refuses
 
     def start(self, weights: Tensor) -> EpisodicState:
-        """See `Algorithm.start`."""
+        """Return the state from the network's weights [P]."""
         vector = first_vector(self.settings, self.model, weights)
         return EpisodicState(vector, torch.zeros_like(vector), torch.zeros_like(vector), 0)
 
     def iterate(
         self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
     ) -> tuple[EpisodicState, Tensor]:
-        """See `Algorithm.iterate`."""
+        """Take a meta-iteration; return the state, and the loss of each of its tasks [T]."""
         tasks = episodes(classes, self.settings, iteration)
         rate, done = adam_rate(self.settings, iteration), iteration / self.settings.meta_iterations
         return maml_step(engine, state, tasks, self.settings, rate, done)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
-        """See `Algorithm.finish`: nothing."""
+        """Return the state as it is: training keeps all a checkpoint needs."""
         return state
 
     def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
-        """See `Algorithm.score`."""
+        """Return the mean score of a finished state on validation tasks."""
         start = start_of(self.settings, engine.model, state.weights)
         return mean_score(engine, start, tasks, engine.model.objective)
 
     def diverged(self) -> str:
-        """See `Algorithm.diverged`."""
+        """Return the settings to lower where the loss is no longer finite."""
         return (
             f"train.optimizer.learning_rate (now {self.settings.optimizer.learning_rate:g}) or "
             f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
@@ -141,13 +141,13 @@ class ThroughHead:
         self._fixed: Statistics = ()
 
     def start(self, weights: Tensor) -> EpisodicState:
-        """See `Algorithm.start`."""
+        """Return the state from the network's weights [P]."""
         return EpisodicState.start(weights, self.head)
 
     def iterate(
         self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
     ) -> tuple[EpisodicState, Tensor]:
-        """See `Algorithm.iterate`."""
+        """Take a meta-iteration; return the state, and the loss of each of its tasks [T]."""
         drawn = episodes(classes, self.settings, iteration)
         rate = adam_rate(self.settings, iteration)
         if iteration == 0 and self.settings.episode.fit_prior and isinstance(self.head, BayesHead):
@@ -159,7 +159,7 @@ class ThroughHead:
         return episodic_step(engine, state, drawn, self.head, rate, self._fixed or None)
 
     def finish(self, engine: Engine, state: EpisodicState, data: PreparedData) -> EpisodicState:
-        """See `Algorithm.finish`: the statistics of batch norm, and the shares of towers."""
+        """Return the state with the statistics of batch norm, and the shares of towers."""
         statistics = population_statistics(
             engine, state.weights, data.split("train"), self.settings.seed
         )
@@ -170,12 +170,12 @@ class ThroughHead:
         return state._replace(shares=choose_shares(engine, state, self.head, tasks))
 
     def score(self, engine: Engine, state: EpisodicState, tasks: Sequence[Task]) -> float:
-        """See `Algorithm.score`."""
+        """Return the mean score of a finished state on validation tasks."""
         learner = ClosedForm.of(engine.model, self.head, state)
         return mean_query_score(learner, engine, tasks)
 
     def diverged(self) -> str:
-        """See `Algorithm.diverged`."""
+        """Return the settings to lower where the loss is no longer finite."""
         return f"train.episode.learning_rate (now {self.settings.episode.learning_rate:g})"
 
 
@@ -189,14 +189,14 @@ class Pretrain(ThroughHead):
         self._numbers = sum(shape.numel() for shape in shapes.values())
 
     def start(self, weights: Tensor) -> EpisodicState:
-        """See `Algorithm.start`: the classifier starts at 0."""
+        """Return the state from the network's weights [P], with a classifier of zeros."""
         state = super().start(weights)
         return state.each(lambda vector: torch.cat([vector, vector.new_zeros(self._numbers)]))
 
     def iterate(
         self, engine: Engine, state: EpisodicState, classes: ClassRange, iteration: int
     ) -> tuple[EpisodicState, Tensor]:
-        """See `Algorithm.iterate`."""
+        """Take a meta-iteration; return the state, and the loss of each of its tasks [T]."""
         settings = self.settings
         rng = random_stream(settings.seed, Purpose.TRAIN, iteration)
         batch = training_batch(rng, classes, settings.meta_batch * settings.inner_batch)

@@ -115,11 +115,11 @@ class SharedEngine:
         self._engine, self._processes = engine, processes
 
     def images(self, rows: IntArray) -> Tensor:
-        """See `Engine.images`."""
+        """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
         return self._engine.images(rows)
 
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt`."""
+        """Adapt to T tasks, a share in each process, from weights [P] or [T, P]."""
         size, steps = weights.shape[-1], len(tasks[0].batches)
         shape = (len(tasks), size)
         starts, moments = weights.expand(shape), state.second_moment.expand(shape)
@@ -136,11 +136,11 @@ class SharedEngine:
     def adapt_sequential(
         self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
     ) -> Adapted:
-        """See `Engine.adapt_sequential`."""
+        """Adapt to each task from weights [P], and the optimiser's state after the task before."""
         return adapt_each(self.adapt, weights, state, tasks)
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`."""
+        """Return the logits [T, Q, ways] of each task's queries, a share from each process."""
         results = weights.new_empty(len(tasks), len(tasks[0].query), self.model.outputs)
         share = self._part(len(tasks), self._processes.rank)
         if tasks[share]:
@@ -150,11 +150,11 @@ class SharedEngine:
     def features(
         self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Engine.features`: of one batch, so each process computes its own."""
+        """Return the features [N, D] of rows [N]: one batch, so each process computes its own."""
         return self._engine.features(weights, rows, statistics)
 
     def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
-        """See `Engine.statistics`: likewise."""
+        """Return each batch norm's statistics on rows [N], computed in each process."""
         return self._engine.statistics(weights, rows)
 
     def _part(self, tasks: int, rank: int) -> slice:

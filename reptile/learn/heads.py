@@ -90,7 +90,7 @@ class ClassifierHead(Head):
         queries: Tensor,
         query_targets: Tensor,
     ) -> Tensor:
-        """See `Head.loss`: cross-entropy."""
+        """Return the mean cross-entropy [] of the queries' labels."""
         classifier = self.fit(params, support, support_targets)
         return F.cross_entropy(classifier.logits(queries), query_targets)
 
@@ -112,7 +112,7 @@ class PrototypeHead(ClassifierHead):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `ClassifierHead.fit`."""
+        """Return the classifier by squared distances to the classes' mean features."""
         prototypes = (labels.T @ features) / labels.sum(0).clamp(min=1)[:, None]
         scale = params["head.scale"].exp()
         return Classifier(2 * scale * prototypes, -scale * prototypes.square().sum(1))
@@ -139,7 +139,7 @@ class RidgeHead(ClassifierHead):
         labels: Tensor,
         solve: Solve = torch.linalg.solve,
     ) -> Classifier:
-        """See `ClassifierHead.fit`."""
+        """Return the classifier by ridge regression on one-hot labels, solved in its dual form."""
         strength = params["head.strength"].exp()
         identity = torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
         kernel = features @ features.T + 1 + strength * identity  # 1: of the column of ones
@@ -162,7 +162,7 @@ class Posterior(NamedTuple):
 
 
 CORRECTIONS = 2
-EM_ITERATIONS = 60
+EM_ITERATIONS = 300
 MIN_NOISE = 1e-6  # of values without any, variance that float32 can tell from 0
 
 
@@ -261,7 +261,10 @@ class BayesHead(Head):
         count: Tensor,
         iterations: int = EM_ITERATIONS,
     ) -> dict[str, Tensor]:
-        """Return the prior and noise that make the tasks' values likely, by the EM algorithm.
+        """Return the prior and noise that make the tasks' values likely, by the ECME algorithm.
+
+        EM, but for the mean, which maximises the likelihood itself: EM's would move too slowly
+        where a task's rows say little of it (Liu and Rubin, The ECME algorithm, 1994).
 
         It starts from the same regression for all tasks, and a prior as wide as its error. With
         fixed features this is the mixed-effects model (Laird and Ware, Random-effects models for
@@ -272,7 +275,7 @@ class BayesHead(Head):
             product: ΦᵀY, [T, D + 1, outputs].
             square: the sum of each value's squares, [T, outputs].
             count: of rows, [T].
-            iterations: of EM.
+            iterations: of ECME.
         """
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         whole, rows = gram.sum(0), count.sum()
@@ -293,7 +296,11 @@ class BayesHead(Head):
             off = (weights - mean) / noise.sqrt()
             covariance = (spread + off @ off.mT / len(noise)).mean(0)
             noise = (error(weights) + noise * (spread * gram).sum()) / rows
-            noise, mean = noise.clamp(min=MIN_NOISE), weights.mean(0)
+            noise = noise.clamp(min=MIN_NOISE)
+            known = torch.cat([gram, product], dim=-1)
+            known = torch.linalg.solve(identity + gram @ covariance, known).sum(0)
+            whole, moments = torch.split(known, [len(identity), len(noise)], dim=-1)
+            mean = torch.linalg.solve(whole + tiny * identity, moments)
         factor = torch.linalg.cholesky(torch.linalg.inv(covariance))
         raw = factor.tril(-1) + torch.diag_embed(factor.diagonal().log())
         return {"head.mean": mean, "head.factor": raw, "head.noise": noise.log()}
@@ -315,7 +322,7 @@ class BayesHead(Head):
         queries: Tensor,
         query_targets: Tensor,
     ) -> Tensor:
-        """See `Head.loss`."""
+        """Return the mean negative log-likelihood [] of the queries' values."""
         mean, variance = self.fit(params, support, support_targets).predict(queries)
         off = (query_targets.to(mean.dtype) - mean).square() / variance
         return (0.5 * (off + variance.log() + math.log(2 * math.pi))).mean().to(queries.dtype)

@@ -12,7 +12,7 @@ from reptile.learn.engines.base import Engine
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.heads import Head
 from reptile.models import Towers, size
-from reptile.objectives import CLASSIFICATION, Objective
+from reptile.objectives import Objective
 from reptile.settings import TrainSettings
 from reptile.tasks import Purpose, Task, check_classes, held_out_task, random_stream
 
@@ -55,11 +55,10 @@ def choose_shares(
 
 def share_tasks(settings: TrainSettings, data: PreparedData, objective: Objective) -> list[Task]:
     """Draw tasks of the validation split, of each number of shots; none if it is too small."""
-    classes, ways = data.split("validation"), 1
-    if objective is CLASSIFICATION:
-        ways = min(settings.ways, len(classes.starts))
-        if ways < 2:
-            return []
+    classes = data.split("validation")
+    ways = min(settings.ways, len(classes.starts))
+    if ways < objective.least_ways:
+        return []
     tasks = []
     for shots in settings.episode.shots:
         protocol = objective.validation._replace(ways=ways, shots=shots, queries=QUERIES)

@@ -3,6 +3,7 @@
 What a checkpoint is worth without adaptation; trained through a head or not.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from reptile.errors import InputError
 from reptile.learn.checkpoint import Checkpoint, build_network
 from reptile.learn.engines import make_engine
 from reptile.learn.episodic import ClosedForm, EpisodicState, population_statistics
-from reptile.learn.heads import HEADS
+from reptile.learn.heads import HEADS, BayesHead
 from reptile.models import Network, size, unflatten
 from reptile.settings import OptimizerSettings
 
@@ -113,3 +114,36 @@ def exported(
     strengths = metrics["strengths"].get(learner, {})
     strength = strengths[min(strengths, key=int)] if strengths else None
     return as_closed_form(checkpoint, data, learner, strength)
+
+
+def with_interval_scale(checkpoint: Checkpoint, scale: float) -> Checkpoint:
+    """Return a checkpoint whose intervals are `scale` times as wide, with the same predictions.
+
+    The prior's covariance is in units of the noise's variance, so that is the one number to change.
+    A checkpoint without variances is returned as it is.
+    """
+    settings = checkpoint.info.settings
+    if not settings.closed_form or not isinstance(checkpoint.closed_form.head, BayesHead):
+        return checkpoint
+    learner = checkpoint.closed_form
+    noise = learner.params["head.noise"] + 2 * math.log(scale)
+    params = {**learner.params, "head.noise": noise}
+    names = (*learner.model.shapes, *learner.head.shapes)
+    weights = torch.cat([params[name].reshape(-1) for name in names])
+    return checkpoint._replace(state=checkpoint.state._replace(weights=weights))
+
+
+def with_measured_intervals(
+    checkpoint: Checkpoint, metrics: Mapping[str, Any] | None
+) -> Checkpoint:
+    """Return the checkpoint with the scale of intervals that its evaluation measured.
+
+    Args:
+        checkpoint: what was evaluated.
+        metrics: of the evaluation, as in metrics.json, whose `learner` it is; None if there was
+            none. Older ones have no scale.
+    """
+    metrics = metrics or {}
+    scales = metrics.get("interval_scales", {})
+    scale = scales.get(metrics.get("learner", "trained"), {}).get("scale", 1.0)
+    return with_interval_scale(checkpoint, scale)

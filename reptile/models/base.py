@@ -104,34 +104,34 @@ class Network(ABC):
 
     @property
     def name(self) -> str:
-        """See `Model.name`."""
+        """Its name in the settings."""
         return self.settings.name
 
     @property
     def has_batch_norm(self) -> bool:
-        """See `Model.has_batch_norm`."""
+        """Whether a prediction depends on the statistics of a batch."""
         return any(name.startswith("norm") for name in self.shapes)
 
     @property
     def head_bias(self) -> str:
-        """See `Model.head_bias`."""
+        """The parameter [outputs] that is added to the outputs; empty without a head."""
         return "head.bias" if self.outputs else ""
 
     @property
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
-        """See `Model.shapes`."""
+        """Names and shapes of the weights, in the order they have in the flat vector."""
 
     @property
     @abstractmethod
     def feature_size(self) -> int:
-        """See `Model.feature_size`."""
+        """D, the number of features of one input."""
 
     @abstractmethod
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`.
+        """Map inputs [B, *image_shape] to what the head sees, [B, D]; otherwise as `forward`.
 
         Params with batch norm folded into the convolutions (`export.fold`) hold biases instead.
         """
@@ -139,7 +139,7 @@ class Network(ABC):
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`."""
+        """Map inputs [B, *image_shape] to [B, outputs]; without a head to features [B, D]."""
         features = self.features(params, images, statistics)
         if not self.outputs:
             return features
@@ -156,7 +156,7 @@ class Network(ABC):
 
     @abstractmethod
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`."""
+        """Return each batch norm's statistics on this batch; empty without batch norm."""
 
     def _seen(self, images: Tensor) -> Tensor:
         """Return what the network sees of images."""

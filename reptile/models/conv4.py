@@ -43,14 +43,14 @@ class Conv4(Network):
 
     @property
     def feature_size(self) -> int:
-        """See `Model.feature_size`: the last layer's activations."""
+        """D, the number of the last layer's activations."""
         height, width = (math.ceil(side / 2**CONV_LAYERS) for side in self.image_shape[1:])
         return int(self.settings.filters * height * width)
 
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`."""
+        """Map inputs [B, *image_shape] to what the head sees, [B, D]; otherwise as `forward`."""
         x = self._seen(images)
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)
@@ -61,7 +61,7 @@ class Conv4(Network):
         return x.flatten(1)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`: one entry a layer."""
+        """Return the statistics of each layer's convolution on this batch."""
         x, statistics = self._seen(images), []
         for layer in range(1, CONV_LAYERS + 1):
             x = self._convolve(params, x, layer)

@@ -28,16 +28,16 @@ class MaskedNetwork:
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """See `Model.shapes`: those of the module, and `output_mask` [outputs]."""
+        """Names and shapes of the weights: the module's, then `output_mask` [outputs]."""
         return {**self.network.shapes, OUTPUT_MASK: torch.Size((self.outputs,))}
 
     @property
     def head_bias(self) -> str:
-        """See `Model.head_bias`."""
+        """The mask [outputs], which is added to the outputs."""
         return OUTPUT_MASK
 
     def initialise(self, seed: int) -> Tensor:
-        """See `Model.initialise`: no output is masked."""
+        """Return the weights before any training, float32 [P]; no output is masked."""
         return self.extend(self.network.initialise(seed))
 
     def extend(self, vector: Tensor) -> Tensor:
@@ -47,18 +47,18 @@ class MaskedNetwork:
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`."""
+        """Map inputs [B, *image_shape] to logits or values [B, outputs] plus the mask."""
         mask = params[OUTPUT_MASK].detach()
         return self.network.forward(self._without_mask(params), images, statistics) + mask
 
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`."""
+        """Map inputs [B, *image_shape] to what the head sees, [B, D], by the module."""
         return self.network.features(self._without_mask(params), images, statistics)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`."""
+        """Return the module's statistics on this batch."""
         return self.network.statistics(self._without_mask(params), images)
 
     def _without_mask(self, params: Params) -> Params:

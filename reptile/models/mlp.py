@@ -31,13 +31,13 @@ class MLP(Network):
 
     @property
     def feature_size(self) -> int:
-        """See `Model.feature_size`: the width of the last hidden layer."""
+        """D, the width of the last hidden layer."""
         return self.settings.hidden[-1]
 
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`; there is no batch norm."""
+        """Map inputs [B, *image_shape] to what the head sees, [B, D]; there is no batch norm."""
         activate = torch.tanh if self.settings.activation == "tanh" else F.relu
         x = self._seen(images).flatten(1)
         for layer in range(1, len(self.settings.hidden) + 1):
@@ -47,5 +47,5 @@ class MLP(Network):
         return x
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`: none."""
+        """Return nothing: there is no batch norm."""
         return ()

@@ -102,7 +102,7 @@ class ModuleNetwork:
 
     @property
     def has_batch_norm(self) -> bool:
-        """See `Model.has_batch_norm`."""
+        """Whether a prediction depends on the statistics of a batch."""
         return bool(self._norms)
 
     @property
@@ -125,7 +125,7 @@ class ModuleNetwork:
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`."""
+        """Map inputs [B, *image_shape] to logits or values [B, outputs]."""
         for norm, given in zip(self._norms, statistics or (), strict=statistics is not None):
             norm.given = given
         try:
@@ -137,7 +137,7 @@ class ModuleNetwork:
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`: the input of the last `nn.Linear` that runs, flattened.
+        """Return the input of the last `nn.Linear` that runs, flattened to [B, D].
 
         A module without a head or without a linear layer gives its outputs.
         """
@@ -153,7 +153,7 @@ class ModuleNetwork:
         return seen[-1].flatten(1)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`: one entry a batch norm, in the order the module lists them."""
+        """Return each batch norm's statistics on this batch, in the order the module lists them."""
         for norm in self._norms:
             norm.keeps = True
         try:

@@ -46,7 +46,7 @@ class Towers:
 
     @property
     def feature_size(self) -> int:
-        """See `Model.feature_size`: of all towers together."""
+        """D, the number of features of all towers together."""
         return sum(tower.feature_size for tower in self.towers)
 
     @property
@@ -66,7 +66,7 @@ class Towers:
         return " ".join(each or "-" for each in loaded) if any(loaded) else ""
 
     def initialise(self, seed: int) -> Tensor:
-        """See `Model.initialise`."""
+        """Return the towers' weights before any training, one after another, float32 [P]."""
         return torch.cat([tower.initialise(seed) for tower in self.towers])
 
     def start_from(self, weights: Tensor, fixed: Mapping[str, Tensor]) -> None:
@@ -85,13 +85,13 @@ class Towers:
     def forward(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.forward`: the features."""
+        """Return the features [B, D]: there is no head."""
         return self.features(params, images, statistics)
 
     def features(
         self, params: Params, images: Tensor, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Model.features`."""
+        """Map inputs [B, *image_shape] to the towers' features, joined to [B, D]."""
         given = self.split_statistics(statistics)
         parts = [
             tower.features(_of(place, params), images, given[place])
@@ -100,7 +100,7 @@ class Towers:
         return self.join(parts, statistics)
 
     def statistics(self, params: Params, images: Tensor) -> Statistics:
-        """See `Model.statistics`: those of each tower, then of each tower's features."""
+        """Return the statistics on this batch: each tower's, then those of the towers' features."""
         layers: list[LayerStatistics] = []
         parts = []
         for place, tower in enumerate(self.towers):

@@ -43,7 +43,7 @@ def check_rows(rows: Any, columns: Sequence[Column], what: str) -> Rows:
         known = list(getattr(rows, "columns", rows))
         missing = [name for name in names if name not in known]
         if missing:
-            raise InputError(f"{what}: no column {missing[0]!r}: give {', '.join(names)}")
+            raise InputError(f"{what}: no column {missing[0]!r}: give {_joined(names)}")
         values: Sequence[Sequence[Any]] = [_listed(rows[name]) for name in names]
         sizes = {name: len(each) for name, each in zip(names, values, strict=True)}
         if len(set(sizes.values())) > 1:
@@ -72,6 +72,11 @@ def check_values(values: Any, columns: Sequence[Column], what: str) -> Rows:
             f"{what}: row {row} has no {columns[column].name!r}: leave out rows without a value"
         )
     return found
+
+
+def _joined(names: Sequence[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 500 else f"{text[:500]} …"
 
 
 def _listed(values: Any) -> Sequence[Any]:
@@ -104,14 +109,14 @@ def _numbers(rows: Any, columns: int, what: str) -> Rows | None:
 def _by_column(rows: Any, names: list[str], what: str) -> list[list[Any]]:
     """Return the values of each column, from rows by name or by position."""
     if isinstance(rows, str) or not hasattr(rows, "__iter__"):
-        raise InputError(f"{what} must be rows of {', '.join(names)}, got {reprlib.repr(rows)}")
+        raise InputError(f"{what} must be rows of {_joined(names)}, got {reprlib.repr(rows)}")
     found: list[list[Any]] = [[] for _ in names]
     for number, row in enumerate(rows):
         if isinstance(row, Mapping):
             missing = [name for name in names if name not in row]
             if missing:
                 raise InputError(
-                    f"{what}: row {number} has no {missing[0]!r}: give {', '.join(names)}, None "
+                    f"{what}: row {number} has no {missing[0]!r}: give {_joined(names)}, None "
                     "where a value is missing"
                 )
             row = [row[name] for name in names]
@@ -120,7 +125,7 @@ def _by_column(rows: Any, names: list[str], what: str) -> list[list[Any]]:
         if len(row) != len(names):
             raise InputError(
                 f"{what}: row {number} has {len(row)} values, expected {len(names)}: "
-                f"{', '.join(names)}"
+                f"{_joined(names)}"
             )
         for values, value in zip(found, row, strict=True):
             values.append(value)

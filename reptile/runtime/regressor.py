@@ -105,7 +105,8 @@ class AdaptedRegressor:
         if not 0 < level < 1:
             raise InputError(f"level must lie between 0 and 1, got {level}")
         mean, variance = self._run(x, ["logits", "variance"])
-        half = np.sqrt(variance) * mean.dtype.type(NormalDist().inv_cdf((1 + level) / 2))
+        # The lower tail: 1 + level may round to 2.
+        half = np.sqrt(variance) * mean.dtype.type(-NormalDist().inv_cdf((1 - level) / 2))
         with np.errstate(invalid="ignore"):  # an infinite value has no interval
             return Interval(mean - half, mean + half)
 

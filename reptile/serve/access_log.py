@@ -1,6 +1,6 @@
-"""What is told of requests once they have ended: the metrics, and a line of the log for each.
+"""The metrics of requests that have ended, and a line of the log for each.
 
-All that end in one turn of the event loop are told together, which costs a third as much.
+All that end in one turn of the event loop are written together, which costs a third as much.
 """
 
 import asyncio
@@ -50,12 +50,12 @@ class AccessLog:
         )
 
     def add(self, request: Ended) -> None:
-        """Take a request that ended; it is told of before the loop reads another."""
+        """Add a request that ended; it is written before the loop reads another."""
         if not self._ended:
-            asyncio.get_running_loop().call_soon(self._tell)
+            asyncio.get_running_loop().call_soon(self._write)
         self._ended.append(request)
 
-    def _tell(self) -> None:
+    def _write(self) -> None:
         ended, self._ended = self._ended, []
         for request in ended:
             method = request.method if request.method in METHODS else "other"

@@ -1,6 +1,6 @@
 """A connection whose requests' heads must arrive soon and be short.
 
-uvicorn waits for ever for a head that does not come, and keeps all of one that does not end. And
+uvicorn waits without limit for a head that does not come, and keeps all of one that does not end;
 httptools does not read the body of a request that offers an upgrade, such as `Upgrade: h2c`.
 """
 
@@ -16,7 +16,7 @@ UPGRADE = re.compile(rb"\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
 class Connection(HttpToolsProtocol):
-    """Closes when a request's head is late or long; what has begun is answered as ever."""
+    """Closes when a request's head is late or too long; requests that have begun are answered."""
 
     _since: float | None = None  # when it began to wait for a head
     _head = 0  # bytes of a head that is not complete

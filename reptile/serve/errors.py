@@ -36,7 +36,7 @@ def exception_handlers(
         return answer(422, str(error))
 
     async def storage(request: Request, error: StorageError) -> Response:
-        log.error("%s", error)  # with the path, which is not the client's to know
+        log.error("%s", error)  # with the path, which clients should not see
         return answer(507, "the server cannot store the task; its log says why")
 
     async def not_finite(request: Request, error: DivergedError) -> Response:

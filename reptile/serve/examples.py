@@ -1,5 +1,6 @@
 """Reading examples and queries: images, rows of a table or other inputs, as JSON, CSV or files."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.requests import Request
 
+from reptile.bundle_format import Column
 from reptile.errors import InputError
-from reptile.runtime.columns import check_values
+from reptile.runtime.columns import check_rows, check_values
 from reptile.runtime.inputs import check_points
-from reptile.serve.csv_rows import read_csv
+from reptile.serve.csv_rows import Table, read_csv
 from reptile.serve.errors import first_error
 from reptile.serve.request_body import (
     MAX_LABEL,
@@ -36,7 +38,14 @@ class Options(BaseModel):
     seed: int | None = None
 
 
-class Queries(BaseModel):
+class Level(BaseModel):
+    """The option of a prediction, as a query parameter or in JSON."""
+
+    level: float | None = None
+    """The probability of a regressor's intervals; see `Service.predict`."""
+
+
+class Inputs(BaseModel):
     """Inputs, as JSON: one of the keys, by what the bundle takes."""
 
     model_config = ConfigDict(extra="allow")  # `_check_keys` refuses others
@@ -49,7 +58,11 @@ class Queries(BaseModel):
     """[N, ...]: other numbers."""
 
 
-class Examples(Queries):
+class Queries(Inputs, Level):
+    """What to predict for, as JSON."""
+
+
+class Examples(Inputs):
     """Inputs and what is to be learnt of each, as JSON; rows hold it themselves."""
 
     labels: list[Label] | None = None
@@ -62,15 +75,22 @@ class Support(Examples, Options):
     """A support set, as JSON."""
 
 
-class Read(NamedTuple):
+class ReadExamples(NamedTuple):
     """Examples, as the service takes them."""
 
-    inputs: Array
+    inputs: Array  # as `Service.inputs` returns them
     targets: Any  # a list of labels; or values [N, outputs]
     options: dict[str, Any]  # of the body
 
 
-async def read_examples(request: Request, service: Service, kind: type[Examples]) -> Read:
+class ReadQueries(NamedTuple):
+    """What to predict for, as the service takes it."""
+
+    inputs: Array  # as `Service.inputs` returns them
+    level: float | None = None  # of the body
+
+
+async def read_examples(request: Request, service: Service, kind: type[Examples]) -> ReadExamples:
     """Read a request's inputs, and their labels or values.
 
     Raises:
@@ -78,40 +98,49 @@ async def read_examples(request: Request, service: Service, kind: type[Examples]
     """
     if service.takes == "images" and body_type(request, service) == "form":
         files = await read_files(request, service)
-        return Read(np.stack([image for _, image in files]), [name for name, _ in files], {})
+        images = np.stack([image for _, image in files])
+        return ReadExamples(images, [name for name, _ in files], {})
     label = request.query_params.get("label", "label")
     content, is_csv = await _content(request, service)
 
-    def read() -> Read:
-        body = kind(rows=_rows(content, service, label)) if is_csv else parse(kind, content)
+    def read() -> ReadExamples:
+        if is_csv:
+            names = service.targets if service.predicts_values else [Column(label, "category", ())]
+            table = _table(content, service, names)
+            inputs = _table_inputs(table, service)
+            if service.predicts_values:
+                return ReadExamples(inputs, check_values(table, service.targets, "rows"), {})
+            given = table.get(label, [None] * len(inputs))
+            return ReadExamples(inputs, _labels(given, label, service), {})
+        body = parse(kind, content)
         needed: list[str] = [service.takes]
         if service.takes != "rows":
             needed.append("values" if service.predicts_values else "labels")
         _check_keys(body, needed)
         inputs = service.inputs(getattr(body, service.takes))
         options = body.model_dump(include=set(Options.model_fields), exclude_none=True)
-        return Read(inputs, _targets(body, service, label), options)
+        return ReadExamples(inputs, _targets(body, service, label), options)
 
     return await in_thread_if_large(len(content), read)
 
 
-async def read_queries(request: Request, service: Service) -> Array:
-    """Read a request's inputs, as `Service.inputs` returns them.
+async def read_queries(request: Request, service: Service) -> ReadQueries:
+    """Read a request's inputs.
 
     Raises:
         HTTPException, InputError: a body that cannot be read or used.
     """
     if service.takes == "images" and body_type(request, service) == "form":
         files = await read_files(request, service)
-        return np.stack([image for _, image in files])
+        return ReadQueries(np.stack([image for _, image in files]))
     content, is_csv = await _content(request, service)
 
-    def read() -> Array:
+    def read() -> ReadQueries:
         if is_csv:
-            return service.inputs(_rows(content, service, None))
+            return ReadQueries(_table_inputs(_table(content, service, []), service))
         body = parse(Queries, content)
         _check_keys(body, [service.takes])
-        return service.inputs(getattr(body, service.takes))
+        return ReadQueries(service.inputs(getattr(body, service.takes)), body.level)
 
     return await in_thread_if_large(len(content), read)
 
@@ -123,14 +152,23 @@ async def _content(request: Request, service: Service) -> tuple[bytes, bool]:
     return await csv_body(request, service), True
 
 
-def _rows(content: bytes, service: Service, label: str | None) -> list[dict[str, Any]]:
-    bundle = service.model.bundle
-    columns = [*bundle.columns, *bundle.targets]
-    label = None if service.predicts_values else label
-    return read_csv(content, columns, label, service.settings.max_images)
+def _table(content: bytes, service: Service, targets: Iterable[Column]) -> Table:
+    columns = {column.name: column.kind for column in (*targets, *service.columns)}
+    return read_csv(content, columns, service.settings.max_images)
 
 
-def _check_keys(body: Queries, needed: list[str]) -> None:
+def _table_inputs(table: Table, service: Service) -> Array:
+    """Return the inputs of a CSV file's rows, as `Service.inputs` does.
+
+    Raises:
+        InputError: no such columns, none or too many rows, or a value that cannot be used.
+    """
+    check = check_rows if service.takes == "rows" else check_values  # rows may have missing values
+    numbers = check(table, service.columns, "rows")
+    return service.inputs(numbers.reshape(len(numbers), *service.model.bundle.image_shape))
+
+
+def _check_keys(body: Inputs, needed: list[str]) -> None:
     keys = [key for key in Examples.model_fields if getattr(body, key, None) is not None]
     given = [*keys, *(body.model_extra or {})]
     if sorted(given) != sorted(needed):
@@ -150,15 +188,19 @@ def _targets(body: Examples, service: Service, label: str) -> Any:
     rows = body.rows or []
     if service.predicts_values:
         return check_values(rows, bundle.targets, "rows")
-    if label in {column.name for column in bundle.columns}:
+    return _labels([row.get(label) for row in rows], label, service)
+
+
+def _labels(given: list[Any], label: str, service: Service) -> list[Label]:
+    """Return the labels of rows, given the column of this name."""
+    if label in {column.name for column in service.columns}:
         raise InputError(f"column {label!r} is an input: name that of the labels with label=NAME")
-    for number, row in enumerate(rows):
-        if row.get(label) is None:
-            raise InputError(
-                f"rows: row {number} has no {label!r}, its label; name another column with "
-                "label=NAME"
-            )
+    if None in given:
+        raise InputError(
+            f"rows: row {given.index(None)} has no {label[:50]!r}, its label; name another column "
+            "with label=NAME"
+        )
     try:
-        return LABELS.validate_python([row[label] for row in rows])
+        return LABELS.validate_python(given)
     except ValidationError as error:
         raise InputError(f"column {label!r}: {first_error(error)}") from None

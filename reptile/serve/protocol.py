@@ -1,6 +1,6 @@
 """The Open Inference Protocol, version 2: its JSON and its binary tensors, as arrays and back.
 
-Checks what the protocol says of tensors; what a graph says of its values is `service`'s business.
+Checks what the protocol says of tensors; `service` checks the values that a graph takes.
 """
 
 import math

@@ -131,9 +131,9 @@ def _few() -> CapacityLimiter:
 def body_type(request: Request, service: Service) -> BodyType:
     """Return what the body is by its content type, if this bundle's inputs may come as that."""
     name = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    allowed = {"images": ("json", "form"), "rows": ("json", "form", "csv"), "inputs": ("json",)}
-    if TYPES.get(name) not in allowed[service.takes]:
-        known = [each for each, kind in TYPES.items() if each and kind in allowed[service.takes]]
+    allowed = ("json", "form") if service.takes == "images" else ("json", "form", "csv")
+    if TYPES.get(name) not in allowed:
+        known = [each for each, kind in TYPES.items() if each and kind in allowed]
         raise HTTPException(415, f"content-type {name[:100]!r}: send {' or '.join(known)}")
     return TYPES[name]
 

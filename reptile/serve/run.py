@@ -35,9 +35,7 @@ def run(bundle: Path, host: str, port: int, settings: ServeSettings) -> None:
     # uvicorn raises what stopped it once more when all is answered; that end is no failure.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, frame: sys.exit(0))
-    gc.set_threshold(
-        20_000
-    )  # by default it looks for cycles after 700 objects: a tenth of the time
+    gc.set_threshold(20_000)  # with the default of 700 objects it takes a tenth of the time
     settings = settings.model_copy(update={"hosts": (*settings.hosts, host.lower())})
     app = make_app(load_model(bundle), settings, token)
     uvicorn.run(

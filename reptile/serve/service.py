@@ -1,13 +1,14 @@
 """What the server does with a bundle, without HTTP: adapt, predict, run graphs as models."""
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from reptile.bundle_format import TensorType
+from reptile.bundle_format import Column, TensorType
 from reptile.errors import DivergedError, InputError
 from reptile.runtime import AdaptedModel
 from reptile.runtime.inputs import check_images, check_inputs, check_learning_rate
@@ -23,7 +24,7 @@ from reptile.serve.task_store import (
     TaskStore,
     check_labels,
 )
-from reptile.serve.workers import Adapter, Outputs, Predictor, Values
+from reptile.serve.workers import LEVEL, Adapter, Outputs, Predictor, Values
 
 Array = npt.NDArray[Any]
 
@@ -55,6 +56,10 @@ class Service:
         self.takes: Literal["images", "rows", "inputs"] = (
             "images" if bundle.pixels else "rows" if bundle.columns else "inputs"
         )
+        self.columns = bundle.columns or _numbered("x", math.prod(bundle.image_shape))
+        """Of CSV files: an input's numbers in row-major order, where they have no names."""
+        self.targets = bundle.targets or _numbered("y", bundle.outputs)
+        """A regressor's values."""
         self.store = TaskStore(settings)
         self.store.load(model)
         self.adapter = Adapter(settings)
@@ -240,14 +245,21 @@ class Service:
         found = await self.predict(self._adapted(name), self.inputs(inputs))
         return {key: array for key, array in found._asdict().items() if array is not None}
 
-    async def predict(self, adapted: Adapted, inputs: Array) -> Outputs:
+    async def predict(self, adapted: Adapted, inputs: Array, level: float | None = None) -> Outputs:
         """Predict for what `inputs` returned.
+
+        Args:
+            adapted: the model of a task.
+            inputs: see above.
+            level: the probability of the intervals; None means 0.95, where there are any.
 
         Raises:
             BusyError: too many inputs are waiting.
-            InputError: a predicted value is not finite.
+            InputError: a predicted value is not finite, or a level that cannot be used.
         """
-        found = await self.predictor.predict(adapted, inputs)
+        if level is not None:
+            self._check_level(level)
+        found = await self.predictor.predict(adapted, inputs, LEVEL if level is None else level)
         if isinstance(found, Values) and not np.isfinite(found.values).all():
             row = int(np.argwhere(~np.isfinite(found.values))[0, 0])
             raise InputError(
@@ -290,6 +302,12 @@ class Service:
             "task"
         )
 
+    def _check_level(self, level: float) -> None:
+        if not (self.predicts_values and self.model.bundle.learner == "closed_form"):
+            raise InputError("level: this bundle predicts no intervals: leave it out")
+        if not 0 < level < 1:
+            raise InputError(f"level must lie between 0 and 1, got {level}")
+
     def _check_adaptation(self, feeds: Mapping[str, Array]) -> None:
         """Hold the graph's inputs to what it needs, as ONNX Runtime does not."""
         bundle, labels = self.model.bundle, feeds["support_labels"]
@@ -314,3 +332,9 @@ class Service:
         if batches.size and (batches.min() < 0 or batches.max() >= support):
             raise InputError(f"batches must hold positions in 0..{support - 1}")
         check_learning_rate(float(feeds["learning_rate"]))
+
+
+def _numbered(name: str, count: int) -> tuple[Column, ...]:
+    """Return columns of numbers: `name` of a single one, else `name0`, `name1` and so on."""
+    names = [name] if count == 1 else [f"{name}{place}" for place in range(count)]
+    return tuple(Column(each, "number", ()) for each in names)

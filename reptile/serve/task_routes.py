@@ -14,6 +14,7 @@ from reptile.serve.errors import first_error
 from reptile.serve.examples import (
     Examples,
     Label,
+    Level,
     Options,
     Support,
     read_examples,
@@ -40,7 +41,7 @@ class Task(BaseModel):
 
 def task_routes(service: Service) -> list[BaseRoute]:
     """Return the routes."""
-    names = _names(service)
+    names = [column.name for column in service.targets]
 
     def shown(task: AdaptedTask) -> Task:
         return Task(
@@ -52,7 +53,7 @@ def task_routes(service: Service) -> list[BaseRoute]:
         )
 
     async def adapt(request: Request) -> Response:
-        options = _options(request)
+        options = _query(request, Options)
         examples = await read_examples(request, service, Support)
         work = service.adapt(examples.inputs, examples.targets, **(examples.options | options))
         task = await unless_disconnected(request, work)
@@ -81,7 +82,11 @@ def task_routes(service: Service) -> list[BaseRoute]:
 
     async def predict(request: Request) -> Response:
         task = service.task(request.path_params["task_id"])
-        outputs = await service.predict(task.model, await read_queries(request, service))
+        level = _query(request, Level).get("level")
+        queries = await read_queries(request, service)
+        outputs = await service.predict(
+            task.model, queries.inputs, queries.level if level is None else level
+        )
         if isinstance(outputs, Values):
             return _json({"predictions": _by_name(outputs, names)})
         labels = task.labels
@@ -105,14 +110,6 @@ def task_routes(service: Service) -> list[BaseRoute]:
     ]
 
 
-def _names(service: Service) -> list[str]:
-    """Return the names of a regressor's values: of the columns, or y, or y0, y1 and so on."""
-    bundle = service.model.bundle
-    if bundle.targets:
-        return [column.name for column in bundle.targets]
-    return ["y"] if bundle.outputs == 1 else [f"y{place}" for place in range(bundle.outputs)]
-
-
 def _by_name(outputs: Values, names: list[str]) -> list[dict[str, dict[str, float]]]:
     """Return the values of each input, and its intervals if there are any."""
     found = {key: array.tolist() for key, array in outputs._asdict().items() if array is not None}
@@ -122,13 +119,13 @@ def _by_name(outputs: Values, names: list[str]) -> list[dict[str, dict[str, floa
     ]
 
 
-def _options(request: Request) -> dict[str, Any]:
-    """Return the adaptation's options among the query parameters."""
+def _query(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
+    """Return those of the query parameters that are fields of a model."""
     try:
-        options = Options.model_validate(dict(request.query_params))
+        values = kind.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    return options.model_dump(exclude_none=True)
+    return values.model_dump(exclude_none=True)
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

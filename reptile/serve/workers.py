@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
 
+LEVEL = 0.95  # of intervals, unless a request gives another
 IMAGES_AT_ONCE = 32  # of several requests: so few that others are read while these are run
 OFTEN = 256  # images that a task was asked for before it gets a graph of its own
 MOST_OWN = 16  # graphs of tasks' own; the one used longest ago goes first
@@ -95,7 +96,7 @@ class Values(NamedTuple):
     """The prediction for N inputs of a regressor."""
 
     values: Array  # [N, outputs]
-    low: Array | None  # [N, outputs], as the next: 95 % intervals, of a closed-form learner
+    low: Array | None  # [N, outputs]; as `high` the interval's end, of a closed-form learner
     high: Array | None
 
 
@@ -107,7 +108,12 @@ class _Waiting(NamedTuple):
     answer: "asyncio.Future[Outputs]"
 
 
-Kind = tuple[AdaptedModel | AdaptedRegressor, np.dtype[Any]]  # what can be run together
+class _Batch(NamedTuple):
+    """What predictions that are run together have in common."""
+
+    model: AdaptedModel | AdaptedRegressor
+    dtype: np.dtype[Any]  # of the images
+    level: float  # of a regressor's intervals
 
 
 class Predictor:
@@ -116,12 +122,19 @@ class Predictor:
     def __init__(self, settings: ServeSettings) -> None:
         self._most = settings.waiting_images
         self._pool, self._hot = ThreadPoolExecutor(1, "predict"), _Hot()
-        self._waiting: dict[Kind, list[_Waiting]] = {}
-        self._running: set[Kind] = set()
+        self._waiting: dict[_Batch, list[_Waiting]] = {}
+        self._running: set[_Batch] = set()
         self.images = 0  # running and waiting
 
-    async def predict(self, model: AdaptedModel | AdaptedRegressor, images: Array) -> Outputs:
+    async def predict(
+        self, model: AdaptedModel | AdaptedRegressor, images: Array, level: float = LEVEL
+    ) -> Outputs:
         """Predict for checked images [N, C, H, W] or other inputs.
+
+        Args:
+            model: a task's.
+            images: as its runtime takes them.
+            level: the probability of a regressor's intervals, between 0 and 1.
 
         Raises:
             BusyError: too many images are waiting.
@@ -132,38 +145,38 @@ class Predictor:
         try:
             loop = asyncio.get_running_loop()
             answer: asyncio.Future[Outputs] = loop.create_future()
-            kind = model, images.dtype
-            if kind not in self._waiting:
-                self._waiting[kind] = []
-                loop.call_soon(self._start, kind)  # once all that has arrived by now is read
-            self._waiting[kind].append(_Waiting(images, answer))
+            batch = _Batch(model, images.dtype, level)
+            if batch not in self._waiting:
+                self._waiting[batch] = []
+                loop.call_soon(self._start, batch)  # once all that has arrived by now is read
+            self._waiting[batch].append(_Waiting(images, answer))
             return await answer
         finally:
             self.images -= len(images)
 
-    def _start(self, kind: Kind) -> None:
-        if kind in self._running or kind not in self._waiting:
+    def _start(self, batch: _Batch) -> None:
+        if batch in self._running or batch not in self._waiting:
             return
-        waiting, size, count = self._waiting[kind], 0, 0
+        waiting, size, count = self._waiting[batch], 0, 0
         for one in waiting:
             if count and size + len(one.images) > IMAGES_AT_ONCE:
                 break
             size, count = size + len(one.images), count + 1
-        batch, rest = waiting[:count], waiting[count:]
+        first, rest = waiting[:count], waiting[count:]
         if rest:
-            self._waiting[kind] = rest
+            self._waiting[batch] = rest
         else:
-            del self._waiting[kind]
-        self._running.add(kind)
-        images = np.concatenate([one.images for one in batch])
-        future = self._pool.submit(self._hot.predict, kind[0], images)
+            del self._waiting[batch]
+        self._running.add(batch)
+        images = np.concatenate([one.images for one in first])
+        future = self._pool.submit(self._hot.predict, batch.model, images, batch.level)
         loop = asyncio.get_running_loop()
-        future.add_done_callback(partial(_from_thread, loop, self._finish, kind, batch, future))
+        future.add_done_callback(partial(_from_thread, loop, self._finish, batch, first, future))
 
-    def _finish(self, kind: Kind, batch: list[_Waiting], future: "Future[Outputs]") -> None:
-        self._running.discard(kind)
+    def _finish(self, batch: _Batch, first: list[_Waiting], future: "Future[Outputs]") -> None:
+        self._running.discard(batch)
         error, start = future.exception(), 0
-        for one in batch:
+        for one in first:
             own = slice(start, start + len(one.images))
             if one.answer.cancelled():
                 pass
@@ -172,7 +185,7 @@ class Predictor:
             else:
                 one.answer.set_result(_part(future.result(), own))
             start = own.stop
-        self._start(kind)
+        self._start(batch)
 
     def close(self) -> None:
         """Wait for what runs."""
@@ -192,10 +205,12 @@ class _Hot:
         self._asked: WeakKeyDictionary[AdaptedModel, int] = WeakKeyDictionary()
         self._own: WeakKeyDictionary[AdaptedModel, AdaptedModel] = WeakKeyDictionary()
 
-    def predict(self, model: AdaptedModel | AdaptedRegressor, images: Array) -> Outputs:
+    def predict(
+        self, model: AdaptedModel | AdaptedRegressor, images: Array, level: float = LEVEL
+    ) -> Outputs:
         if isinstance(model, AdaptedRegressor):
             closed_form = model.bundle.learner == "closed_form"
-            interval = model.predict_interval(images) if closed_form else (None, None)
+            interval = model.predict_interval(images, level) if closed_form else (None, None)
             return Values(model.predict(images), *interval)
         logits = self._fastest(model, len(images)).logits(images)
         return Prediction(softmax(logits), logits)

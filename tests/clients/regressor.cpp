@@ -5,17 +5,8 @@
 #include <cstdio>
 
 #include "npy.hpp"
+#include "refusal.hpp"
 #include "regressor.hpp"
-
-template <class Call>
-void expect_refusal(Call call, const char* what) {
-  try {
-    call();
-  } catch (const std::invalid_argument&) {
-    return;
-  }
-  throw std::runtime_error(std::string("not refused: ") + what);
-}
 
 int main(int, char** argv) {
   try {
@@ -46,6 +37,14 @@ int main(int, char** argv) {
     unknown[0] = NAN;
     expect_refusal([&] { adapted.predict({infinite}); }, "an infinite input");
     expect_refusal([&] { adapted.interval(queries, 1); }, "a level of one, or no variances");
+    if (!model.raw()) {
+      auto large = queries;
+      large[0] = 1e39;
+      auto far = values;
+      far[0] = -1e39;
+      expect_refusal([&] { adapted.predict(large); }, "an input that is infinite as float");
+      expect_refusal([&] { model.adapt(inputs, far); }, "a value that is infinite as float");
+    }
     if (model.closed_form()) {
       expect_refusal([&] { model.adapt(inputs, unknown); }, "a value that is NaN");
       expect_refusal([&] { model.adapt(inputs, {}); }, "no values");

@@ -8,16 +8,7 @@
 
 #include "few_shot.hpp"
 #include "npy.hpp"
-
-template <class Call>
-void expect_refusal(Call call, const char* what) {
-  try {
-    call();
-  } catch (const std::invalid_argument&) {
-    return;
-  }
-  throw std::runtime_error(std::string("not refused: ") + what);
-}
+#include "refusal.hpp"
 
 int main(int, char** argv) {
   try {

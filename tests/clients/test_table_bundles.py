@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from machines import Made
+from small_bundles import small_bundle
 
 from reptile.minibatches import mini_batches
 from reptile.runtime import FewShotModel, FewShotRegressor
@@ -147,6 +148,17 @@ def test_cpp_gives_the_runtimes_values_and_intervals(
     np.testing.assert_allclose(found[:, :1], values, rtol=0, atol=atol)
     if intervals is not None:
         np.testing.assert_allclose(found[:, 1:], intervals, rtol=0, atol=atol)
+
+
+def test_cpp_refuses_numbers_that_are_infinite_as_float(built: Path, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "bundle", 1, 1)
+    x, y, asked = np.array([[0.0], [1.0], [2.0]]), np.array([[1.0], [3.0], [5.0]]), np.ones((1, 1))
+    for name, array in (("inputs", x), ("values", y), ("queries", asked)):
+        np.save(tmp_path / f"{name}.npy", array)
+    done = call(built / "regressor", bundle, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wanted,) = FewShotRegressor.load(bundle).adapt(x, y).predict(asked)
+    assert float(done.stdout.split()[0]) == pytest.approx(float(wanted[0]), abs=1e-5)
 
 
 def test_cpp_gives_the_runtimes_classes(machines: Machines, built: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import SETTINGS, make_checkpoint, renamed
 from patterns import make_data
+from scipy import stats
 
 from reptile.data.dataset import Inputs, PreparedData
 from reptile.errors import InputError
@@ -195,29 +196,59 @@ def test_the_strength_of_ridge_is_the_best_on_validation_tasks(
     assert len(means) == 6
 
 
-def test_the_choice_is_the_best_on_validation_tasks_and_says_by_how_much(
-    together: Evaluation,
+def test_the_choice_is_the_simplest_within_one_standard_error_of_the_best(
+    together: Evaluation, data: PreparedData, checkpoint: Checkpoint, closed: Checkpoint
 ) -> None:
+    """By each class's share of right answers, counted query by query."""
     choice = together.choice
-    assert choice is not None
-    means = {name: score.mean for name, score in choice.scores.items()}
-    assert means[choice.best] == max(means.values())
-    assert choice.tasks == 200
-    assert set(choice.differences) == set(means) - {choice.best}
-    for name, difference in choice.differences.items():
-        assert difference.mean == pytest.approx(means[name] - means[choice.best], abs=2e-5)
+    assert choice is not None and choice.tasks == 200 and choice.best == choice.order[0]
+    assert list(choice.scores) == ["second", "prototypes", "ridge", "trained"]  # numbers trained
+    compared = Comparison(SETTINGS, 3, checkpoint, data, {"second": closed}, baselines=True)
+    entries = [entry for entry in data.classes if entry.split == "validation"]
+    right: dict[str, list[list[bool]]] = {name: [[] for _ in entries] for name in choice.scores}
+    for shots in SETTINGS.shots:
+        drawn = compared._validation(shots, comparison.STRENGTH_TASKS, comparison.CHOICE_TASKS)
+        assert drawn is not None
+        embeddings = compared.embeddings(data, drawn.tasks, ("second", "prototypes", "ridge"))
+        for name, counts in right.items():
+            if name == "trained":
+                outputs = compared.adapt(name, data, drawn, modes=("frozen",)).outputs["frozen"]
+            else:
+                outputs = compared.outputs(name, embeddings, drawn)
+            for task, logits in zip(drawn.tasks, outputs, strict=True):
+                for row, label, each in zip(task.query, task.query_targets, logits, strict=True):
+                    (place,) = [
+                        number
+                        for number, entry in enumerate(entries)
+                        if entry.start <= row < entry.start + entry.count
+                    ]
+                    counts[place].append(bool(each.argmax() == label))
+    shares = {
+        name: np.array([np.mean(each) for each in counts if each]) for name, counts in right.items()
+    }
+    best = max(shares, key=lambda name: shares[name].mean())
+    classes = len(shares[best])
+    assert choice.classes == classes
+    for name, each in shares.items():
+        assert choice.scores[name].mean == pytest.approx(each.mean(), abs=1e-5)
+        short = shares[best] - each
+        wide = stats.t.ppf(stats.norm.cdf(1), classes - 1) * short.std(ddof=1) / np.sqrt(classes)
+        if name == choice.best:
+            assert short.mean() <= wide
+            break
+        assert short.mean() > wide
 
 
-def test_auto_takes_the_best_of_this_checkpoint_and_never_one_beside(
+def test_auto_takes_what_is_chosen_of_this_checkpoint_and_never_one_beside(
     data: PreparedData, checkpoint: Checkpoint, closed: Checkpoint
 ) -> None:
     auto = FAST.model_copy(update={"learner": "auto"})
     found = evaluate(auto, checkpoint, data, {}, beside={"second": closed})
-    assert found.choice is not None
-    own = {name: score.mean for name, score in found.choice.scores.items() if name != "second"}
-    assert own[found.learner] == max(own.values())
+    assert found.choice is not None and found.choice.best == "second"
+    assert found.learner == found.choice.order[1]
     written = metrics(found)
     assert written.learner == found.learner
+    assert written.best_of(["trained", "second"]) == "second"
     assert found.learner not in written.differences["patterns"][2]
 
 

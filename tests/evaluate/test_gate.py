@@ -75,7 +75,7 @@ def test_only_an_interval_wholly_below_the_champions_is_worse(
 
 
 def two_learners(trained: float, beside: float, best: str) -> Metrics:
-    """Metrics of a learner and one beside, of which one is best on validation tasks."""
+    """Metrics of a learner and one beside, of which validation tasks choose one."""
     methods = scores(trained).scores["letters"][1] | {
         "ridge-trained": {"none": Score(beside, 0.02)}
     }

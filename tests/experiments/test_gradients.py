@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
 from patterns import draw_letters
 from PIL import Image
-from typer.testing import CliRunner
+from studies import run_study
 
 from experiments import gradients
 from experiments.gradients import Combination, combinations
@@ -90,12 +89,9 @@ def test_the_study_runs_and_again_from_what_it_has_trained(tmp_path: Path) -> No
     words = ["--data", str(tmp_path / "letters"), "--iterations", "4"]
     words += ["--output", str(tmp_path / "study")]
     words += [word for change in small.split() for word in ("-S", change)]
-    app = typer.Typer()
-    app.command()(gradients.main)
     results = []
     for _ in range(2):
-        done = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+        run_study(gradients.main, words)
         results.append(json.loads((tmp_path / "study/gradients.json").read_text()))
     assert results[0] == results[1]
     assert [row["gradients"] for row in results[0]["combinations"]] == [

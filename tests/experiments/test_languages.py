@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from sklearn.linear_model import Ridge
+from studies import run_study
 from typer.testing import CliRunner
 
 from experiments import languages
@@ -84,13 +84,7 @@ def test_the_study_runs_and_again_from_what_it_has_measured(names: Names, tmp_pa
     np.savez(tmp_path / "names.npz", **names._asdict())
     words = ["emojis.tgz", "--output", str(tmp_path), "--folds", "2"]
     words += ["--iterations", "1", "--tasks", "2"]
-    app = typer.Typer()
-    app.command()(languages.main)
-    printed = []
-    for _ in range(2):
-        done = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        printed.append(done.output)
+    printed = [run_study(languages.main, words) for _ in range(2)]
     assert printed[0] == printed[1]
     rows = [line.split("|")[1:-1] for line in printed[0].splitlines() if line]
     assert [row[0].strip() for row in rows].count(ROWS["reptile"]) == 2 * len(languages.SHOTS)

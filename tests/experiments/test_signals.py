@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
+from studies import run_study
 from typer.testing import CliRunner
 
 from experiments import signals
@@ -36,13 +36,7 @@ def test_the_study_runs_and_again_from_what_it_has_measured(tmp_path: Path) -> N
     made(tmp_path, "PickupGestureWiimoteZ", 10, 5)
     words = ["PickupGestureWiimoteZ", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
     words += ["--splits", "1", "--iterations", "1", "--tasks", "2"]
-    app = typer.Typer()
-    app.command()(signals.main)
-    printed = []
-    for _ in range(2):
-        done = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        printed.append(done.output)
+    printed = [run_study(signals.main, words) for _ in range(2)]
     assert printed[0] == printed[1]
     rows = [line.split("|")[1].strip() for line in printed[0].splitlines()[2:]]
     assert rows == list(ROWS.values())

@@ -234,7 +234,7 @@ FAULTS: dict[str, tuple[str, Callable[[onnx.GraphProto], None], str, str]] = {
     ),
     "labels not clamped": ("adapt", unclamp, "adapt guards", "_adapt_guards"),
     "absent labels not masked": ("adapt", unmask, "adapted logits equal", "_adapt"),
-    "a branch": ("predict_adapted", branch, "predict_adapted: no control flow", "_conformance"),
+    "a branch": ("predict_adapted", branch, "predict_adapted: no control flow", "conformance"),
     "stronger ridge in fit": ("fit", strengthen, "embed and fit equal adapt", "_graphs_agree"),
 }
 

@@ -37,7 +37,13 @@ def test_the_fitted_prior_on_fixed_features_is_the_mixed_effects_model() -> None
         {
             "algorithm": "bayes",
             "ways": 1,
-            "episode": {"shots": [3], "queries": 5, "fit_prior": True, "learning_rate": 1e-6},
+            "episode": {
+                "shots": [3],
+                "queries": 5,
+                "fit_prior": True,
+                "learning_rate": 0,
+                "learning_rate_final": 0,
+            },
             "meta_iterations": 1,
             "validation_tasks": 2,
         }

@@ -135,6 +135,18 @@ def test_rows_get_the_values_of_the_runtime(
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1.1)  # written as whole numbers
     assert page.locator("#chart").is_hidden()
     assert page.locator("#curve").is_hidden()
+    found = page.evaluate(
+        """async ([rows, values]) => {
+          const { ServiceRegressor } = await import("/page/client/service.js");
+          const model = await ServiceRegressor.load("/");
+          const adapted = await model.adapt(rows.slice(0, 3), values);
+          const intervals = await adapted.predictInterval(rows, 0.5);
+          return intervals.map(([{ low, high }]) => [low, high]);
+        }""",
+        [GIVEN, wear],
+    )
+    half = np.hstack(adapted.predict_interval(GIVEN, 0.5))
+    np.testing.assert_allclose(found, half, rtol=0, atol=0.1)
 
 
 def test_rows_are_classified_as_by_the_runtime(
@@ -173,6 +185,8 @@ def test_what_the_server_refuses_is_shown_and_mended(open_page: OpenPage, line_s
     page.get_by_label("y, row 1").fill("1e39")
     page.get_by_label("y, row 1").press("Tab")
     page.locator("#error", has_text="not finite in float32").wait_for()
+    page.locator("[name=where][value=browser]").check(force=True)
+    page.locator("#error", has_text="1e+39 is not finite in float32").wait_for(timeout=60_000)
     assert page.locator("#rows output").inner_text() == ""
     page.get_by_label("y, row 1").fill("1")
     page.get_by_label("y, row 1").press("Tab")

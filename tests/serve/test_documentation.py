@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
+import httpx
 import pytest
 from machines import Made
 from PIL import Image, ImageDraw
+from small_bundles import small_bundle
 
 from reptile.serve.settings import ServeSettings
 
@@ -85,7 +87,7 @@ def test_the_rows_of_the_document_are_learnt(
     machines: Callable[[str], Made], root: Path, tmp_path: Path
 ) -> None:
     text = (root / "docs/serving.md").read_text(encoding="utf-8")
-    (known,) = re.findall(r"```csv\n(.*?)```", text, re.DOTALL)
+    known, _ = re.findall(r"```csv\n(.*?)```", text, re.DOTALL)
     (tmp_path / "known.csv").write_text(known)
     (tmp_path / "asked.csv").write_text("when,dose,site\n2026-01-12,1900,west\n")
     with serving(machines("bayes").folder, tmp_path) as server:
@@ -99,6 +101,18 @@ def test_the_rows_of_the_document_are_learnt(
         )
         assert low < values < high
         assert 45_000 < values < 55_000
+
+
+def test_the_numbers_of_the_document_are_learnt(root: Path, tmp_path: Path) -> None:
+    text = (root / "docs/serving.md").read_text(encoding="utf-8")
+    _, table = re.findall(r"```csv\n(.*?)```", text, re.DOTALL)
+    with serving(small_bundle(tmp_path / "bundle", 2, 1), tmp_path) as server:
+        client = httpx.Client(base_url=server, trust_env=False)
+        headers = {"content-type": "text/csv"}
+        task = client.post("/tasks", content=table.encode(), headers=headers).json()["id"]
+        asked = {"inputs": [[0.1, -2], [0.7, 0.4]]}
+        predictions = client.post(f"/tasks/{task}/predict", json=asked).json()["predictions"]
+    assert [each["values"]["y"] for each in predictions] == pytest.approx([1.3, 2.0], abs=0.1)
 
 
 def test_the_document_has_each_setting_with_its_default(root: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,59 @@ def test_gradient_steps_give_values_without_intervals(serve: Serve, machines: Ma
     assert client.delete(f"/tasks/{task['id']}/labels/x").status_code == 404
 
 
+def test_intervals_have_the_level_that_a_request_names(serve: Serve, machines: Machines) -> None:
+    """In the JSON or in the query; requests of two levels at once each have their own."""
+    made = machines("bayes")
+    adapted = FewShotRegressor.load(made.folder).adapt(KNOWN, KNOWN)
+    client = serve(bundle=made.folder)
+    path = f"/tasks/{post(client, '/tasks', KNOWN, 'json').json()['id']}/predict"
+    atol = 1e-4 * made.coding.targets[0].deviation
+
+    def check(answer: Any, level: float) -> None:
+        found = answer.json()["predictions"]
+        for key, wanted in zip(
+            ("low", "high"), adapted.predict_interval(ASKED, level), strict=True
+        ):
+            np.testing.assert_allclose(columns(found, key), wanted, rtol=0, atol=atol)
+
+    check(client.post(path, json={"rows": ASKED, "level": 0.8}), 0.8)
+    for by in ("json", "csv", "form"):
+        check(post(client, f"{path}?level=0.5", ASKED, by), 0.5)
+    check(client.post(f"{path}?level=0.5", json={"rows": ASKED, "level": 0.8}), 0.5)
+    check(client.post(path, json={"rows": ASKED, "level": 1 - 2**-53}), 1 - 2**-53)
+    levels = [0.5, 0.8, 0.95, 0.99] * 5
+    with ThreadPoolExecutor() as threads:
+        answers = threads.map(
+            lambda each: post(client, f"{path}?level={each}", ASKED, "csv"), levels
+        )
+        for level, answer in zip(levels, answers, strict=True):
+            check(answer, level)
+
+
+def test_a_level_that_cannot_be_used_is_one_sentence(serve: Serve, machines: Machines) -> None:
+    client = serve(bundle=machines("bayes").folder)
+    path = f"/tasks/{post(client, '/tasks', KNOWN, 'json').json()['id']}/predict"
+    for level in (0, 1, -0.5, 95):
+        for answer in (
+            client.post(path, json={"rows": ASKED, "level": level}),
+            post(client, f"{path}?level={level}", ASKED, "csv"),
+        ):
+            said = f"level must lie between 0 and 1, got {float(level)}"
+            assert (answer.status_code, answer.json()["error"]) == (422, said)
+    assert "got nan" in post(client, f"{path}?level=nan", ASKED, "csv").json()["error"]
+    answer = post(client, f"{path}?level=high", ASKED, "json")
+    assert answer.status_code == 422 and "level: Input should be a valid number" in answer.text
+    answer = client.post("/tasks", json={"rows": KNOWN, "level": 0.8})
+    assert answer.status_code == 422 and "the body has rows and level" in answer.text
+    for learner, targets in (("reptile", {}), ("protonet", {"label": "a"})):
+        client = serve(bundle=machines(learner).folder)
+        rows = [row | targets for row in KNOWN]
+        rows[0] |= {"label": "b"}
+        task = post(client, "/tasks", rows, "json").json()["id"]
+        answer = client.post(f"/tasks/{task}/predict", json={"rows": ASKED, "level": 0.8})
+        assert answer.status_code == 422 and "predicts no intervals" in answer.json()["error"]
+
+
 def test_other_numbers_come_as_inputs(serve: Serve, tmp_path: Path) -> None:
     functions, classes = small_bundle(tmp_path / "f", 1, 2), small_bundle(tmp_path / "c", 2)
     x, y = [0.0, 1.0, 2.0], [[0.0, 5.0], [1.0, 4.0], [2.0, 3.0]]
@@ -136,8 +190,55 @@ def test_other_numbers_come_as_inputs(serve: Serve, tmp_path: Path) -> None:
     ):
         refused = client.post("/tasks", json=body)
         assert refused.status_code == 422 and said in refused.json()["error"], refused.text
-    sent = client.post("/tasks", content=b"x,y\n1,2\n", headers={"content-type": "text/csv"})
-    assert sent.status_code == 415 and "send application/json" in sent.json()["error"]
+
+
+def test_inputs_without_names_come_as_csv(serve: Serve, tmp_path: Path) -> None:
+    """Numbered from 0, as the predicted values are; equal to the same numbers as JSON."""
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((1, 1), (3, 1), (2, 2), (3, 0)):
+        client = serve(bundle=small_bundle(tmp_path / f"{inputs}{outputs}", inputs, outputs))
+        x, y = rng.normal(size=(4, inputs)).round(3), rng.normal(size=(4, outputs)).round(3)
+        names = ["x"] if inputs == 1 else [f"x{i}" for i in range(inputs)]
+        rows: Rows = [dict(zip(names, row, strict=True)) for row in x.tolist()]
+        if outputs:
+            known = ["y"] if outputs == 1 else ["y0", "y1"]
+            learnt = [
+                row | dict(zip(known, each, strict=True))
+                for row, each in zip(rows, y.tolist(), strict=True)
+            ]
+            targets = {"values": y.tolist()}
+        else:
+            learnt = [row | {"label": label} for row, label in zip(rows, LABELS, strict=True)]
+            targets = {"labels": LABELS}
+        sent = {"inputs": x.tolist() if inputs > 1 else x.ravel().tolist()}
+        task = client.post("/tasks", json=sent | targets).json()["id"]
+        expected = client.post(f"/tasks/{task}/predict", json=sent).json()
+        for by in ("csv", "form"):
+            answer = post(client, "/tasks", [dict(reversed(row.items())) for row in learnt], by)
+            assert answer.status_code == 201, answer.text
+            path = f"/tasks/{answer.json()['id']}"
+            assert post(client, f"{path}/predict", rows, by).json() == expected
+            assert post(client, f"{path}/examples", learnt, by).status_code == 200
+
+
+def test_csv_of_numbers_that_cannot_be_used_is_one_sentence(serve: Serve, tmp_path: Path) -> None:
+    client = serve(bundle=small_bundle(tmp_path / "f", 2, 1))
+    for sent, said in (
+        (b"", "rows: no column 'x0': give x0, x1"),
+        (b"x0,y\n1,2\n", "rows: no column 'x1': give x0, x1"),
+        (b"x0,x1\n1,2\n", "rows: no column 'y': give y"),
+        (b"x0,x1,y\n", "0 inputs: give 1 to 1000"),
+        (b"x0,x1,y\n1,,2\n", "row 0 has no 'x1': leave out rows"),
+        (b"x0,x1,y\n1,2,3\n1,2,\n", "row 1 has no 'y': leave out rows"),
+        (b"x0,x1,y\n1,a,2\n", "row 0, column 'x1': 'a' is no number"),
+        (b"x0,x1,y\n1,inf,2\n", "row 0 is infinite in 'x1'"),
+        (b"x0,x1,y\n1,1e39,2\n", "not finite in float32"),
+    ):
+        answer = client.post("/tasks", content=sent, headers={"content-type": "text/csv"})
+        assert answer.status_code == 422 and said in answer.json()["error"], answer.text
+    wide = serve(bundle=small_bundle(tmp_path / "w", 5000))
+    answer = wide.post("/tasks", content=b"x0\n1\n", headers={"content-type": "text/csv"})
+    assert answer.status_code == 422 and len(answer.text) < 1000
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -182,12 +283,12 @@ REFUSED: list[tuple[str, bytes, int, str]] = [
         "images and labels: this bundle needs rows",
     ),
     ("json", b"{}", 422, "the body has no inputs: this bundle needs rows"),
-    ("csv", b"", 422, "0 rows"),
+    ("csv", b"", 422, "no column 'when': give when, dose, site"),
     ("csv", b"when,dose,site,wear\n", 422, "0 rows"),
     ("csv", b"when,dose,site,wear\n1,2\n", 422, "row 0 has 2 columns, the header 4"),
     ("csv", b"when,dose,site,wear\n2026-01-03,x,a,5\n", 422, "row 0, column 'dose': 'x' is no"),
     ("csv", b"when,dose,site,wear\n2026-01-03,1,a,\n", 422, "row 0 has no 'wear'"),
-    ("csv", b"when,dose,wear\n2026-01-03,1,5\n", 422, "row 0 has no 'site'"),
+    ("csv", b"when,dose,wear\n2026-01-03,1,5\n", 422, "no column 'site'"),
     ("csv", b"a," * 2**20, 422, "the header has 1,048,576 characters or more"),
     ("csv", b"when,dose,dose,site,wear\n", 422, "column 'dose' is there more than once"),
     ("csv", b"when,dose,site,wear\n2026-01-03,inf,a,5\n", 422, "row 0 is infinite in 'dose'"),

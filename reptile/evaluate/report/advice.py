@@ -1,4 +1,4 @@
-"""The report's first words: which learner is best on validation tasks, and which to ship when."""
+"""The report's first words: which learner validation tasks choose, and which to ship when."""
 
 from reptile.evaluate.measure import Evaluation
 from reptile.evaluate.metrics import Choice, Score
@@ -28,9 +28,15 @@ def advice(evaluation: Evaluation) -> list[str]:
 def _chosen(evaluation: Evaluation, choice: Choice) -> str:
     unit = f" {evaluation.objective.unit}" if evaluation.objective.unit else ""
     best = evaluation.objective.show(*choice.scores[choice.best])
+    where = (
+        f"By cross-validation over {choice.classes} classes, {choice.folds} parts"
+        if choice.folds
+        else f"On {choice.tasks} validation tasks of {choice.classes} classes"
+    )
     words = (
-        f"On {choice.tasks} validation tasks, all numbers of shots together, the best learner is "
-        f"{shown_title(evaluation, choice.best)} with {best}{unit}"
+        f"{where}, all numbers of shots together, the choice is "
+        f"{shown_title(evaluation, choice.best)} with {best}{unit}, the simplest learner within "
+        "one standard error of the best"
     )
     others = [
         f"{shown_title(evaluation, name)} {_by(evaluation, difference)}"
@@ -43,7 +49,7 @@ def _chosen(evaluation: Evaluation, choice: Choice) -> str:
 
 
 def _by(evaluation: Evaluation, difference: Score) -> str:
-    """Say how far a learner is from the best one, whose mean is at least as good."""
+    """Say how far a learner is from the choice, which none is measurably better than."""
     shown = evaluation.objective.show(abs(difference.mean), difference.interval)
     points = " points" if evaluation.objective.unit == "%" else ""
     if abs(difference.mean) <= difference.interval:

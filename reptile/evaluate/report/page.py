@@ -60,15 +60,20 @@ class Column(NamedTuple):
     queries: list[Query]
 
 
-def render_report(evaluation: Evaluation) -> str:
-    """Return the page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("reptile.evaluate.report", "."),
+def templates(package: str) -> Environment:
+    """Return the HTML templates in a package's folder; a variable that is missing is an error."""
+    return Environment(
+        loader=PackageLoader(package, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+
+
+def render_report(evaluation: Evaluation) -> str:
+    """Return the page as HTML."""
+    environment = templates("reptile.evaluate.report")
     objective = evaluation.objective
     environment.filters["score"] = lambda score: objective.show(*score)
     environment.filters["signed"] = lambda score: "+" * (score.mean > 0) + objective.show(*score)
@@ -172,7 +177,7 @@ def _by_step_chart(measurement: Measurement, evaluation: Evaluation) -> Markup:
     x = Axis("inner steps (square-root scale)", max(last, 1), ticks, scale=math.sqrt)
     high = max(max(line.y) + max(line.intervals, default=0) for line in lines)
     what = f"{objective.title} by inner step, {measurement.shots}-shot"
-    return line_chart(what, lines, x, _score_axis(objective, high))
+    return line_chart(what, lines, x, score_axis(objective, high))
 
 
 def _without_a_network(evaluation: Evaluation) -> tuple[float, str]:
@@ -205,7 +210,7 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
             f"{objective.title.capitalize()} on validation tasks ({objective.validation.shots}-shot"
             f"{', transductive' if evaluation.has_batch_norm else ''})",
             line_chart(
-                f"validation {objective.title}", [score, guess], x, _score_axis(objective, high)
+                f"validation {objective.title}", [score, guess], x, score_axis(objective, high)
             ),
         ),
         (
@@ -215,8 +220,9 @@ def _curves(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     ]
 
 
-def _score_axis(objective: Objective, high: float) -> Axis:
-    if objective is CLASSIFICATION:
+def score_axis(objective: Objective, high: float) -> Axis:
+    """Return the axis of scores up to `high`: of a share in percent, always to 100."""
+    if objective.unit == "%":
         return Axis("", 100, (0, 20, 40, 60, 80, 100), " %")
     return axis("", 1.05 * high)
 

@@ -6,33 +6,35 @@ are checked in `values`.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from reptile.bundle_format import GRAPHS, Manifest
+from reptile.bundle_format import GRAPHS
 from reptile.data.dataset import PreparedData
 from reptile.export import closed_form_reference as reference
 from reptile.export.reference import Array, Tensors
-from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.export.verify.conformance import Check
 from reptile.export.verify.raw import check_raw_rows
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
     Sessions,
-    check_golden,
+    Subject,
+    compare_answers,
+    conformance,
+    golden,
     read_manifest,
     run_checks,
+    runtime,
     setting,
 )
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
 from reptile.models import MASK_BIAS
 from reptile.objectives import CLASSIFICATION
-from reptile.runtime import FewShotModel
 from reptile.settings import VerifySettings
 from reptile.tasks import FewShotProtocol, Purpose, check_classes, held_out_task, random_stream
 
@@ -40,13 +42,14 @@ SUPPORT_SIZES = (1, 2, 5, 25, 100)
 WAYS = (2, 5, 20)
 TOLERANCE = 1e-4  # beyond rounding, of which eager float32 has as much but not the same
 EXACT = 1e-5  # between graphs, and between adding a class and adapting to all examples again
+DISAGREE = 0.01  # share of predicted labels
 FEW = 5  # classes of the tasks of the accuracy check, where there are as many
 
 
 def verify_bundle(
     settings: VerifySettings, bundle: Path, checkpoint: Checkpoint, data: PreparedData
 ) -> dict[str, Any]:
-    """See `verify.verify_bundle`."""
+    """Run every check of a closed-form classifier; arguments, result and errors as in `bundle`."""
     queries = CLASSIFICATION.validation.queries
     check_classes(data.split("test"), 2, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
@@ -54,20 +57,15 @@ def verify_bundle(
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The bundle, and what it is compared with."""
-
-    settings: VerifySettings
-    folder: Path
-    manifest: Manifest
-    session: Sessions
-    checkpoint: Checkpoint
-    data: PreparedData
+class ClosedFormSubject(Subject):
+    """A bundle that learns in closed form."""
 
     def learner(self, dtype: torch.dtype = torch.float64) -> ClosedForm:
+        """Return eager PyTorch's learner, in this precision."""
         return reference.cast(self.checkpoint.closed_form, dtype)
 
+
+class _Subject(ClosedFormSubject):
     def task(self, size: int, ways: int, number: int = 0) -> tuple[Array, Array]:
         """Draw `size` images of the test split with their labels, cycling through the classes."""
         classes = self.data.split("test")
@@ -106,13 +104,6 @@ def _error(actual: Array, wanted: Array) -> float:
         return math.inf
     off = np.abs(actual.astype(np.float64) - wanted)[present].max(initial=0)
     return float(off / max(1.0, np.abs(wanted[present]).max(initial=0)))
-
-
-def _conformance(subject: _Subject) -> Iterator[Check]:
-    yield from check_files(subject.folder, subject.manifest)
-    for graph in GRAPHS["closed_form"]:
-        path = subject.session.path(graph)
-        yield from check_graph(graph, path, subject.manifest, adam=False)
 
 
 def _adapt(subject: _Subject) -> Iterator[Check]:
@@ -259,32 +250,23 @@ def _accuracy(subject: _Subject) -> Iterator[Check]:
     ways = min(FEW, int((classes.counts >= settings.shots + queries).sum()))
     protocol = FewShotProtocol(ways, settings.shots, queries, steps=0, batch=1)
     session, learner = subject.session("few_shot"), subject.learner(torch.float32)
-    scores, apart = [], []
-    for number in range(settings.tasks):
-        stream = random_stream(settings.seed, Purpose.VERIFY, number)
-        task = held_out_task(stream, classes, protocol)
-        images, query = np.asarray(data.images[task.support]), np.asarray(data.images[task.query])
-        feeds = _feeds(images, task.support_targets)
-        actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
-        adapted = reference.adapt(learner, images, task.support_targets)
-        eager = reference.predict(learner, adapted, query)["logits"]
-        targets = task.query_targets
-        scores.append([CLASSIFICATION.scores(outputs, targets) for outputs in (actual, eager)])
-        apart.append(CLASSIFICATION.disagreement(actual, eager))
-    onnx, torch_ = np.mean(scores, axis=0)
-    interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
-    detail = f"ONNX {onnx:.4f}, PyTorch {torch_:.4f} ± {interval:.4f} over {len(scores)} tasks"
-    name = "few-shot accuracy within PyTorch's 95 % interval"
-    yield Check.at_most(name, abs(onnx - torch_), interval, detail)
-    name = "share of answers that differ from PyTorch's"
-    yield Check.at_most(name, float(np.mean(apart)), 0.01)
+
+    def answers() -> Iterator[tuple[Array, Array, Array]]:
+        for number in range(settings.tasks):
+            stream = random_stream(settings.seed, Purpose.VERIFY, number)
+            task = held_out_task(stream, classes, protocol)
+            images, query = (np.asarray(data.images[rows]) for rows in (task.support, task.query))
+            feeds = _feeds(images, task.support_targets)
+            actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
+            adapted = reference.adapt(learner, images, task.support_targets)
+            yield actual, reference.predict(learner, adapted, query)["logits"], task.query_targets
+
+    yield from compare_answers(CLASSIFICATION, answers(), DISAGREE)
 
 
-def _golden(subject: _Subject) -> Iterator[Check]:
-    yield from check_golden(subject.folder, subject.manifest, subject.session)
+def raw_rows(subject: ClosedFormSubject) -> Iterator[Check]:
+    """Compare the features of raw rows; see `check_raw_rows`."""
 
-
-def _raw_rows(subject: _Subject) -> Iterator[Check]:
     def eager(inputs: Array, double: bool) -> Array:
         learner = subject.learner(torch.float64 if double else torch.float32)
         return np.asarray(reference.embed(learner, inputs).numpy())
@@ -292,21 +274,15 @@ def _raw_rows(subject: _Subject) -> Iterator[Check]:
     yield from check_raw_rows(subject.session, "embed", "features", eager)
 
 
-def _runtime(subject: _Subject) -> Iterator[Check]:
-    """The runtime accepts the bundle, and its self-check passes."""
-    FewShotModel.load(subject.folder).check()
-    yield Check.none_of("the runtime loads the bundle", [])
-
-
 GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
-    _conformance,
+    conformance,
     _adapt,
     _graphs_agree,
     _classes_come_and_go,
     _adapt_depends,
     _adapt_guards,
     _accuracy,
-    _golden,
-    _raw_rows,
-    _runtime,
+    golden,
+    raw_rows,
+    runtime,
 )

@@ -1,11 +1,12 @@
-"""What the checks of all learners share: sessions, groups of checks, golden cases.
+"""What the checks of all learners share: sessions, groups of checks, files, golden cases, scores.
 
-What is checked is in `parity`, `closed_form` and `values`.
+The other checks are in `parity`, `closed_form` and `values`.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,16 +23,19 @@ from reptile.bundle_format import (
     parse_manifest,
 )
 from reptile.data.coding import Coding, NumberCoding
+from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
 from reptile.export.coding import coded_tensors, raw_tensors
 from reptile.export.reference import Array, Tensors
-from reptile.export.verify.conformance import Check
+from reptile.export.verify.conformance import Check, check_files, check_graph
+from reptile.learn.checkpoint import Checkpoint
+from reptile.objectives import Objective
 from reptile.provenance import versions
+from reptile.runtime import FewShotModel, FewShotRegressor
+from reptile.settings import VerifySettings
 
 SETTINGS = tuple(itertools.product((False, True), (1, 2)))  # optimised, threads
 ROUNDING = 10  # times the error of eager float32, both measured against float64
-
-Subject = TypeVar("Subject")
 
 
 class Session:
@@ -98,6 +102,32 @@ class Sessions:
         return math.inf if numbers else None
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The bundle, and what it is compared with."""
+
+    settings: VerifySettings
+    folder: Path
+    manifest: Manifest
+    session: Sessions
+    checkpoint: Checkpoint
+    data: PreparedData
+
+    @property
+    def objective(self) -> Objective:
+        """What its outputs are for."""
+        return self.checkpoint.info.objective
+
+    @property
+    def adam(self) -> bool:
+        """Whether its inner steps carry Adam's state."""
+        settings = self.checkpoint.info.settings
+        return not settings.closed_form and settings.optimizer.name == "adam"
+
+
+AnySubject = TypeVar("AnySubject", bound=Subject)
+
+
 def setting(optimised: bool, threads: int) -> str:
     """Name one of `SETTINGS`."""
     return f"optimisation {'on' if optimised else 'off'}, {threads} threads"
@@ -117,7 +147,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def run_checks(
-    groups: Iterable[Callable[[Subject], Iterator[Check]]], subject: Subject
+    groups: Iterable[Callable[[AnySubject], Iterator[Check]]], subject: AnySubject
 ) -> dict[str, Any]:
     """Return {"passed": bool, "checks": [{"name", "passed", "measured", …}], "versions": {…}}."""
     checks: list[Check] = []
@@ -134,20 +164,27 @@ def run_checks(
     }
 
 
-def check_golden(folder: Path, manifest: Manifest, sessions: Sessions) -> Iterator[Check]:
+def conformance(subject: Subject) -> Iterator[Check]:
+    """Check the form of the bundle's files and graphs; see `conformance`."""
+    yield from check_files(subject.folder, subject.manifest)
+    for graph in GRAPHS[subject.manifest.learner]:
+        yield from check_graph(graph, subject.session.path(graph), subject.manifest, subject.adam)
+
+
+def golden(subject: Subject) -> Iterator[Check]:
     """Run the golden tensors in plain onnxruntime, as any consumer would."""
-    golden = folder / GOLDEN_FOLDER
-    cases = parse_golden((golden / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
+    folder, manifest = subject.folder / GOLDEN_FOLDER, subject.manifest
+    cases = parse_golden((folder / GOLDEN_FILE).read_bytes(), GOLDEN_FILE)
     covered = {case.graph for case in cases}
     missing = [f"no case of {name}" for name in GRAPHS[manifest.learner] if name not in covered]
     yield Check.none_of("golden tensors cover every graph", missing)
     worst, refusals = 0.0, 0
     for case in cases:
-        feeds = {name: np.load(golden / file) for name, file in case.inputs.items()}
-        actual = sessions(case.graph).run(feeds)
+        feeds = {name: np.load(folder / file) for name, file in case.inputs.items()}
+        actual = subject.session(case.graph).run(feeds)
         refusals += not actual.get("finite", True)
         for name, file in case.outputs.items():
-            wanted = np.load(golden / file).astype(np.float64)
+            wanted = np.load(folder / file).astype(np.float64)
             allowed = case.atol + case.rtol * np.abs(wanted)
             excess = np.abs(actual[name] - wanted) / allowed
             worst = float(np.maximum(worst, excess.max(initial=0)))
@@ -155,3 +192,35 @@ def check_golden(folder: Path, manifest: Manifest, sessions: Sessions) -> Iterat
     yield Check.at_most("golden tensors are reproduced", worst, 1, detail)
     none = [] if refusals else ["no case whose finite is false"]
     yield Check.none_of("golden tensors hold a refused input", none)
+
+
+def runtime(subject: Subject) -> Iterator[Check]:
+    """Open the bundle with `reptile.runtime`, and run that runtime's self-check."""
+    opened = FewShotRegressor if subject.manifest.kind == "regression" else FewShotModel
+    opened.load(subject.folder).check()
+    yield Check.none_of("the runtime loads the bundle", [])
+
+
+def compare_answers(
+    objective: Objective, answers: Iterable[tuple[Array, Array, Array]], limit: float
+) -> Iterator[Check]:
+    """Compare few-shot scores and outputs on the same tasks, ONNX against PyTorch.
+
+    Args:
+        objective: of the bundle.
+        answers: of each task the outputs [Q, outputs] of ONNX and of PyTorch, and the targets.
+        limit: of `Objective.disagreement`, on average.
+    """
+    scores, apart = [], []
+    for onnx, eager, targets in answers:
+        scores.append([objective.scores(outputs, targets) for outputs in (onnx, eager)])
+        apart.append(objective.disagreement(onnx, eager))
+    means = np.mean(scores, axis=0)
+    interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
+    detail = (
+        f"ONNX {means[0]:.5f}, PyTorch {means[1]:.5f} ± {interval:.5f} over {len(scores)} tasks"
+    )
+    name = f"few-shot {objective.title} within PyTorch's 95 % interval"
+    yield Check.at_most(name, abs(means[0] - means[1]), interval, detail)
+    name = f"{objective.disagreement_title} from PyTorch's"
+    yield Check.at_most(name, float(np.mean(apart)), limit)

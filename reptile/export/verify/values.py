@@ -6,32 +6,33 @@ which solves another system than the graphs.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from reptile.bundle_format import GRAPHS, Manifest
+from reptile.bundle_format import GRAPHS
 from reptile.data.dataset import PreparedData
 from reptile.export import closed_form_reference as reference
 from reptile.export.reference import Array, Tensors
-from reptile.export.verify.conformance import Check, check_files, check_graph
-from reptile.export.verify.raw import check_raw_rows
+from reptile.export.verify.closed_form import ClosedFormSubject, raw_rows
+from reptile.export.verify.conformance import Check
 from reptile.export.verify.running import (
     ROUNDING,
     SETTINGS,
     Sessions,
-    check_golden,
+    compare_answers,
+    conformance,
+    golden,
     read_manifest,
     run_checks,
+    runtime,
     setting,
 )
 from reptile.learn.checkpoint import Checkpoint
-from reptile.learn.episodic import ClosedForm
+from reptile.learn.unadapted import with_measured_intervals
 from reptile.objectives import REGRESSION
-from reptile.runtime import FewShotRegressor
 from reptile.settings import VerifySettings
 from reptile.tasks import FewShotProtocol, Purpose, check_classes, held_out_task, random_stream
 
@@ -40,34 +41,23 @@ QUERIES = 16
 TOLERANCE = 1e-4  # beyond rounding, of which eager float32 has as much but not the same
 VARIANCE_TOLERANCE = 1e-3  # of a variance
 EXACT = 1e-5  # between graphs
+DISAGREE = 0.01  # of the values, relative to their norm
 WEIGHTS = ("head.mean", "head.covariance")
 
 
 def verify_bundle(
     settings: VerifySettings, bundle: Path, checkpoint: Checkpoint, data: PreparedData
 ) -> dict[str, Any]:
-    """See `verify.verify_bundle`."""
+    """Run every check of a closed-form regressor; arguments, result and errors as in `bundle`."""
     queries = REGRESSION.validation.queries
     check_classes(data.split("test"), 1, settings.shots + queries, f"test split of {data.name}")
     manifest = read_manifest(bundle)
+    checkpoint = with_measured_intervals(checkpoint, manifest.raw["metrics"])
     sessions = Sessions(bundle, manifest, data.index.coding)
     return run_checks(GROUPS, _Subject(settings, bundle, manifest, sessions, checkpoint, data))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The bundle, and what it is compared with."""
-
-    settings: VerifySettings
-    folder: Path
-    manifest: Manifest
-    session: Sessions
-    checkpoint: Checkpoint
-    data: PreparedData
-
-    def learner(self, dtype: torch.dtype = torch.float64) -> ClosedForm:
-        return reference.cast(self.checkpoint.closed_form, dtype)
-
+class _Subject(ClosedFormSubject):
     def task(self, size: int, number: int = 0) -> tuple[Array, Array]:
         """Draw points of one function of the test split, some twice if it has too few."""
         classes = self.data.split("test")
@@ -122,13 +112,6 @@ def _ratio(actual: Array, wanted: Array) -> float:
 
 
 MEASURES = {"logits": (_error, TOLERANCE), "variance": (_ratio, VARIANCE_TOLERANCE)}
-
-
-def _conformance(subject: _Subject) -> Iterator[Check]:
-    yield from check_files(subject.folder, subject.manifest)
-    for graph in GRAPHS["closed_form"]:
-        path = subject.session.path(graph)
-        yield from check_graph(graph, path, subject.manifest, adam=False)
 
 
 def _adapt(subject: _Subject) -> Iterator[Check]:
@@ -246,54 +229,30 @@ def _score(subject: _Subject) -> Iterator[Check]:
     queries = REGRESSION.validation.queries
     protocol = FewShotProtocol(1, settings.shots, queries, steps=0, batch=1)
     session, learner = subject.session("few_shot"), subject.learner()
-    scores, apart = [], []
-    for number in range(settings.tasks):
-        stream = random_stream(settings.seed, Purpose.VERIFY, number)
-        task = held_out_task(stream, data.split("test"), protocol)
-        inputs, query = np.asarray(data.images[task.support]), np.asarray(data.images[task.query])
-        feeds = _feeds(inputs, task.support_targets)
-        actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
-        support, asked = (reference.embed(learner, each) for each in (inputs, query))
-        values = torch.from_numpy(task.support_targets)
-        eager = learner.posterior(support, values).predict(asked)[0].numpy()
-        targets = task.query_targets
-        scores.append([REGRESSION.scores(outputs, targets) for outputs in (actual, eager)])
-        apart.append(REGRESSION.disagreement(actual, eager))
-    onnx, torch_ = np.mean(scores, axis=0)
-    interval = 1.96 * np.std(scores, axis=0, ddof=1)[1] / math.sqrt(len(scores))
-    detail = f"ONNX {onnx:.5f}, PyTorch {torch_:.5f} ± {interval:.5f} over {len(scores)} tasks"
-    name = "few-shot mean squared error within PyTorch's 95 % interval"
-    yield Check.at_most(name, abs(onnx - torch_), interval, detail)
-    name = "difference of the values from PyTorch's, relative to their norm"
-    yield Check.at_most(name, float(np.mean(apart)), 0.01)
 
+    def answers() -> Iterator[tuple[Array, Array, Array]]:
+        for number in range(settings.tasks):
+            stream = random_stream(settings.seed, Purpose.VERIFY, number)
+            task = held_out_task(stream, data.split("test"), protocol)
+            inputs, query = (np.asarray(data.images[rows]) for rows in (task.support, task.query))
+            feeds = _feeds(inputs, task.support_targets)
+            actual = session(feeds | {"query_images": query.astype(np.float32)})["logits"]
+            support, asked = (reference.embed(learner, each) for each in (inputs, query))
+            values = torch.from_numpy(task.support_targets)
+            eager = learner.posterior(support, values).predict(asked)[0].numpy()
+            yield actual, eager, task.query_targets
 
-def _golden(subject: _Subject) -> Iterator[Check]:
-    yield from check_golden(subject.folder, subject.manifest, subject.session)
-
-
-def _raw_rows(subject: _Subject) -> Iterator[Check]:
-    def eager(inputs: Array, double: bool) -> Array:
-        learner = subject.learner(torch.float64 if double else torch.float32)
-        return np.asarray(reference.embed(learner, inputs).numpy())
-
-    yield from check_raw_rows(subject.session, "embed", "features", eager)
-
-
-def _runtime(subject: _Subject) -> Iterator[Check]:
-    """The runtime accepts the bundle, and its self-check passes."""
-    FewShotRegressor.load(subject.folder).check()
-    yield Check.none_of("the runtime loads the bundle", [])
+    yield from compare_answers(REGRESSION, answers(), DISAGREE)
 
 
 GROUPS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
-    _conformance,
+    conformance,
     _adapt,
     _graphs_agree,
     _adapt_depends,
     _adapt_guards,
     _score,
-    _golden,
-    _raw_rows,
-    _runtime,
+    golden,
+    raw_rows,
+    runtime,
 )

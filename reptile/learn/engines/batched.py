@@ -55,11 +55,11 @@ class BatchedEngine:
         self._loops: dict[tuple[torch.Size, ...], Loop] = {}
 
     def images(self, rows: IntArray) -> Tensor:
-        """See `Engine.images`."""
+        """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
         return gather(self._inputs, rows, self.device)
 
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt`."""
+        """Adapt to T tasks in one batch, from weights [P] or [T, P]."""
         steps = len(tasks[0].batches)
         arguments = [
             weights.expand(len(tasks), -1).contiguous(),
@@ -77,12 +77,12 @@ class BatchedEngine:
     def adapt_sequential(
         self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
     ) -> Adapted:
-        """See `Engine.adapt_sequential`."""
+        """Adapt to each task from weights [P], and the optimiser's state after the task before."""
         return adapt_each(self.adapt, weights, state, tasks)
 
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`."""
+        """Return the logits [T, Q, ways] of each task's queries under its weights [T, P]."""
 
         def one(weights: Tensor, support: Tensor, queries: Tensor) -> Tensor:
             params = unflatten(self.model, weights)
@@ -95,12 +95,12 @@ class BatchedEngine:
     def features(
         self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Engine.features`: one batch as it is, large enough for a GPU."""
+        """Return the features [N, D] of rows [N], one batch, differentiable by the weights [P]."""
         images = self._values(rows).to(weights.dtype)
         return self._network.features(unflatten(self.model, weights), images, statistics)
 
     def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
-        """See `Engine.statistics`."""
+        """Return each batch norm's statistics on rows [N]; empty without batch norm."""
         images = self._values(rows).to(weights.dtype)
         return self._network.statistics(unflatten(self.model, weights), images)
 

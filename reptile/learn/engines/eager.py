@@ -41,11 +41,11 @@ class EagerEngine:
         self._network = in_precision(network, precision, device)
 
     def images(self, rows: IntArray) -> Tensor:
-        """See `Engine.images`."""
+        """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
         return gather(self._inputs, rows, self.device)
 
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt`."""
+        """Adapt to T tasks one after another, from weights [P] or [T, P]."""
         starts = weights.expand(len(tasks), -1)
         moments = state.second_moment.expand(len(tasks), -1)
         results = [
@@ -64,12 +64,12 @@ class EagerEngine:
     def adapt_sequential(
         self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
     ) -> Adapted:
-        """See `Engine.adapt_sequential`."""
+        """Adapt to each task from weights [P], and the optimiser's state after the task before."""
         return adapt_each(self.adapt, weights, state, tasks)
 
     @torch.no_grad()
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`."""
+        """Return the logits [T, Q, ways] of each task's queries under its weights [T, P]."""
         logits = []
         for task_weights, task in zip(weights, tasks, strict=True):
             support = self._values(task.support).to(task_weights.dtype)
@@ -84,12 +84,12 @@ class EagerEngine:
     def features(
         self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Engine.features`."""
+        """Return the features [N, D] of rows [N], differentiable by the weights [P]."""
         images = self._values(rows).to(weights.dtype)
         return self._network.features(unflatten(self.model, weights), images, statistics)
 
     def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
-        """See `Engine.statistics`."""
+        """Return each batch norm's statistics on rows [N]; empty without batch norm."""
         images = self._values(rows).to(weights.dtype)
         return self._network.statistics(unflatten(self.model, weights), images)
 

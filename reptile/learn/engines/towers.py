@@ -36,7 +36,7 @@ class TowersEngine(EagerEngine):
     def features(
         self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Engine.features`."""
+        """Return the features [N, D] of rows [N], each tower's by its own engine, then joined."""
         parts = [
             engine.features(part, rows, given)
             for engine, part, given in zip(
@@ -49,7 +49,7 @@ class TowersEngine(EagerEngine):
         return self._towers.join(parts, statistics)
 
     def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
-        """See `Engine.statistics`."""
+        """Return the statistics on rows [N]: each tower's, then those of the towers' features."""
         parts, own = [], []
         for engine, part in zip(self._engines, self._towers.split(weights), strict=True):
             own.append(engine.statistics(part, rows))

@@ -52,6 +52,9 @@ function build(found) {
   $("hint").textContent =
     (clicked ? "Click where a point of the function lies, or type it below. " : "") +
     `Rows with ${named} are learnt; where it is empty it is predicted.` +
+    (regresses(kind) && manifest.learner === "closed_form"
+      ? " A value lies in its interval with a probability of 95 %."
+      : "") +
     (columns ? " Other cells may be empty: a value is missing." : "") +
     ([...inputs, ...targets].some(({ kind }) => kind === "date") ? " Dates are UTC." : "");
   $("rows").tHead.replaceChildren(heading());

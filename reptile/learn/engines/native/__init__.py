@@ -180,11 +180,11 @@ class NativeEngine:
         weakref.finalize(self, self._kernel.reptile_destroy, self._handle)
 
     def images(self, rows: IntArray) -> Tensor:
-        """See `Engine.images`."""
+        """Gather prepared images [B] as network input [B, C, H, W]; pixels in 0..1."""
         return gather(self._inputs, rows, torch.device("cpu"))
 
     def adapt(self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]) -> Adapted:
-        """See `Engine.adapt`.
+        """Adapt to T tasks in the compiled kernel, from weights [P] or [T, P].
 
         Raises:
             InputError: weights that are not float32 [P] or [T, P] on the CPU, tasks with unequal
@@ -204,7 +204,7 @@ class NativeEngine:
     def adapt_sequential(
         self, weights: Tensor, state: OptimizerState, tasks: Sequence[Task]
     ) -> Adapted:
-        """See `Engine.adapt_sequential`.
+        """Adapt to each task from weights [P], and the optimiser's state after the task before.
 
         Raises:
             InputError: as `adapt`; weights or a second moment that are not [P].
@@ -257,7 +257,7 @@ class NativeEngine:
         return adapted, losses
 
     def predict(self, weights: Tensor, tasks: Sequence[Task], mode: BatchNormMode) -> Tensor:
-        """See `Engine.predict`.
+        """Return the logits [T, Q, ways] of each task's queries under its weights [T, P].
 
         Raises:
             InputError: weights that are not float32 [T, P] on the CPU, tasks with unequal numbers
@@ -286,7 +286,7 @@ class NativeEngine:
     def features(
         self, weights: Tensor, rows: IntArray, statistics: Statistics | None = None
     ) -> Tensor:
-        """See `Engine.features`; its gradient must be taken before the next call.
+        """Return the features [N, D] of rows [N]; take their gradient before the next call.
 
         Raises:
             InputError: weights that are not float32 [P] on the CPU, or rows that are none or out
@@ -302,7 +302,7 @@ class NativeEngine:
         return features
 
     def statistics(self, weights: Tensor, rows: IntArray) -> Statistics:
-        """See `Engine.statistics`; by torch."""
+        """Return each batch norm's statistics on rows [N], by torch; empty without batch norm."""
         images = self.images(rows).to(weights.dtype)
         return self.model.statistics(unflatten(self.model, weights), images)
 

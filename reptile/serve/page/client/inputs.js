@@ -54,7 +54,15 @@ export function checkValues(values, count, task) {
 }
 
 function numbersOf(rows, { dtype }) {
-  return (dtype === "float64" ? Float64Array : Float32Array).from(rows.flat());
+  const numbers = rows.flat();
+  if (dtype === "float64") {
+    return Float64Array.from(numbers);
+  }
+  const wrong = numbers.find((value) => !Number.isFinite(Math.fround(value)));
+  if (wrong !== undefined) {
+    throw new InputError(`${wrong} is not finite in float32: give smaller numbers`);
+  }
+  return Float32Array.from(numbers);
 }
 
 function checkImages(images, shape) {

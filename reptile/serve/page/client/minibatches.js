@@ -17,7 +17,7 @@ export function miniBatches(seed, size, batch, steps, replacement = false) {
   }
   const order = [];
   while (order.length < steps * batch) {
-    order.push(...shuffled(size, random));
+    shuffled(size, random).forEach((place) => order.push(place));
   }
   for (let step = 0; step < steps; step++) {
     rows.push(order.slice(step * batch, (step + 1) * batch));

@@ -28,6 +28,7 @@ export async function pixelsOfFile(file, shape) {
   }
   const { width, height } = bitmap;
   if (width * height > MAX_PIXELS) {
+    bitmap.close();
     throw new InputError(`${file.name}: ${width} x ${height} pixels; at most ${MAX_PIXELS}.`);
   }
   const canvas = document.createElement("canvas");

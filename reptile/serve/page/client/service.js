@@ -130,15 +130,15 @@ export class ServiceRegressor extends Service {
     const names =
       targets?.map(({ name }) => name) ??
       (outputs > 1 ? Array.from({ length: outputs }, (_, i) => `y${i}`) : ["y"]);
-    const predictions = async (queries) =>
-      (await this.post(`${path}/predict`, this.body(queries))).predictions;
+    const predictions = async (queries, level) =>
+      (await this.post(`${path}/predict`, { ...this.body(queries), level })).predictions;
     return {
       losses: Float32Array.from(task.losses),
       predict: async (queries) =>
         (await predictions(queries)).map(({ values: found }) => names.map((name) => found[name])),
-      /** The 95 % intervals, of a closed-form bundle. */
-      predictInterval: async (queries) =>
-        (await predictions(queries)).map(({ low, high }) =>
+      /** As `AdaptedRegressor.predictInterval`. */
+      predictInterval: async (queries, level = 0.95) =>
+        (await predictions(queries, level)).map(({ low, high }) =>
           names.map((name) => ({ low: low[name], high: high[name] })),
         ),
       forget: () => this.send(path, { method: "DELETE" }),
