@@ -123,7 +123,7 @@ def test_the_reference_starts_from_the_prototypes_and_takes_each_steps_sizes(
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         loss = F.cross_entropy(model.forward(leaves, images[batch]), labels[batch])
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         params = {
             name: value - RATE * sizes[layer, min(step, 1)] * gradient
             for layer, ((name, value), gradient) in enumerate(

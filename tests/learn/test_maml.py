@@ -122,7 +122,7 @@ def test_metasgds_step_sizes_follow_finite_differences(data: PreparedData) -> No
     def loss(vector: torch.Tensor) -> float:
         rates = RATE * vector[size(model) :]
         weights = vector[: size(model)].requires_grad_()
-        return float(query_loss(weights, engine, task, rates))
+        return float(query_loss(weights, engine, task, rates).detach())
 
     after, losses = maml_step(engine, state, [task], settings, 0.0)
     gradient = after.first_moment / 0.1  # Adam's, of its first step
