@@ -14,6 +14,7 @@ with noise of float32's size, stay within LIMIT of float64. The others are count
 of both.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -324,9 +325,24 @@ def answers(
     *,
     noise: int | None = None,
 ) -> tuple[Any, Any]:
-    """Return eager PyTorch's losses and logits."""
+    """Return eager PyTorch's losses and logits, with noise in all weights if its seed is given."""
+    if noise is not None:
+        checkpoint = with_noise_in_what_is_fixed(checkpoint, noise)
     adapted = reference.adapt(checkpoint, task, dtype, noise=noise)
     return adapted["losses"], reference.predict_adapted(checkpoint, adapted, queries, dtype)
+
+
+def with_noise_in_what_is_fixed(checkpoint: Checkpoint, seed: int) -> Checkpoint:
+    """Return a copy with errors as large as float32's rounding; the inner loop adds the others."""
+    checkpoint = copy.deepcopy(checkpoint)
+    assert isinstance(checkpoint.model, ModuleNetwork)
+    generator = torch.Generator().manual_seed(seed)
+    for value in checkpoint.model.fixed.values():
+        if value.is_floating_point():
+            value.mul_(
+                1 + torch.finfo(value.dtype).eps * torch.randn(value.shape, generator=generator)
+            )
+    return checkpoint
 
 
 def apart(actual: tuple[Any, Any], wanted: tuple[Any, Any]) -> float:

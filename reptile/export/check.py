@@ -22,6 +22,9 @@ from reptile.export.gradient import trace_gradient
 from reptile.export.graphs import OPSET, RESERVED
 from reptile.models import Model, ModuleNetwork, size
 
+VIEWS = {torch.ops.aten.as_strided_scatter.default: torch.ops.aten.as_strided.default}
+"""Writing into a view, as tracing names it in the end, to taking the view, as the module does."""
+
 
 def check_export(model: Model) -> list[str]:
     """Return why the adaptation of a network cannot be exported, a sentence each; mostly nothing.
@@ -52,7 +55,7 @@ def check_export(model: Model) -> list[str]:
     unknown: dict[str, str] = {}
     for graph, _, places in traced:
         for each in _unknown({node.target for node in graph.graph.nodes}):
-            unknown.setdefault(str(each), places.get(each, ""))
+            unknown.setdefault(str(each), places.get(VIEWS.get(each, each), ""))
     return [
         f"{model.name}: cannot be exported to ONNX, which has no form of {name}"
         + (f", in {place}" if place else "")
@@ -64,5 +67,5 @@ def _unknown(targets: set[object]) -> list[OpOverload]:
     """Return the operators that torch's exporter does not write."""
     implemented = set(get_onnx_implemented_overloads(ONNXRegistry.from_torchlib(OPSET)))
     known = implemented | set(create_onnx_friendly_decomposition_table(implemented))
-    known.discard(torch.ops.aten.as_strided_scatter.default)  # becomes one that ONNX does not have
+    known -= VIEWS.keys()  # they become others that ONNX does not have
     return [each for each in targets if isinstance(each, OpOverload) and each not in known]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.grad_mode import _force_original_view_tracking
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -97,6 +98,8 @@ def plain_operators() -> Iterator[None]:
     """Choose the form of operators that have several: the one with forward and backward in ATen.
 
     torch's Python kernels keep a batch's size free where the compiled ones (padding) would fix it.
+    The gradient of writing into a part of a tensor takes that part again, not memory by strides,
+    which no graph has; attention adds its bias so.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -106,6 +109,7 @@ def plain_operators() -> Iterator[None]:
             enable_python_dispatcher(),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.mkldnn.flags(enabled=False),
+            _force_original_view_tracking(True),
             _PlainFunctions(),
         ):
             yield

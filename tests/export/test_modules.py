@@ -105,7 +105,10 @@ MODULES: dict[str, tuple[tuple[int, ...], Callable[[], list[nn.Module]]]] = {
     ),
     "attention": (
         (5, 8),
-        lambda: [nn.TransformerEncoderLayer(8, 2, 12, dropout=0.5, batch_first=True)],
+        lambda: [
+            nn.LayerNorm(8),
+            nn.TransformerEncoderLayer(8, 2, 12, dropout=0.5, batch_first=True),
+        ],
     ),
     "GRU": ((4, 3), lambda: [Last(nn.GRU(3, 5, 2, batch_first=True, bidirectional=True))]),
     "LSTM": ((4, 3), lambda: [Last(nn.LSTM(3, 5, batch_first=True))]),
@@ -160,6 +163,16 @@ class Parallel(nn.Module):
         return torch.cat([part(x) for part in self.parts], 1)
 
 
+def assign(x: Tensor) -> Tensor:
+    """Write into parts of a tensor."""
+    y = x * 2
+    y[:, 1:3] *= x[:, :2]
+    y[:, 0] = x[:, 3]
+    y.unflatten(1, (2, 3)).transpose(1, 2)[:, 0].add_(1).mul_(x[:, 4:])
+    return y
+
+
+MODULES["assignments to views"] = ((5,), lambda: [nn.Linear(5, 6), Apply(assign)])
 MODULES["activations"] = ((7,), lambda: [nn.Linear(7, 8), Parallel()])
 
 
@@ -171,14 +184,16 @@ def in_double() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_double")
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    ("name", "adapt"), [*((name, "all") for name in MODULES), ("attention", "norms")]
+)
 def test_the_gradient_of_a_step_equals_autograds_for_any_batch(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, adapt: Adapt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.Module, "float", nn.Module.double)
     torch.manual_seed(0)
     shape, parts = MODULES[name]
-    model = ModuleNetwork(with_head(shape, *parts()), shape, WAYS, CLASSIFICATION)
+    model = ModuleNetwork(with_head(shape, *parts()), shape, WAYS, CLASSIFICATION, adapt=adapt)
     traced = trace_gradient(form_of(model))
     operators = {str(node.target) for node in traced.graph.graph.nodes}
     assert not any("backward" in each or "as_strided" in each for each in operators)
@@ -299,6 +314,23 @@ def test_a_module_adapts_and_predicts_as_in_pytorch(exported: Exported) -> None:
     close(logits, reference.predict(checkpoint, queries, torch.float64))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapt", ["norms", "all"])
+def test_a_transformer_encoder_adapts_as_in_pytorch(adapt: Adapt) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+    checkpoint = make_checkpoint(with_head((5, 8), encoder), (5, 8), adapt)
+    assert check_export(checkpoint.model) == []
+    exported = Exported(checkpoint)
+    for count, steps in ((1, 0), (3, 1), (7, 5)):
+        task = exported.task(count, steps)
+        found = exported.run("few_shot", task.feeds(checkpoint) | {"query_images": task.images})
+        wanted = reference.adapt(checkpoint, task, torch.float64)
+        close(found["losses"], wanted["losses"])
+        logits = reference.predict_adapted(checkpoint, wanted, task.images, torch.float64)
+        close(found["logits"], logits)
+
+
 def test_what_a_task_holds_is_what_is_adapted_and_the_statistics(exported: Exported) -> None:
     names = {output.name for output in exported.sessions["adapt"].get_outputs()}
     norms = {"stem.1", "block.1"} if "stem.0.weight" in names else {"block.1"}
@@ -324,6 +356,10 @@ def test_outputs_without_examples_are_masked_in_a_network_without_a_bias(
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "an operator": (torch.digamma, r"no form of aten\.polygamma\.default, in 1 \(Apply\)"),
+    "memory by strides": (
+        lambda x: (x * 2).as_strided((x.shape[0], 3), (6, 1)).mul_(x[:, :3]).repeat(1, 2),
+        r"no form of aten\.as_strided_scatter\.default, in 1 \(Apply\)",
+    ),
     "a decision by a value": (lambda x: x if x.sum() > 0 else -x, r"1 \(Apply\): .*data-dependent"),
     "a fixed batch": (lambda x: x.view(-1, 6) if len(x) == 2 else x.reshape(3, 6), "batches of 3"),
     "numpy": (lambda x: x + float(x.detach().numpy().sum()), r"1 \(Apply\): "),
