@@ -130,7 +130,10 @@ def content_header(shape: tuple[int, ...], classes: Iterable[PreparedClass]) -> 
 
 
 def content_digest(
-    inputs: Inputs, classes: Iterable[PreparedClass], targets: Values | None = None
+    inputs: Inputs,
+    classes: Iterable[PreparedClass],
+    targets: Values | None = None,
+    where: str = "",
 ) -> str:
     """Hash inputs, the values to predict, and which rows are whose; 64 hexadecimal digits.
 
@@ -148,7 +151,10 @@ def content_digest(
                 bad = start + int(
                     np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(1))[0]
                 )
-                raise InputError(f"{what}: row {bad} has numbers that are not finite; leave it out")
+                raise InputError(
+                    f"{where}{what}: row {bad} has numbers that are not finite in float32; leave "
+                    "it out"
+                )
             digest.update(block.data)
     return digest.hexdigest()
 

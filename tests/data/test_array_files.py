@@ -175,5 +175,5 @@ def test_a_broken_file_is_one_sentence(name: str, tmp_path: Path) -> None:
 
 def test_images_have_no_order_and_no_windows(tmp_path: Path) -> None:
     for change in ({"order": True}, {"windows": {"length": 2, "step": 1}}):
-        with pytest.raises(InputError, match="is of images; leave it out"):
+        with pytest.raises(InputError, match="and digits is none; leave it out"):
             prepare(settings_of(Path("digits"), **change), tmp_path / "out")

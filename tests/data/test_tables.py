@@ -396,7 +396,7 @@ WRONG: dict[str, tuple[Wrong, dict[str, object], str]] = {
     "two tasks": (
         lambda path: write(path, rows_of(tasks=2)),
         {},
-        "2 classes make -3 for training",
+        "3 for test and 2 for validation .* leave none of 2 classes for training",
     ),
     "tasks too short": (
         nothing,
