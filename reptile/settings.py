@@ -172,7 +172,7 @@ class PrepareSettings(Section):
     @field_validator("validation", "test")
     @classmethod
     def _share(cls, value: int | float) -> int | float:
-        if not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+        if not (0 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1):
             raise ValueError(f"{value} must be between 0 and 1, or a whole number from 0 on")
         return value
 
@@ -382,7 +382,7 @@ class TrainSettings(Section):
     features, which the network is then trained through: by the nearest prototype (protonet), by
     ridge regression on labels (ridge), or, for values, by Bayesian linear regression (bayes).
     pretrain: a classifier of all training classes; then the nearest prototype of its features."""
-    tail_shots: Annotated[int, Field(ge=0)] = 0
+    tail_shots: Annotated[int, Field(ge=0, le=10**9)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
     """Classes of a task, and outputs of the network; 1 for regression."""
@@ -681,7 +681,9 @@ def describe(error: ValidationError) -> list[str]:
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"] if part not in OF_UNIONS)
         message = problem["msg"].removeprefix("Value error, ")
-        message = message.replace("a valid tuple", "a list such as [a, b]")
+        message = message.replace("a valid tuple", "a list such as [a, b]").replace("Tuple", "List")
+        if problem["type"] == "too_short" and problem["input"]:  # its items have errors already
+            continue
         if where in lines:  # another type that it might have had
             lines[where] += message.replace("Input should be", " or")
         elif problem["type"] == "extra_forbidden":

@@ -127,7 +127,7 @@ def collect(
         name=name,
         image_shape=images.shape[1:],
         classes=table,
-        content_sha256=content_digest(images, table, values, where),
+        content_sha256=content_digest(images, table, values, where, rows),
         splits_sha256=splits_digest(table),
         settings=settings,
         dtype="uint8" if images.dtype == np.uint8 else "float32",

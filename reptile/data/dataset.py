@@ -134,8 +134,11 @@ def content_digest(
     classes: Iterable[PreparedClass],
     targets: Values | None = None,
     where: str = "",
+    rows: IntArray | None = None,
 ) -> str:
     """Hash inputs, the values to predict, and which rows are whose; 64 hexadecimal digits.
+
+    In errors, `where` precedes the name of an array, and `rows` are what its rows [N] were before.
 
     Raises:
         InputError: a number is not finite.
@@ -151,8 +154,9 @@ def content_digest(
                 bad = start + int(
                     np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(1))[0]
                 )
+                row = bad if rows is None else rows[bad]
                 raise InputError(
-                    f"{where}{what}: row {bad} has numbers that are not finite in float32; leave "
+                    f"{where}{what}: row {row} has numbers that are not finite in float32; leave "
                     "it out"
                 )
             digest.update(block.data)

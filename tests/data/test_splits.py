@@ -121,7 +121,10 @@ def test_whole_numbers_hold_out_so_many_and_too_many_are_refused() -> None:
     names = [str(number) for number in range(10)]
     assert counts(splits_of(names, "classes", validation=3, test=2)) == (5, 3, 2)
     assert counts(splits_of(names, "classes", validation=0, test=0.2)) == (8, 0, 2)
-    with pytest.raises(InputError, match="5 for test and 5 for validation .* leave none of 10 classes for training"):
+    with pytest.raises(
+        InputError,
+        match=r"5 for test and 5 for validation .* leave none of 10 classes for training",
+    ):
         splits_of(names, "classes", validation=5, test=5)
 
 
