@@ -36,22 +36,40 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     """Refuse, before training, what a later stage would refuse after it.
 
     Raises:
-        InputError: the test split cannot make the tasks of `evaluate` and `verify`, the gate and
-            the bundle need what `evaluate` does not measure, or the adaptation of the network
-            cannot be written as a graph.
+        InputError: the data cannot make the tasks of the second learner, `evaluate` or `verify`,
+            a learner cannot learn them, the gate and the bundle need what `evaluate` does not
+            measure, or the adaptation of the network cannot be written as a graph.
     """
     from reptile.data.dataset import load_prepared
     from reptile.objectives import objective_of
-    from reptile.tasks import check_classes
+    from reptile.tasks import check_classes, check_ways
 
     data = load_prepared(prepared)
     test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
     ways = evaluation.task_ways(settings.train, len(test.starts))
+    objective = objective_of(data.values)
+    for learner in filter(None, (settings.train, settings.beside.training)):
+        objective.check_ways(learner.ways, data.name)
+        check_ways(learner, objective.least_ways, ways)
+    if second := settings.beside.training:
+        needed = second.images_per_class
+        check_classes(data.split("train"), second.ways, needed, "training split, for `beside`")
+    rows = {"prototypes": "protonet", "ridge": "ridge"}
+    if (of_row := rows.get(evaluation.learner)) and (data.values or settings.train.head == of_row):
+        raise InputError(
+            f"evaluate.learner = {evaluation.learner}: `reptile evaluate` has no such row for "
+            f"{settings.train.algorithm} on {data.name}; use trained"
+        )
     images = max(evaluation.shots) + evaluation.queries
     what = f"test split of {data.name}"
     check_classes(test, ways, images, f"{what}, for `reptile evaluate`")
-    queries = objective_of(data.values).validation.queries
+    queries = objective.validation.queries
     check_classes(test, ways, settings.verify.shots + queries, f"{what}, for `reptile verify`")
+    if gate.mean_squared_error is not None and not data.values:
+        raise InputError(
+            f"export.gate.mean_squared_error = {gate.mean_squared_error:g}: {data.name} has "
+            "classes, and no values; set export.gate.accuracy"
+        )
     if gate.shots not in evaluation.shots:
         shots = ", ".join(map(str, evaluation.shots))
         raise InputError(
@@ -69,6 +87,34 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
 
         if problems := check_export(untrained(settings.train, data).model):
             raise InputError("; ".join(problems))
+
+
+def check_learners(settings: Settings, prepared: Path) -> None:
+    """As `check_later_stages`, with what takes torch and networks to know.
+
+    Raises:
+        InputError: the second learner cannot be trained, a part of a cross-validation cannot make
+            tasks, or a bundle cannot have so large a support set.
+    """
+    from reptile.data.dataset import load_prepared
+    from reptile.evaluate.folds import parts
+    from reptile.export.closed_form import check_support
+    from reptile.learn.train import check_tasks, untrained
+
+    data, evaluation = load_prepared(prepared), settings.evaluate
+    if second := settings.beside.training:
+        try:
+            untrained(second, data)
+        except InputError as error:
+            raise InputError(f"the second learner, of `beside`: {error}") from None
+    learners = [*filter(None, (settings.train, second))]
+    if evaluation.folds:
+        for part in parts(data, evaluation.folds, evaluation.seed):
+            for learner in learners:
+                check_tasks(learner, part, f"evaluate.folds = {evaluation.folds}: training split")
+    exported = {evaluation.learner, *(learner.algorithm for learner in learners)}
+    for algorithm in exported | ({"ridge"} if evaluation.learner == "auto" else set()):
+        check_support(algorithm, settings.export.max_support)
 
 
 def prepare(

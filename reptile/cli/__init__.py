@@ -169,6 +169,7 @@ def train(
         return
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
+    stages.check_learners(settings, artifacts / "prepared")
     with _training(training) as observe, stop_by_signal() as stop:
         result = stages.train(
             training,

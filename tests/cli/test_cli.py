@@ -236,15 +236,36 @@ def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path
         ("verify.shots=20", "verify"),
         ("export.gate.shots=7", r"export.gate.shots = 7"),
         ("export.max_steps=1", "export.max_steps = 1"),
+        ("export.gate.mean_squared_error=5", "export.gate.mean_squared_error = 5"),
+        ("evaluate.ways=6", "6-way tasks: reptile trained with 5 ways is for 2 to 5 ways"),
+        ("evaluate.ways=1", "1-way tasks"),
+        ("train.algorithm=ridge evaluate.ways=1", "1-way tasks"),
+        ("train.algorithm=ridge train.episode.shots=[1] evaluate.learner=ridge", "no such row"),
+        ("train.algorithm=pretrain evaluate.learner=prototypes", "no such row for pretrain"),
+        ("train.algorithm=ridge train.episode.shots=[1] export.max_support=1001", "max_support"),
+        ("evaluate.learner=auto export.max_support=1001", "export.max_support = 1001"),
+        ("evaluate.folds=99", "evaluate.folds = 99"),
+        ("evaluate.folds=15", "validation split: 2 classes cannot make a 5-way task"),
+        ("beside.algorithm=ridge beside.ways=300", "training split, for `beside`"),
+        ("beside.algorithm=ridge beside.episode.shots=[9]", "training split, for `beside`"),
+        ("beside.algorithm=ridge beside.episode.shots=[1] export.max_support=1001", "max_support"),
+        ("beside.algorithm=reptile beside.ways=4", "5-way tasks: reptile trained with 4 ways"),
+        ("beside.algorithm=bayes beside.episode.shots=[1]", "second learner, of `beside`"),
+        (
+            "beside.algorithm=reptile beside.train_shots=5 beside.model.name=torchvision:nothing",
+            "second learner, of `beside`: train.model.name = torchvision:nothing",
+        ),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_training(
     change: str, words: str, here: Path, run: Run
 ) -> None:
     before = (here / "artifacts/checkpoint/checkpoint.json").read_bytes()
-    code, _, err = run("train", "-S", change, "-S", "train.seed=99")
+    changes = [part for each in change.split() for part in ("-S", each)]
+    code, _, err = run("train", *changes, "-S", "train.seed=99")
     assert code == 2
     assert words in err
+    assert len(err.splitlines()) == 1
     assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
 
 
