@@ -160,6 +160,33 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["prepared"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_file_that_a_folder_is_too_full_for_is_named_by_the_folder(tmp_path: Path) -> None:
+    """The temporary folder, in which it was, is gone when the error is read."""
+    out = tmp_path / "out"
+    with (
+        pytest.raises(InputError) as caught,
+        atomic_directory(out) as folder,
+        atomic_directory(folder / "inner") as inner,
+        atomic_file(inner / "a.json") as file,
+    ):
+        file.symlink_to("/dev/full")
+        file.write_text("more than there is room for")
+    assert str(caught.value) == f"{out}: cannot be written (No space left on device)"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["circle", "to circle", "circle/below"])
+def test_links_in_a_circle_are_one_sentence(tmp_path: Path, output: str) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "to circle").symlink_to("circle")
+    with (
+        pytest.raises(InputError, match=f"{output}: cannot be written .*symbolic links"),
+        atomic_directory(tmp_path / output),
+    ):
+        pass
+
+
 def test_a_link_to_a_file_is_replaced_and_the_file_left_alone(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("of others")
     (tmp_path / "out").symlink_to(tmp_path / "cache")

@@ -711,6 +711,8 @@ def run() -> None:
         _fail(str(error), error.exit_code)
     except OSError as error:
         message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            message = f"{error.filename}: a file lies where a folder is needed; move it away"
         named = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError)
         _fail(message, (InputError if named else PlatformError).exit_code)
 

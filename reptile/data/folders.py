@@ -66,7 +66,7 @@ def list_folder(root: Path) -> Listing:
 
 def _may_be_followed(link: Path, inside: Path) -> bool:
     """Say whether a link leads to a file in the folder, or in a cache of DVC, which links to it."""
-    target = link.resolve()
+    target = Path(os.path.realpath(link))  # `resolve` fails on links in a circle
     cached = re.search(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$", target.as_posix())
     return target.is_file() and (target.is_relative_to(inside) or cached is not None)
 
