@@ -36,7 +36,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from reptile.cli.under_dvc import check_code, check_data
+from reptile.cli.under_dvc import check_code, check_data, check_networks
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.rl.cli import app as rl_app
@@ -167,6 +167,7 @@ def train(
         outputs.mkdir(parents=True)  # DVC expects it
         console.print("beside.algorithm = none: no second learner to train")
         return
+    check_networks(training)
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
     stages.check_learners(settings, artifacts / "prepared")
