@@ -36,9 +36,9 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     """Refuse, before training, what a later stage would refuse after it.
 
     Raises:
-        InputError: the data cannot make the tasks of the second learner, `evaluate` or `verify`,
-            a learner cannot learn them, the gate and the bundle need what `evaluate` does not
-            measure, or the adaptation of the network cannot be written as a graph.
+        InputError: the test split cannot make the tasks of `evaluate` and `verify`, or the learner
+            cannot learn them, the gate and the bundle need what `evaluate` does not measure, or the
+            adaptation of the network cannot be written as a graph.
     """
     from reptile.data.dataset import load_prepared
     from reptile.objectives import objective_of
@@ -48,12 +48,8 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
     ways = evaluation.task_ways(settings.train, len(test.starts))
     objective = objective_of(data.values)
-    for learner in filter(None, (settings.train, settings.beside.training)):
-        objective.check_ways(learner.ways, data.name)
-        check_ways(learner, objective.least_ways, ways)
-    if second := settings.beside.training:
-        needed = second.images_per_class
-        check_classes(data.split("train"), second.ways, needed, "training split, for `beside`")
+    objective.check_ways(settings.train.ways, data.name)
+    check_ways(settings.train, objective.least_ways, ways)
     rows = {"prototypes": "protonet", "ridge": "ridge"}
     if (of_row := rows.get(evaluation.learner)) and (data.values or settings.train.head == of_row):
         raise InputError(
@@ -89,31 +85,28 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
             raise InputError("; ".join(problems))
 
 
-def check_learners(settings: Settings, prepared: Path) -> None:
-    """As `check_later_stages`, with what takes torch and networks to know.
+def check_learner(settings: Settings, training: TrainSettings, prepared: Path) -> None:
+    """As `check_later_stages`, for one of the learners, with what takes its network to know.
 
     Raises:
-        InputError: the second learner cannot be trained, a part of a cross-validation cannot make
-            tasks, or a bundle cannot have so large a support set.
+        InputError: it cannot be trained, also not on a part of a cross-validation, it cannot learn
+            the tasks of `evaluate`, or its bundle cannot have so large a support set.
     """
     from reptile.data.dataset import load_prepared
     from reptile.evaluate.folds import parts
     from reptile.export.closed_form import check_support
     from reptile.learn.train import check_tasks, untrained
+    from reptile.tasks import check_ways
 
     data, evaluation = load_prepared(prepared), settings.evaluate
-    if second := settings.beside.training:
-        try:
-            untrained(second, data)
-        except InputError as error:
-            raise InputError(f"the second learner, of `beside`: {error}") from None
-    learners = [*filter(None, (settings.train, second))]
+    info = untrained(training, data).info
+    ways = evaluation.task_ways(settings.train, len(data.split("test").starts))
+    check_ways(training, info.objective.least_ways, ways)
     if evaluation.folds:
         for part in parts(data, evaluation.folds, evaluation.seed):
-            for learner in learners:
-                check_tasks(learner, part, f"evaluate.folds = {evaluation.folds}: training split")
-    exported = {evaluation.learner, *(learner.algorithm for learner in learners)}
-    for algorithm in exported | ({"ridge"} if evaluation.learner == "auto" else set()):
+            check_tasks(training, part, f"evaluate.folds = {evaluation.folds}: training split")
+    row = "ridge" if evaluation.learner == "auto" else evaluation.learner
+    for algorithm in (training.algorithm, row):
         check_support(algorithm, settings.export.max_support)
 
 

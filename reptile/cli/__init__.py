@@ -170,7 +170,15 @@ def train(
     check_networks(training)
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
-    stages.check_learners(settings, artifacts / "prepared")
+    stages.check_learner(settings, training, artifacts / "prepared")
+    if not beside and (second := settings.beside.training):
+        try:
+            stages.check_learner(settings, second, artifacts / "prepared")
+        except InputError as error:
+            message = f"the second learner, of `beside`: {error}"
+            if "DVC_STAGE" in os.environ:  # which trains it next
+                raise InputError(message) from None
+            log.warning("warning: %s", message)
     with _training(training) as observe, stop_by_signal() as stop:
         result = stages.train(
             training,

@@ -246,15 +246,6 @@ def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path
         ("evaluate.learner=auto export.max_support=1001", "export.max_support = 1001"),
         ("evaluate.folds=99", "evaluate.folds = 99"),
         ("evaluate.folds=15", "validation split: 2 classes cannot make a 5-way task"),
-        ("beside.algorithm=ridge beside.ways=300", "training split, for `beside`"),
-        ("beside.algorithm=ridge beside.episode.shots=[9]", "training split, for `beside`"),
-        ("beside.algorithm=ridge beside.episode.shots=[1] export.max_support=1001", "max_support"),
-        ("beside.algorithm=reptile beside.ways=4", "5-way tasks: reptile trained with 4 ways"),
-        ("beside.algorithm=bayes beside.episode.shots=[1]", "second learner, of `beside`"),
-        (
-            "beside.algorithm=reptile beside.train_shots=5 beside.model.name=torchvision:nothing",
-            "second learner, of `beside`: train.model.name = torchvision:nothing",
-        ),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_training(
@@ -267,6 +258,41 @@ def test_what_a_later_stage_would_refuse_is_refused_before_training(
     assert words in err
     assert len(err.splitlines()) == 1
     assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("algorithm=ridge ways=300", "classes cannot make a 300-way task"),
+        ("algorithm=ridge episode.shots=[9]", "a class has 6 images and a task needs 14"),
+        ("algorithm=ridge episode.shots=[1] weights=1", "beside.weights: no such setting"),
+        ("algorithm=reptile train_shots=5 ways=4", "5-way tasks: reptile trained with 4 ways"),
+        ("algorithm=bayes episode.shots=[1]", "algorithm = bayes: for regression"),
+        (
+            "algorithm=reptile train_shots=5 model.name=torchvision:nothing",
+            "torchvision has no nothing",
+        ),
+    ],
+)
+def test_a_second_learner_that_cannot_be_trained_is_said_before_the_first_is(
+    change: str, words: str, here: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DVC, which trains it next, it is refused."""
+    changes = [part for each in change.split() for part in ("-S", f"beside.{each}")]
+    monkeypatch.setenv("DVC_STAGE", "train")
+    before = (here / "artifacts/checkpoint/checkpoint.json").read_bytes()
+    code, _, err = run("train", *changes, "-S", "train.seed=99")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith("error: ") and words in err
+    assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
+
+
+def test_a_second_learner_that_cannot_be_trained_is_a_warning_without_dvc(
+    here: Path, run: Run
+) -> None:
+    code, _, err = run("train", "-S", "beside.algorithm=ridge", "-S", "beside.ways=300")
+    assert code == 0
+    assert err.startswith("warning: the second learner, of `beside`: training split: ")
 
 
 def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -> None:
