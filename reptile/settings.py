@@ -691,7 +691,8 @@ def describe(error: ValidationError) -> list[str]:
         elif problem["type"] == "value_error":
             lines[where] = f"{where}: {message}"
         else:
-            lines[where] = f"{where} = {problem['input']!r}: {message}"
+            setting = f"{where} = " if where else ""
+            lines[where] = f"{setting}{problem['input']!r}: {message}"
     return list(lines.values())
 
 

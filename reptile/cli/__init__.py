@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -703,6 +704,8 @@ def run() -> None:
     """Run the command line; a foreseeable error prints one line and exits with its class's code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
+    # Pillow's, of more pixels than its limit: ours is lower, and says which file it is.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a class's name may not be encodable
             stream.reconfigure(errors="backslashreplace")

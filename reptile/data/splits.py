@@ -5,6 +5,7 @@ another has trained on. Lists that papers have published lie in the folder `publ
 """
 
 import hashlib
+import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -74,11 +75,25 @@ def load_split_list(name: str) -> SplitList:
     """
     path = Path(name) if name.endswith(".json") else PUBLISHED / f"{name}.json"
     try:
-        return SplitList.model_validate_json(path.read_bytes())
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before
+        return SplitList.model_validate(json.loads(text, object_pairs_hook=_each_once))
     except FileNotFoundError:
         raise InputError(f"held_out = {name!r}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except ValidationError as error:
         raise InputError(f"{path}: {describe(error)[0]}") from None
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a key that is there twice, of which Python would take the last without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
+    return values
 
 
 def _by_hash(source: Source, settings: PrepareSettings) -> dict[str, Split]:

@@ -371,6 +371,14 @@ def same_name_in_two_folders(root: Path) -> None:
         (root / folder / "n0153000000000001.jpg").write_bytes(encoded(noise(0, (4, 4)), "JPEG"))
 
 
+def row_of(path: Path) -> str:
+    return path.read_text().splitlines()[1]
+
+
+def first_of(root: Path) -> str:
+    return row_of(root / "train.csv").split(",")[0]
+
+
 def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     def edit_list(root: Path) -> None:
         text = (root / name).read_text()
@@ -390,6 +398,14 @@ BAD_LISTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train\.csv: line 2: no files called n0153000000000001\.jpg",
     ),
     "two files": (same_name_in_two_folders, r"line 2: no files called .* in a folder n01530000"),
+    "a row twice": (
+        lambda root: edit("test.csv", "label\n", f"label\n{row_of(root / 'test.csv')}\n")(root),
+        r"is listed twice \(test\.csv, line 2; test\.csv, line 3\), and would be .* own test",
+    ),
+    "an image in training and test": (
+        lambda root: edit("test.csv", row_of(root / "test.csv"), f"{first_of(root)},n0153")(root),
+        r"listed twice \(train\.csv, line 2; test\.csv, line 2\)",
+    ),
     "no header": (edit("test.csv", "filename,label\n", ""), "first line must be filename,label"),
     "one column": (edit("test.csv", ",n01530560", ""), "line 2 must be a file's name and its"),
     "no text": (

@@ -150,6 +150,7 @@ def _from_lists(root: Path) -> Source:
         places.setdefault(normal(PurePosixPath(file).name), []).append(file)
     members: dict[str, list[str]] = {}
     published: dict[str, Split] = {}
+    listed: dict[str, str] = {}
     for name, split in LISTS.items():
         for number, file, label in _rows(root / name):
             _assign(root, published, label, split)
@@ -162,6 +163,12 @@ def _from_lists(root: Path) -> Source:
                 raise InputError(
                     f"{root / name}: line {number}: {len(matches) or 'no'} files called {file} "
                     f"in {root}{f' in a folder {label}' if file in places else ''}; one is needed"
+                )
+            here = f"{name}, line {number}"
+            if (before := listed.setdefault(matches[0], here)) != here:
+                raise InputError(
+                    f"{root}: {matches[0]} is listed twice ({before}; {here}), and would be an "
+                    "example and its own test; remove one"
                 )
             members.setdefault(label, []).append(matches[0])
     refuse_two_spellings(
