@@ -288,11 +288,11 @@ def test_a_second_learner_that_cannot_be_trained_is_said_before_the_first_is(
 
 
 def test_a_second_learner_that_cannot_be_trained_is_a_warning_without_dvc(
-    here: Path, run: Run
+    here: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     code, _, err = run("train", "-S", "beside.algorithm=ridge", "-S", "beside.ways=300")
-    assert code == 0
-    assert err.startswith("warning: the second learner, of `beside`: training split: ")
+    assert code == 0, err
+    assert "warning: the second learner, of `beside`: training split: " in caplog.text
 
 
 def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -> None:
