@@ -688,7 +688,7 @@ def describe(error: ValidationError) -> list[str]:
             lines[where] += message.replace("Input should be", " or")
         elif problem["type"] == "extra_forbidden":
             lines[where] = f"{where}: no such setting"
-        elif problem["type"] == "value_error":
+        elif problem["type"] in ("value_error", "missing"):  # of which the input is all around
             lines[where] = f"{where}: {message}"
         else:
             setting = f"{where} = " if where else ""

@@ -232,8 +232,8 @@ def test_networks_that_dvc_does_not_follow_are_refused_under_dvc_alone(
         settings = {"algorithm": "ridge", "model": model}
         check_networks(TrainSettings.model_validate(settings))
 
-    module = {"name": "module:mine.network.make"}
-    weights = {"name": "resnet12", "weights": "other/weights.safetensors"}
+    module: dict[str, object] = {"name": "module:mine.network.make"}
+    weights: dict[str, object] = {"name": "resnet12", "weights": "other/weights.safetensors"}
     monkeypatch.delenv("DVC_STAGE", raising=False)
     check(module)
     monkeypatch.setenv("DVC_STAGE", stage)

@@ -132,19 +132,20 @@ def _read(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     try:
         if path.is_dir():
             files = {file.stem: file for file in path.glob("*.npy")}
-            known = files.keys()
+            known = set(files)
             arrays = {
                 name: np.load(files[name], mmap_mode="r", allow_pickle=False)
                 for name in NAMES
                 if name in files
             }
         elif path.suffix.casefold() == ".npz":
-            with NpzFile(path, allow_pickle=False) as archive:  # `load` reads other forms too
-                known = archive.keys()
+            # `load` would read other forms too.
+            with path.open("rb") as file, NpzFile(file, allow_pickle=False) as archive:
+                known = set(archive)
                 arrays = {name: archive[name] for name in NAMES if name in archive}
         else:
             with safe_open(path, "numpy") as tensors:
-                known = tensors.keys()
+                known = set(tensors.keys())
                 arrays = {name: tensors.get_tensor(name) for name in NAMES if name in known}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -163,7 +164,7 @@ def _read(path: Path) -> Mapping[str, npt.NDArray[Any]]:
                 "it holds Python objects as a pickle, which can run code; save numbers, strings"
             )
         raise InputError(f"{path}: cannot be read ({' '.join(reason.split())})") from None
-    if unused := sorted(set(known) - set(NAMES)):
+    if unused := sorted(known - set(NAMES)):
         log.warning("%s: %s: not used; known are %s", path, ", ".join(unused), ", ".join(NAMES))
     if INPUTS not in arrays:
         raise InputError(f"{path}: no array `{INPUTS}`; it must hold `{INPUTS}` and `labels`")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from reptile import cli
 from reptile.files import lock_folder
@@ -73,6 +74,19 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def change_weights(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = folder / "artifacts/checkpoint/weights.safetensors"
+    tensors = load_file(path)
+    save_file({n: each if n == "step" else change(each) for n, each in tensors.items()}, path)
+
+
+def change_info(folder: Path, **changes: object) -> None:
+    """Change what checkpoint.json says; None leaves it out."""
+    path = folder / "artifacts/checkpoint/checkpoint.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: each for name, each in values.items() if each is not None}))
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no params": (lambda p: (p / "params.yaml").unlink(), ["prepare"], ["params.yaml", "--params"]),
     "unknown setting": (lambda p: None, ["train", "-S", "train.shots=3"], ["train.shots"]),
@@ -131,6 +145,26 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda p: truncate(p / "artifacts/checkpoint/weights.safetensors"),
         ["evaluate"],
         ["damaged checkpoint"],
+    ),
+    "weights that are not finite": (
+        lambda p: change_weights(p, lambda values: values * np.float32(np.nan)),
+        ["evaluate"],
+        ["weights.safetensors: damaged checkpoint (its numbers are not finite float32)"],
+    ),
+    "weights of another type": (
+        lambda p: change_weights(p, lambda values: values.astype(np.float64)),
+        ["evaluate"],
+        ["weights.safetensors: damaged checkpoint (its numbers are not finite float32)"],
+    ),
+    "checkpoint of a later version": (
+        lambda p: change_info(p, format=99, future=True),
+        ["evaluate"],
+        ["checkpoint.json: is of format 99", "install the version"],
+    ),
+    "checkpoint without its iteration": (
+        lambda p: change_info(p, iteration=None),
+        ["evaluate"],
+        ["checkpoint.json: iteration: Field required\n"],
     ),
     "other data than trained on": (
         lambda p: cli_prepare_other_splits(p),

@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Arrays, dict[str, object], str]] = {
     "nothing": ({"inputs": SIGNALS[:0], "labels": LABELS[:0]}, {}, "expected .N, ...."),
     "integers": ({"inputs": LABELS[:, None], "labels": LABELS}, {}, "inputs are int64"),
     "one target alone": (
-        {"inputs": SIGNALS, "targets": np.float32(3), "tasks": LABELS},
+        {"inputs": SIGNALS, "targets": np.array(3.0), "tasks": LABELS},
         {"windows": {"length": 4, "step": 4}},
         r"signals.npz: targets of shape \[\] for 32 inputs",
     ),
