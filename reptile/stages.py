@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from reptile.learn.checkpoint import Checkpoint
     from reptile.learn.train import Progress
 
+MEASURED_FILE = "checkpoints.json"
+"""In an evaluation: the hashes of the checkpoints that it measured, by name."""
 Counted = Callable[[int, int], None]
 """Called with the number done and the total."""
 
@@ -187,16 +189,19 @@ def evaluate(
     from reptile.data.dataset import load_cross_domain, load_prepared
     from reptile.evaluate import evaluate as evaluate_checkpoint
     from reptile.evaluate import write_evaluation
-    from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.checkpoint import checkpoint_sha256, load_checkpoint
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
     others = {name: load_checkpoint(folder) for name, folder in (beside or {}).items()}
     cross_domain = load_cross_domain(prepared)
+    measured = {"trained": checkpoint, **(beside or {})}
+    hashes = {name: checkpoint_sha256(folder) for name, folder in measured.items()}
     result = evaluate_checkpoint(settings, trained, data, cross_domain, on_progress, beside=others)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
+        write_json(folder / MEASURED_FILE, hashes)
     return result
 
 
@@ -228,16 +233,38 @@ def export(
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
+    _check_measured(evaluation, "trained", checkpoint)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
     learners = {metrics.learner: exported(trained, data, metrics.model_dump(mode="json"))}
     if beside:
         second = load_checkpoint(beside)
         second.info.check_data(data)
-        learners[second_learner(second.info.settings.algorithm)] = second
+        name = second_learner(second.info.settings.algorithm)
+        _check_measured(evaluation, name, beside)
+        learners[name] = second
     with TemporaryDirectory() as folder:
         all_bundles = bundles or Path(folder) / "bundles"
         export_bundles(settings, learners, data, metrics, all_bundles, bundle, protocol=protocol)
+
+
+def _check_measured(evaluation: Path, name: str, checkpoint: Path) -> None:
+    """Refuse an evaluation of another checkpoint: its scores would pass the gate for this one.
+
+    Raises:
+        InputError: the checkpoint was trained again since.
+    """
+    from reptile.evaluate.metrics import read_json
+    from reptile.learn.checkpoint import checkpoint_sha256
+
+    if not (evaluation / MEASURED_FILE).is_file():  # of an earlier version
+        return
+    measured = read_json(evaluation / MEASURED_FILE).get(name)
+    if measured not in (None, checkpoint_sha256(checkpoint)):
+        raise InputError(
+            f"{evaluation}: measured another checkpoint than {checkpoint}; run `reptile evaluate` "
+            "again"
+        )
 
 
 def verify(

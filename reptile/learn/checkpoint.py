@@ -4,6 +4,7 @@ A checkpoint is a folder of weights.safetensors and checkpoint.json, and never a
 written completely or not at all.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
-from reptile.files import atomic_directory, write_json
+from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.heads import Head, head_of
 from reptile.learn.optimizer import OptimizerState
@@ -211,6 +212,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     tensors["step"] = torch.tensor(state.step)
     (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # a failure here is an OSError
     write_json(folder / INFO_FILE, info.model_dump(mode="json"))
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """Return the hash of what `save_checkpoint` wrote."""
+    files = "".join(sha256_file(folder / name) for name in (INFO_FILE, WEIGHTS_FILE))
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:

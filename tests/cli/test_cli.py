@@ -176,6 +176,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["export"],
         ["reptile evaluate"],
     ),
+    "trained again since the evaluation": (
+        lambda p: change_weights(p, lambda values: values * np.float32(1.5)),
+        ["export", "--ignore-gate"],
+        ["evaluation: measured another checkpoint than", "run `reptile evaluate` again"],
+    ),
     "gate on what was not evaluated": (
         lambda p: None,
         ["export", "-S", "export.gate.shots=9"],
