@@ -297,9 +297,15 @@ def verify(
     if beside:
         second = load_checkpoint(beside)
         others[second_learner(second.info.settings.algorithm)] = second
-    folders = sorted(bundles.iterdir()) if bundles else [bundle]
-    each = [read_manifest(folder).raw["metrics"] for folder in folders]
-    metrics = next(values for values in each if not values or values["learner"] not in others)
+    # Not what systems leave in folders, such as .DS_Store.
+    folders = [*bundles.glob("[!.]*/")] if bundles else [bundle]
+    each = [read_manifest(folder).raw.get("metrics") for folder in sorted(folders)]
+    firsts = [values for values in each if not values or values["learner"] not in others]
+    if not firsts:
+        raise InputError(
+            f"{bundles}: no bundle of the first learner; run `reptile export` with these settings"
+        )
+    metrics = firsts[0]
     trained = exported(trained, data, metrics)
     if bundles:
         learners = {metrics["learner"] if metrics else "trained": trained} | others

@@ -191,6 +191,24 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["verify"],
         ["failed"],
     ),
+    "no bundles": (
+        lambda p: shutil.rmtree(p / "artifacts/bundles"),
+        ["verify"],
+        ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
+    ),
+    "an empty folder of bundles": (
+        lambda p: (shutil.rmtree(p / "artifacts/bundles"), (p / "artifacts/bundles").mkdir()),
+        ["verify"],
+        ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
+    ),
+    "no bundle": (
+        lambda p: (
+            (p / "artifacts/bundles/.DS_Store").touch(),
+            shutil.rmtree(p / "artifacts/bundle"),
+        ),
+        ["verify"],
+        ["artifacts/bundle: no manifest", "run `reptile export`"],
+    ),
     "output where a file is": (
         lambda p: (p / "plain").write_text(""),
         ["prepare", "--artifacts", "plain/below"],
