@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -78,6 +79,12 @@ def change_weights(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> 
     path = folder / "artifacts/checkpoint/weights.safetensors"
     tensors = load_file(path)
     save_file({n: each if n == "step" else change(each) for n, each in tensors.items()}, path)
+
+
+def emptied(folder: Path) -> None:
+    (folder.parent / "bundles/.DS_Store").touch()
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 def change_info(folder: Path, **changes: object) -> None:
@@ -197,15 +204,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
     ),
     "an empty folder of bundles": (
-        lambda p: (shutil.rmtree(p / "artifacts/bundles"), (p / "artifacts/bundles").mkdir()),
+        lambda p: emptied(p / "artifacts/bundles"),
         ["verify"],
         ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
     ),
     "no bundle": (
-        lambda p: (
-            (p / "artifacts/bundles/.DS_Store").touch(),
-            shutil.rmtree(p / "artifacts/bundle"),
-        ),
+        lambda p: emptied(p / "artifacts/bundle"),
         ["verify"],
         ["artifacts/bundle: no manifest", "run `reptile export`"],
     ),
@@ -350,6 +354,25 @@ def test_a_second_learner_that_cannot_be_trained_is_a_warning_without_dvc(
     code, _, err = run("train", "-S", "beside.algorithm=ridge", "-S", "beside.ways=300")
     assert code == 0, err
     assert "warning: the second learner, of `beside`: training split: " in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size")
+def test_a_full_disk_ends_training_and_evaluation_with_one_line(here: Path, run: Run) -> None:
+    """The results before stay, and training resumes where there is room again."""
+    kept = {path: path.read_bytes() for path in (here / "artifacts").rglob("*.json")}
+    with full_disk(2048):
+        trained = run("train", "-S", "train.seed=5")
+        evaluated = run("evaluate", "-S", "evaluate.seed=5")
+    for code, _, err in (trained, evaluated):
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert "cannot be written (File too large)" in err
+        assert ".tmp" not in err
+    assert "artifacts/training/" in trained[2]
+    assert evaluated[2].startswith("error: artifacts/evaluation: ")
+    curves = here / "artifacts/curves"
+    assert all(path.read_bytes() == old for path, old in kept.items() if curves not in path.parents)
+    assert run("train", "--resume", "-S", "train.seed=5")[0] == 0
 
 
 def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -> None:
