@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from published import (
     CIFAR,
     CIFAR_CLASSES,
@@ -31,6 +32,7 @@ from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.data.readers.open import open_source
 from reptile.errors import InputError
+from reptile.experiments.presets import load_preset
 from reptile.settings import PrepareSettings
 
 BACKGROUND = {"Greek": 3, "Latin": 2}
@@ -363,6 +365,34 @@ def test_split_folders_are_a_published_split(tmp_path: Path, validation: str) ->
     data = prepared(tmp_path / "some", tmp_path / "out", held_out="published", image_size=4)
     assert counts_of(data) == {"train": 64, "validation": 16, "test": 20}
     assert {c.name for c in data.classes} == set().union(*mini_imagenet_names().values())
+
+
+@pytest.mark.parametrize("preset", ["mini-imagenet-5w1s", "mini-imagenet-5w5s"])
+def test_the_presets_read_mini_imagenets_grey_and_cmyk_images_as_its_code_does(
+    preset: str, tmp_path: Path
+) -> None:
+    """Some of ILSVRC12's files are so; the reference converts each to RGB."""
+    parts = {"n0": "train", "n1": "train", "n2": "val", "n3": "test"}
+    modes = {("n0", 3): "L", ("n1", 7): "CMYK", ("n2", 0): "CMYK", ("n3", 19): "L"}
+    files = {}
+    for name, part in parts.items():
+        for number in range(20):
+            path = tmp_path / "mini" / part / name / f"{number:02}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(noise(number, (12, 10, 3)))
+            picture.convert(modes.get((name, number), "RGB")).save(path)
+            files[name, number] = path
+    settings = load_preset(preset).settings.prepare.model_copy(
+        update={"source": str(tmp_path / "mini")}
+    )
+    data = prepare(settings, tmp_path / "out")
+    assert data.image_shape == (3, 84, 84)
+    for name, number in modes:
+        start = next(c.start for c in data.classes if c.name == name)
+        with Image.open(files[name, number]) as image:
+            expected = np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
+        difference = data.images[start + number] - expected.transpose(2, 0, 1).astype(float)
+        assert np.abs(difference).max() <= 1
 
 
 def same_name_in_two_folders(root: Path) -> None:
