@@ -1,7 +1,8 @@
 """A connection whose requests' heads must arrive soon and be short.
 
-uvicorn waits without limit for a head that does not come, and keeps all of one that does not end;
-httptools does not read the body of a request that offers an upgrade, such as `Upgrade: h2c`.
+uvicorn waits without limit for a head that does not come, keeps all of one that does not end, and
+takes the trailers after a body for headers; httptools does not read the body of a request that
+offers an upgrade, such as `Upgrade: h2c`.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ class Connection(HttpToolsProtocol):
     """Closes when a request's head is late or too long; requests that have begun are answered."""
 
     _since: float | None = None  # when it began to wait for a head
-    _head = 0  # bytes of a head that is not complete
+    _pending = 0  # bytes since the last head or part of a body; such as of a head not complete
     _ended = False  # whatever else is received is ignored
     _timer: asyncio.TimerHandle | None = None  # one for all heads
 
@@ -43,11 +44,10 @@ class Connection(HttpToolsProtocol):
         if self._since is not None:
             head, end, body = data.partition(b"\r\n\r\n")
             data = UPGRADE.sub(b"\nX-Upgrade", head) + end + body  # an offer, which is declined
+        self._pending += len(data)
         super().data_received(data)
-        if self._since is not None:
-            self._head += len(data)
-            if self._head > HEAD_BYTES:
-                self.transport.close()
+        if self._pending > HEAD_BYTES:
+            self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Close after the answer: an offer split between packets was seen by the parser alone.
@@ -63,13 +63,23 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._expect_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; not a trailer, which a proxy has not checked."""
+        if self._since is not None:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
-        self._since, self._head = None, 0
+        self._since, self._pending = None, 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        self._pending = 0
+        super().on_body(body)
+
     def _expect_head(self) -> None:
-        self._since, self._head = self.loop.time(), 0
+        self._since, self._pending = self.loop.time(), 0
         if self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
 

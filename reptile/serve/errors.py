@@ -19,6 +19,7 @@ from reptile.serve.workers import BusyError
 log = logging.getLogger(__name__)
 
 FAULT = "the server has a fault; its log says more"
+LACKING = "the server lacks memory or a file for this; its log says more"
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 
@@ -37,7 +38,11 @@ def exception_handlers(
 
     async def storage(request: Request, error: StorageError) -> Response:
         log.error("%s", error)  # with the path, which clients should not see
-        return answer(507, "the server cannot store the task; its log says why")
+        return answer(507, "the server cannot store or remove the task; its log says why")
+
+    async def lacking(request: Request, error: OSError | MemoryError) -> Response:
+        log.exception("lacking", exc_info=error)
+        return answer(503, LACKING, **{"retry-after": "1"})
 
     async def not_finite(request: Request, error: DivergedError) -> Response:
         diverged.inc()
@@ -72,6 +77,8 @@ def exception_handlers(
         DivergedError: not_finite,
         BusyError: busy,
         TimeoutError: late,
+        OSError: lacking,
+        MemoryError: lacking,
         HTTPException: http,
         UnknownError: unknown,
         ConflictError: conflict,

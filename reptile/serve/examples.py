@@ -5,10 +5,12 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from reptile.bundle_format import Column
+from reptile.data.names import normal
 from reptile.errors import InputError
 from reptile.runtime.columns import check_rows, check_values
 from reptile.runtime.inputs import check_points
@@ -26,7 +28,22 @@ from reptile.serve.request_body import (
 from reptile.serve.service import Service
 
 Array = npt.NDArray[Any]
-Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float
+
+
+def _read_label(label: Any) -> Any:
+    """Return a label as every client reads it: in Unicode's form NFC, and 1.0 as 1."""
+    if isinstance(label, str):
+        label = normal(label)
+    elif isinstance(label, float) and label.is_integer() and abs(label) < 2**53:
+        label = int(label)
+    if not isinstance(label, str | int | float) or len(str(label)) > MAX_LABEL:
+        raise PydanticCustomError(
+            "label", f"a label is text of at most {MAX_LABEL} characters, a number, true or false"
+        )
+    return label
+
+
+Label = Annotated[str | int | bool | float, BeforeValidator(_read_label)]
 LABELS = TypeAdapter(list[Label])
 
 

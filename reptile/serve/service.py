@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reptile.bundle_format import Column, TensorType
+from reptile.data.names import normal
 from reptile.errors import DivergedError, InputError
 from reptile.runtime import AdaptedModel
 from reptile.runtime.inputs import check_images, check_inputs, check_learning_rate
@@ -23,6 +24,7 @@ from reptile.serve.task_store import (
     StorageError,
     TaskStore,
     check_labels,
+    label_text,
 )
 from reptile.serve.workers import LEVEL, Adapter, Outputs, Predictor, Values
 
@@ -171,8 +173,8 @@ class Service:
         Raises:
             As `add`.
         """
-        labels = {str(each): each for each in self.task(name).labels}
-        if label not in labels:
+        labels = {normal(label_text(each)): each for each in self.task(name).labels}
+        if (label := normal(label)) not in labels:
             raise UnknownError(
                 f"no label {label[:50]!r}: GET /tasks/{name} lists the task's labels"
             )
