@@ -129,8 +129,7 @@ def _document() -> list[BaseRoute]:
 
 def _files(model: Model) -> list[BaseRoute]:
     allowed = {"manifest.json", *model.manifest["files"]}
-    # The files of a bundle may be links, such as into DVC's cache.
-    bundle = StaticFiles(directory=model.bundle.folder, follow_symlink=True)
+    bundle = StaticFiles(directory=model.bundle.folder)
 
     async def page(request: Request) -> Response:
         file = PAGE / ("index.html" if model.bundle.pixels else "rows.html")
