@@ -274,7 +274,7 @@ def _encoded(headers: Mapping[bytes, bytes]) -> JSONResponse | None:
     coding = headers.get(b"transfer-encoding", b"chunked").strip().lower()
     if coding != b"chunked":
         text = f"transfer-encoding {coding.decode('latin-1')[:100]!r}: send `chunked` alone"
-        return JSONResponse({"error": text}, 501)
+        return JSONResponse({"error": text}, 400)
     return None
 
 
