@@ -1,5 +1,6 @@
 """Reading examples and queries: images, rows of a table or other inputs, as JSON, CSV or files."""
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
@@ -36,7 +37,11 @@ def _read_label(label: Any) -> Any:
         label = normal(label)
     elif isinstance(label, float) and label.is_integer() and abs(label) < 2**53:
         label = int(label)
-    if not isinstance(label, str | int | float) or len(str(label)) > MAX_LABEL:
+    if (
+        not isinstance(label, str | int | float)
+        or (isinstance(label, float) and not math.isfinite(label))  # 1e400
+        or len(str(label)) > MAX_LABEL
+    ):
         raise PydanticCustomError(
             "label", f"a label is text of at most {MAX_LABEL} characters, a number, true or false"
         )
