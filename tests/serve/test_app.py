@@ -33,7 +33,7 @@ from reptile.serve.workers import Predictor
 from reptile.settings import ModelSettings, OptimizerSettings
 
 Serve = Callable[..., TestClient]
-Support = tuple[np.ndarray, Sequence[str | int]]
+Support = tuple[np.ndarray, Sequence[str | float]]
 
 
 def png(image: np.ndarray) -> bytes:

@@ -53,6 +53,32 @@ def test_a_body_after_an_upgrade_s_offer_is_no_request_of_its_own(
     assert b"not JSON" in received
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
+AGAIN = b"POST /v2/models/x/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n%sContent-Length: 2\r\n\r\n{}"
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one packet", "one after another"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_every_request_of_a_connection_may_offer_an_upgrade(
+    server: Server, together: bool, framing: str
+) -> None:
+    """As Java's client, which offers it with each request and keeps its connections."""
+    one = AGAIN % OFFER
+    if framing == "chunks":
+        one = one.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked")
+        one = one.replace(b"\r\n\r\n{}", b"\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+    requests = [AGAIN % b"", one, one, AGAIN % b"", one]
+    received = exchange(server, *([b"".join(requests)] if together else requests))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", received) == [b"404"] * 5
+    assert received.count(b"no model 'x'") == 5  # none was cut short or read as another
+
+
+def test_many_offers_in_one_packet_do_no_harm(server: Server) -> None:
+    offers = b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n" * 2000
+    assert exchange(server, offers).count(b"HTTP/1.1 200") == 2000
+    assert "Traceback" not in server.log
+
+
 def test_a_refusal_arrives_though_the_client_sends_all_of_its_body_first(server: Server) -> None:
     body = b"x" * (8 * LIMIT)
     for framing in (
