@@ -125,7 +125,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of `folder` until the block ends, or this process does.
 
     The system releases the lock when a process dies, so a crash leaves none behind; the file
-    `.lock` in the folder stays. It binds only those who call this too.
+    `.lock` in the folder stays, empty. It binds only those who call this too.
 
     Raises:
         InputError: another process holds the lock, or the folder may not be written.
@@ -161,6 +161,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)  # outputs have the same bytes whichever process made them
         os.close(descriptor)
 
 

@@ -247,6 +247,12 @@ def test_a_lock_ends_with_its_block_or_its_process_however_that_dies(tmp_path: P
         pass
 
 
+def test_a_lock_leaves_the_same_bytes_behind_whichever_process_held_it(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / ".lock").read_bytes() == b""
+
+
 def test_two_processes_never_hold_one_lock_at_once(tmp_path: Path) -> None:
     program = """
 import os, sys, time

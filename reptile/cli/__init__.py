@@ -181,7 +181,7 @@ def train(
             stop=stop,
         )
     last = result.info.curve[-1]
-    score = f"validation {result.info.objective.title} {last.score:.3f}"
+    score = f"validation {result.info.objective.title} {last.score:#.3g}"
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
 
 
@@ -799,7 +799,7 @@ def _training(settings: TrainSettings) -> "Iterator[Callable[[TrainingProgress],
             for point in progress.curve[shown:]:
                 bar.console.print(
                     f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                    f"validation {progress.objective.title} {point.score:.3f}, {rate} "
+                    f"validation {progress.objective.title} {point.score:#.3g}, {rate} "
                     f"({progress.engine})",
                     soft_wrap=True,
                 )

@@ -100,7 +100,7 @@ def _value(cell: str, kind: str) -> Value:
     text = _normal(cell)
     if text.casefold() in MISSING:
         return None
-    if kind == "number":
+    if kind == "number" and text.isascii() and "_" not in text:  # Python would read 1_000
         try:
             return float(text)
         except ValueError:

@@ -231,6 +231,8 @@ def test_csv_of_numbers_that_cannot_be_used_is_one_sentence(serve: Serve, tmp_pa
         (b"x0,x1,y\n1,,2\n", "row 0 has no 'x1': leave out rows"),
         (b"x0,x1,y\n1,2,3\n1,2,\n", "row 1 has no 'y': leave out rows"),
         (b"x0,x1,y\n1,a,2\n", "row 0, column 'x1': 'a' is no number"),
+        (b"x0,x1,y\n1,1_000,2\n", "row 0, column 'x1': '1_000' is no number"),
+        ("x0,x1,y\n1,\N{FULLWIDTH DIGIT ONE},2\n".encode(), "is no number"),
         (b"x0,x1,y\n1,inf,2\n", "row 0 is infinite in 'x1'"),
         (b"x0,x1,y\n1,1e39,2\n", "not finite in float32"),
     ):
