@@ -57,10 +57,13 @@ def exception_handlers(
         )
 
     async def http(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers or {})
+        headers, text, path = dict(error.headers or {}), error.detail, request.url.path
         if error.status_code == 405:
-            headers["Allow"] = _allowed(routes, request.url.path)
-        return answer(error.status_code, error.detail, **headers)
+            headers["Allow"] = _allowed(routes, path)
+            text = f"{request.method} is not a method of this path: it has {headers['Allow']}"
+        elif text == "Not Found":  # the router's
+            text = f"no such path {path[:100]!r}: /docs lists those there are"
+        return answer(error.status_code, text, **headers)
 
     async def unknown(request: Request, error: UnknownError) -> Response:
         return answer(404, str(error))

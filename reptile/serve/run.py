@@ -1,5 +1,6 @@
 """Runs the service as a process: the server below it, its log, and how it stops."""
 
+import errno
 import gc
 import ipaddress
 import logging
@@ -77,17 +78,26 @@ def bind(host: str, port: int) -> list[socket.socket]:
     if not host:
         raise InputError("--host is empty: give an address, such as 127.0.0.1, or leave it out")
     with ExitStack() as stack:
-        sockets = []
+        sockets, absent = [], None
         try:
-            for family, kind, protocol, _, address in socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            ):
-                sockets.append(stack.enter_context(socket.socket(family, kind, protocol)))
-                if os.name == "posix":
-                    sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sockets[-1].bind(address)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, kind, protocol, _, address in dict.fromkeys(found):
+                try:
+                    each = stack.enter_context(socket.socket(family, kind, protocol))
+                    if os.name == "posix":
+                        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    each.bind(address)
+                except OSError as error:
+                    # The machine may lack one family of addresses, such as IPv6.
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    absent = error
+                else:
+                    sockets.append(each)
+            if absent and not sockets:
+                raise absent
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(

@@ -316,6 +316,9 @@ def test_methods_that_a_path_lacks_are_answered_with_those_it_has(client: TestCl
     answer = client.put("/tasks")
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert answer.json()["error"].endswith("it has GET, HEAD, POST")
+    unknown = client.get("/task")
+    assert unknown.status_code == 404 and "'/task': /docs lists" in unknown.json()["error"]
 
 
 def test_a_slash_at_the_end_is_unknown_and_leads_nowhere(client: TestClient) -> None:

@@ -165,6 +165,18 @@ def test_an_address_that_cannot_be_listened_on_is_said_in_a_sentence(host: str) 
             bind(host, listener.getsockname()[1])
 
 
+def test_a_host_is_listened_on_at_those_of_its_addresses_that_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`localhost` may have one of IPv6 where there is no IPv6, and some names have one twice."""
+    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    elsewhere = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [elsewhere, here, here])
+    (bound,) = bind("localhost", 0)
+    with bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
 def test_a_port_in_use_ends_the_command_with_a_sentence(exported: Path) -> None:
     with Server(exported) as first, pytest.raises(InputError) as caught:
         Server(exported, "--port", str(first.port))  # the last one counts
