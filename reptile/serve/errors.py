@@ -59,7 +59,7 @@ def exception_handlers(
     async def http(request: Request, error: HTTPException) -> Response:
         headers, text, path = dict(error.headers or {}), error.detail, request.url.path
         if error.status_code == 405:
-            headers["Allow"] = _allowed(routes, path)
+            headers["Allow"] = _allowed(routes, path) or "GET, HEAD"  # of files
             text = f"{request.method} is not a method of this path: it has {headers['Allow']}"
         elif text == "Not Found":  # the router's
             text = f"no such path {path[:100]!r}: /docs lists those there are"

@@ -317,6 +317,7 @@ def test_methods_that_a_path_lacks_are_answered_with_those_it_has(client: TestCl
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
     assert answer.json()["error"].endswith("it has GET, HEAD, POST")
+    assert client.post("/page/page.js").headers["allow"] == "GET, HEAD"
     unknown = client.get("/task")
     assert unknown.status_code == 404 and "'/task': /docs lists" in unknown.json()["error"]
 
