@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from reptile.bundle_format import Column
-from reptile.data.names import normal
 from reptile.errors import InputError
 from reptile.runtime.columns import check_rows, check_values
 from reptile.runtime.inputs import check_points
@@ -27,6 +26,7 @@ from reptile.serve.request_body import (
     read_files,
 )
 from reptile.serve.service import Service
+from reptile.serve.task_store import normal
 
 Array = npt.NDArray[Any]
 

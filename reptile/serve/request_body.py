@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from reptile.data.names import normal
 from reptile.errors import InputError
 from reptile.images import decode, fit
 from reptile.serve.errors import first_error
 from reptile.serve.service import Service
+from reptile.serve.task_store import normal
 
 Array = npt.NDArray[Any]
 BodyType = Literal["json", "form", "csv"]

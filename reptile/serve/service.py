@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from reptile.bundle_format import Column, TensorType
-from reptile.data.names import normal
 from reptile.errors import DivergedError, InputError
 from reptile.runtime import AdaptedModel
 from reptile.runtime.inputs import check_images, check_inputs, check_learning_rate
@@ -25,6 +24,7 @@ from reptile.serve.task_store import (
     TaskStore,
     check_labels,
     label_text,
+    normal,
 )
 from reptile.serve.workers import LEVEL, Adapter, Outputs, Predictor, Values
 

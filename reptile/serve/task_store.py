@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import unicodedata
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,11 @@ class AdaptedTask:
     def labels(self) -> list[Any]:
         """The names of a classifier's task; none of a regressor's."""
         return list(self.model.state.labels)
+
+
+def normal(name: str) -> str:
+    """Return a name in Unicode's form NFC, as `reptile prepare` does: é has two spellings."""
+    return unicodedata.normalize("NFC", name)
 
 
 def label_text(label: object) -> str:
