@@ -254,11 +254,15 @@ def test_csv_of_all_sorts_is_read_as_prepare_reads_it(
         row["dose"] = missing if row["dose"] is None else f" {row['dose']} "
     plain = post(client, "/tasks", KNOWN, "json").json()["id"]
     sent = b"\xef\xbb\xbf" + as_csv(rows, separator).replace(b"when", b" when ") + b"\r\n\r\n"
-    answer = client.post("/tasks", content=sent, headers={"content-type": "text/csv; charset=x"})
+    answer = client.post(
+        "/tasks", content=sent, headers={"content-type": "text/csv; header=present; charset=UTF-8"}
+    )
     assert answer.status_code == 201, answer.text
     tasks = (plain, answer.json()["id"])
     asked = [post(client, f"/tasks/{each}/predict", ASKED, "json").json() for each in tasks]
     assert asked[0] == asked[1]
+    other = {"content-type": "text/csv; charset=windows-1252"}
+    assert client.post("/tasks", content=sent, headers=other).status_code == 415
 
 
 REFUSED: list[tuple[str, bytes, int, str]] = [
