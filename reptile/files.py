@@ -3,6 +3,7 @@
 Not a place for other helpers: everything here concerns whole files or folders on disk.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -30,15 +31,24 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         InputError: instead of those, and of those that name a temporary file of `path`.
     """
+    temporary = {f".{each.name}." for each in (path, Path(os.path.realpath(path)))}
     try:
         yield
     except OSError as error:
-        temporary = {f".{each.name}." for each in (path, path.resolve())}
         file = "" if error.filename is None else os.fsdecode(error.filename)
         if file and not any(name in file for name in temporary):
             raise
-        reason = error.strerror or " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be written ({reason})") from error
+        raise _unwritten(path, error) from error
+    except InputError as error:  # of a file in the temporary folder
+        cause = error.__cause__
+        if isinstance(cause, OSError) and any(name in str(error) for name in temporary):
+            raise _unwritten(path, cause) from cause
+        raise
+
+
+def _unwritten(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or " ".join(str(error).split())
+    return InputError(f"{path}: cannot be written ({reason})")
 
 
 @contextmanager
@@ -52,8 +62,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, `path` is a file, or it may not be written.
     """
-    target = path.resolve()
     with writing(path):
+        target = _resolved(path)
         if target.exists() and not target.is_dir():
             raise InputError(f"{path}: is a file, and a folder is to be written; move it away")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +78,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # what Python before 3.13 makes of it
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
 
 
 def _replace_directory(new: Path, path: Path) -> None:
@@ -125,7 +142,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of `folder` until the block ends, or this process does.
 
     The system releases the lock when a process dies, so a crash leaves none behind; the file
-    `.lock` in the folder stays. It binds only those who call this too.
+    `.lock` in the folder stays, empty. It binds only those who call this too.
 
     Raises:
         InputError: another process holds the lock, or the folder may not be written.
@@ -161,6 +178,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)  # outputs have the same bytes whichever process made them
         os.close(descriptor)
 
 

@@ -51,6 +51,8 @@ def decode(label: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Im
         return _decode(label, content, max_pixels)
     except InputError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{label}: more pixels than {max_pixels:,}, the maximum") from None
     except Exception:  # Pillow documents no closed set for broken files
         pass
     try:

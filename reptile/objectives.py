@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and preparing data does with
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
+ROUNDING = 1e-12  # squared errors below it are float32's rounding
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -41,6 +43,8 @@ class Objective:
     """The fewest classes of a task."""
     scores: Callable[[Array, Array], FloatArray]
     """From outputs [..., Q, outputs] and targets [..., Q] or [..., Q, outputs] to scores [...]."""
+    compared: Callable[[FloatArray], FloatArray]
+    """What the choice between learners compares of their mean scores on each class [C]."""
     validation: FewShotProtocol
     """The tasks of the learning curve; those of classification take the training's ways."""
 
@@ -76,6 +80,13 @@ class Objective:
         )
         return text.replace("-", "\N{MINUS SIGN}")
 
+    def show_difference(self, mean: float, interval: float) -> str:
+        """Write a difference of what is `compared`, and its 95 % interval, for people."""
+        if self.unit == "%":
+            return f"{self.show(abs(mean), interval)} points"
+        factor, low, high = np.exp(abs(mean) + interval * np.array([0, -1, 1]))
+        return f"a factor of {factor:.2f}, {low:.2f} to {high:.2f}"
+
     def check_ways(self, ways: int, dataset: str) -> None:
         """Refuse a number of classes a task that makes no sense for this objective.
 
@@ -100,6 +111,20 @@ def _share_right(logits: Array, labels: Array) -> FloatArray:
 
 def _mean_squared_error(values: Array, targets: Array) -> FloatArray:
     return np.asarray(np.square(values - targets.reshape(values.shape)).mean((-2, -1)))
+
+
+def _logarithm(errors: FloatArray) -> FloatArray:
+    """Return logarithms, whose differences are ratios.
+
+    Errors of tasks differ by orders of magnitude, and one or two would decide a mean; the geometric
+    mean of ratios is the measure that weighs all alike (Davydenko and Fildes, Measuring forecasting
+    accuracy, 2013).
+    """
+    return np.log(np.maximum(errors, ROUNDING))
+
+
+def _unchanged(scores: FloatArray) -> FloatArray:
+    return scores
 
 
 def to_unit(pixels: "Tensor") -> "Tensor":
@@ -133,6 +158,7 @@ CLASSIFICATION = Objective(
     better=1,
     least_ways=2,
     scores=_share_right,
+    compared=_unchanged,
     validation=FewShotProtocol(ways=2, shots=1, queries=1, steps=50, batch=5),  # the paper's
     disagreement_title="share of answers that differ",
 )
@@ -145,6 +171,7 @@ REGRESSION = Objective(
     better=-1,
     least_ways=1,
     scores=_mean_squared_error,
+    compared=_logarithm,
     validation=FewShotProtocol(ways=1, shots=10, queries=10, steps=32, batch=10),  # the authors'
     disagreement_title="difference of the values, relative to their norm,",
 )

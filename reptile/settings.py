@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,7 +26,10 @@ from reptile.errors import InputError
 
 log = logging.getLogger(__name__)
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Repeated = Annotated[int, Field(ge=1, le=100_000)]
+"""What is held in memory so many times."""
+Tasks = Annotated[int, Field(ge=2, le=10**6)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 NonZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,6 +45,8 @@ PREPROCESSING = ("input_size", "mean", "deviation")
 PUBLISHED_SPLITS = ("cifar-fs", "fc100", "omniglot-vinyals")
 RENAMED = {"verify": {"episodes": "tasks"}}
 """Old names of settings by stage; they still work."""
+OF_UNIONS = ("bool", "float", "int", "str")
+"""What pydantic puts behind the name of a setting of several types."""
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "non_transductive", "frozen")
 
 
@@ -48,6 +54,19 @@ class Section(BaseModel):
     """Base of all settings: immutable, and unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if bool not in (annotation, *get_args(annotation)):
+            for each in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(each, bool):
+                    raise ValueError(
+                        f"{str(each).lower()}: YAML reads true, yes and on, or false, no and off, "
+                        "as a truth value, which this setting is not; put a text in quotes"
+                    )
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +172,7 @@ class PrepareSettings(Section):
     @field_validator("validation", "test")
     @classmethod
     def _share(cls, value: int | float) -> int | float:
-        if not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+        if not (0 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1):
             raise ValueError(f"{value} must be between 0 and 1, or a whole number from 0 on")
         return value
 
@@ -363,23 +382,23 @@ class TrainSettings(Section):
     features, which the network is then trained through: by the nearest prototype (protonet), by
     ridge regression on labels (ridge), or, for values, by Bayesian linear regression (bayes).
     pretrain: a classifier of all training classes; then the nearest prototype of its features."""
-    tail_shots: Annotated[int, Field(ge=0)] = 0
+    tail_shots: Annotated[int, Field(ge=0, le=10**9)] = 0
     """fomaml: images of each class reserved for the last inner step; 0 reserves none."""
     ways: Ways = 5
     """Classes of a task, and outputs of the network; 1 for regression."""
     train_shots: Positive = 10
     episode: EpisodeSettings = EpisodeSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    inner_steps: Positive = 5
-    inner_batch: Positive = 10
+    inner_steps: Repeated = 5
+    inner_batch: Repeated = 10
     replacement: bool = False
-    meta_batch: Positive = 5
+    meta_batch: Repeated = 5
     meta_iterations: Positive = 2000
     meta_step: Rate = 1.0
     meta_step_final: Annotated[float, Field(ge=0, le=100)] = 0.0
     checkpoint_every: Positive = 200
     """Meta-iterations between checkpoints; each is validated and is a point of the curve."""
-    validation_tasks: Positive = 50
+    validation_tasks: Annotated[int, Field(ge=1, le=10**6)] = 50
 
     @property
     def closed_form(self) -> bool:
@@ -532,7 +551,7 @@ class EvaluateSettings(Section):
     """Few-shot evaluation on held-out classes and on cross-domain sources."""
 
     seed: Seed = 1
-    tasks: Annotated[int, Field(ge=2)] = 600
+    tasks: Tasks = 600
     shots: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 5)
     queries: Positive = 1
     """Query images per class; the reference uses one. Of a sinusoid: other points."""
@@ -592,7 +611,7 @@ class VerifySettings(Section):
     """Parity and conformance of a bundle against eager PyTorch."""
 
     seed: Seed = 2
-    tasks: Annotated[int, Field(ge=2)] = 600
+    tasks: Tasks = 600
     shots: Positive = 1
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
 
@@ -608,6 +627,18 @@ class Settings(Section):
     verify: VerifySettings = VerifySettings()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice, where PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key} is given twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Read params.yaml or a preset and apply overrides such as `train.meta_iterations=500`.
 
@@ -615,7 +646,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         InputError: no such file, no valid YAML, or a setting that is unknown or out of range.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _Loader(path.read_text(encoding="utf-8")).get_single_data() or {}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name one with --params") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -646,17 +677,23 @@ def parse_settings(section: type[AnySection], text: str) -> AnySection:
 
 def describe(error: ValidationError) -> list[str]:
     """One line per problem: the setting, the value, and what is wrong with it."""
-    lines = []
+    lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"] if part not in OF_UNIONS)
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: no such setting")
-        elif problem["type"] == "value_error":
-            lines.append(f"{where}: {message}")
+        message = message.replace("a valid tuple", "a list such as [a, b]").replace("Tuple", "List")
+        if problem["type"] == "too_short" and problem["input"]:  # its items have errors already
+            continue
+        if where in lines:  # another type that it might have had
+            lines[where] += message.replace("Input should be", " or")
+        elif problem["type"] == "extra_forbidden":
+            lines[where] = f"{where}: no such setting"
+        elif problem["type"] in ("value_error", "missing"):  # of which the input is all around
+            lines[where] = f"{where}: {message}"
         else:
-            lines.append(f"{where} = {problem['input']!r}: {message}")
-    return lines
+            setting = f"{where} = " if where else ""
+            lines[where] = f"{setting}{problem['input']!r}: {message}"
+    return list(lines.values())
 
 
 def apply_change(values: dict[str, Any], override: str) -> None:

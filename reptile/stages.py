@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from reptile.learn.checkpoint import Checkpoint
     from reptile.learn.train import Progress
 
+MEASURED_FILE = "checkpoints.json"
+"""In an evaluation: the hashes of the checkpoints that it measured, by name."""
 Counted = Callable[[int, int], None]
 """Called with the number done and the total."""
 
@@ -36,22 +38,36 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
     """Refuse, before training, what a later stage would refuse after it.
 
     Raises:
-        InputError: the test split cannot make the tasks of `evaluate` and `verify`, the gate and
-            the bundle need what `evaluate` does not measure, or the adaptation of the network
-            cannot be written as a graph.
+        InputError: the test split cannot make the tasks of `evaluate` and `verify`, or the learner
+            cannot learn them, the gate and the bundle need what `evaluate` does not measure, or the
+            adaptation of the network cannot be written as a graph.
     """
     from reptile.data.dataset import load_prepared
     from reptile.objectives import objective_of
-    from reptile.tasks import check_classes
+    from reptile.tasks import check_classes, check_ways
 
     data = load_prepared(prepared)
     test, evaluation, gate = data.split("test"), settings.evaluate, settings.export.gate
     ways = evaluation.task_ways(settings.train, len(test.starts))
+    objective = objective_of(data.values)
+    objective.check_ways(settings.train.ways, data.name)
+    check_ways(settings.train, objective.least_ways, ways)
+    rows = {"prototypes": "protonet", "ridge": "ridge"}
+    if (of_row := rows.get(evaluation.learner)) and (data.values or settings.train.head == of_row):
+        raise InputError(
+            f"evaluate.learner = {evaluation.learner}: `reptile evaluate` has no such row for "
+            f"{settings.train.algorithm} on {data.name}; use trained"
+        )
     images = max(evaluation.shots) + evaluation.queries
     what = f"test split of {data.name}"
     check_classes(test, ways, images, f"{what}, for `reptile evaluate`")
-    queries = objective_of(data.values).validation.queries
+    queries = objective.validation.queries
     check_classes(test, ways, settings.verify.shots + queries, f"{what}, for `reptile verify`")
+    if gate.mean_squared_error is not None and not data.values:
+        raise InputError(
+            f"export.gate.mean_squared_error = {gate.mean_squared_error:g}: {data.name} has "
+            "classes, and no values; set export.gate.accuracy"
+        )
     if gate.shots not in evaluation.shots:
         shots = ", ".join(map(str, evaluation.shots))
         raise InputError(
@@ -69,6 +85,31 @@ def check_later_stages(settings: Settings, prepared: Path) -> None:
 
         if problems := check_export(untrained(settings.train, data).model):
             raise InputError("; ".join(problems))
+
+
+def check_learner(settings: Settings, training: TrainSettings, prepared: Path) -> None:
+    """As `check_later_stages`, for one of the learners, with what takes its network to know.
+
+    Raises:
+        InputError: it cannot be trained, also not on a part of a cross-validation, it cannot learn
+            the tasks of `evaluate`, or its bundle cannot have so large a support set.
+    """
+    from reptile.data.dataset import load_prepared
+    from reptile.evaluate.folds import parts
+    from reptile.export.closed_form import check_support
+    from reptile.learn.train import check_tasks, untrained
+    from reptile.tasks import check_ways
+
+    data, evaluation = load_prepared(prepared), settings.evaluate
+    info = untrained(training, data).info
+    ways = evaluation.task_ways(settings.train, len(data.split("test").starts))
+    check_ways(training, info.objective.least_ways, ways)
+    if evaluation.folds:
+        for part in parts(data, evaluation.folds, evaluation.seed):
+            check_tasks(training, part, f"evaluate.folds = {evaluation.folds}: training split")
+    row = "ridge" if evaluation.learner == "auto" else evaluation.learner
+    for algorithm in (training.algorithm, row):
+        check_support(algorithm, settings.export.max_support)
 
 
 def prepare(
@@ -148,16 +189,19 @@ def evaluate(
     from reptile.data.dataset import load_cross_domain, load_prepared
     from reptile.evaluate import evaluate as evaluate_checkpoint
     from reptile.evaluate import write_evaluation
-    from reptile.learn.checkpoint import load_checkpoint
+    from reptile.learn.checkpoint import checkpoint_sha256, load_checkpoint
 
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
     others = {name: load_checkpoint(folder) for name, folder in (beside or {}).items()}
     cross_domain = load_cross_domain(prepared)
+    measured = {"trained": checkpoint, **(beside or {})}
+    hashes = {name: checkpoint_sha256(folder) for name, folder in measured.items()}
     result = evaluate_checkpoint(settings, trained, data, cross_domain, on_progress, beside=others)
     with atomic_directory(evaluation) as folder:
         write_evaluation(result, folder)
+        write_json(folder / MEASURED_FILE, hashes)
     return result
 
 
@@ -189,16 +233,38 @@ def export(
     trained = load_checkpoint(checkpoint)
     data = load_prepared(prepared)
     trained.info.check_data(data)
+    _check_measured(evaluation, "trained", checkpoint)
     if not ignore_gate:
         check_gate(settings.gate, metrics)
     learners = {metrics.learner: exported(trained, data, metrics.model_dump(mode="json"))}
     if beside:
         second = load_checkpoint(beside)
         second.info.check_data(data)
-        learners[second_learner(second.info.settings.algorithm)] = second
+        name = second_learner(second.info.settings.algorithm)
+        _check_measured(evaluation, name, beside)
+        learners[name] = second
     with TemporaryDirectory() as folder:
         all_bundles = bundles or Path(folder) / "bundles"
         export_bundles(settings, learners, data, metrics, all_bundles, bundle, protocol=protocol)
+
+
+def _check_measured(evaluation: Path, name: str, checkpoint: Path) -> None:
+    """Refuse an evaluation of another checkpoint: its scores would pass the gate for this one.
+
+    Raises:
+        InputError: the checkpoint was trained again since.
+    """
+    from reptile.evaluate.metrics import read_json
+    from reptile.learn.checkpoint import checkpoint_sha256
+
+    if not (evaluation / MEASURED_FILE).is_file():  # of an earlier version
+        return
+    measured = read_json(evaluation / MEASURED_FILE).get(name)
+    if measured not in (None, checkpoint_sha256(checkpoint)):
+        raise InputError(
+            f"{evaluation}: measured another checkpoint than {checkpoint}; run `reptile evaluate` "
+            "again"
+        )
 
 
 def verify(
@@ -231,9 +297,15 @@ def verify(
     if beside:
         second = load_checkpoint(beside)
         others[second_learner(second.info.settings.algorithm)] = second
-    folders = sorted(bundles.iterdir()) if bundles else [bundle]
-    each = [read_manifest(folder).raw["metrics"] for folder in folders]
-    metrics = next(values for values in each if not values or values["learner"] not in others)
+    # Not what systems leave in folders, such as .DS_Store.
+    folders = [*bundles.glob("[!.]*/")] if bundles else [bundle]
+    each = [read_manifest(folder).raw.get("metrics") for folder in sorted(folders)]
+    firsts = [values for values in each if not values or values["learner"] not in others]
+    if not firsts:
+        raise InputError(
+            f"{bundles}: no bundle of the first learner; run `reptile export` with these settings"
+        )
+    metrics = firsts[0]
     trained = exported(trained, data, metrics)
     if bundles:
         learners = {metrics["learner"] if metrics else "trained": trained} | others

@@ -115,6 +115,23 @@ def check_classes(classes: ClassRange, ways: int, images: int, what: str) -> Non
         )
 
 
+def check_ways(training: TrainSettings, least: int, ways: int) -> None:
+    """Refuse to evaluate tasks of more classes than a network that is trained so has outputs.
+
+    Raises:
+        InputError: it has fewer, or a task has fewer than the `least` of its objective.
+    """
+    if not training.closed_form and not least <= ways <= training.ways:
+        raise InputError(
+            f"{ways}-way tasks: {training.algorithm} trained with {training.ways} ways is for "
+            f"{least} to {training.ways} ways; change evaluate.ways, or train another"
+        )
+    if ways < least:
+        raise InputError(f"{ways}-way tasks: give at least {least} ways")
+    if least == 1 < ways:
+        raise InputError(f"{ways}-way tasks: a task of values has one way; leave evaluate.ways out")
+
+
 def training_tasks(classes: ClassRange, settings: TrainSettings, iteration: int) -> list[Task]:
     """Draw the tasks of a meta-iteration: train_shots images a class, and their mini-batches.
 

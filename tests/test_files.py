@@ -1,5 +1,4 @@
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -8,24 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from reptile.errors import InputError
 from reptile.files import atomic_directory, atomic_file, lock_folder, write_json, writing
-
-
-@contextmanager
-def full_disk(size: int = 4096) -> Iterator[None]:
-    """No file of this process may be larger: writing more fails as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @contextmanager
@@ -160,6 +145,33 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["prepared"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_file_that_a_folder_is_too_full_for_is_named_by_the_folder(tmp_path: Path) -> None:
+    """The temporary folder, in which it was, is gone when the error is read."""
+    out = tmp_path / "out"
+    with (
+        pytest.raises(InputError) as caught,
+        atomic_directory(out) as folder,
+        atomic_directory(folder / "inner") as inner,
+        atomic_file(inner / "a.json") as file,
+    ):
+        file.symlink_to("/dev/full")
+        file.write_text("more than there is room for")
+    assert str(caught.value) == f"{out}: cannot be written (No space left on device)"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["circle", "to circle", "circle/below"])
+def test_links_in_a_circle_are_one_sentence(tmp_path: Path, output: str) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "to circle").symlink_to("circle")
+    with (
+        pytest.raises(InputError, match=f"{output}: cannot be written .*symbolic links"),
+        atomic_directory(tmp_path / output),
+    ):
+        pass
+
+
 def test_a_link_to_a_file_is_replaced_and_the_file_left_alone(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("of others")
     (tmp_path / "out").symlink_to(tmp_path / "cache")
@@ -245,6 +257,12 @@ def test_a_lock_ends_with_its_block_or_its_process_however_that_dies(tmp_path: P
         pass
     with lock_folder(tmp_path):
         pass
+
+
+def test_a_lock_leaves_the_same_bytes_behind_whichever_process_held_it(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_two_processes_never_hold_one_lock_at_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -429,3 +430,17 @@ def walked(workspace: Path) -> dict[str, tuple[int, str]]:
 def test_a_printed_command_works(command: str, walked: dict[str, tuple[int, str]]) -> None:
     code, said = walked[command]
     assert code == 0, said
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/data.md"])
+def test_the_printed_program_predicts_what_a_chick_will_weigh(
+    document: str, walked: dict[str, tuple[int, str]], workspace: Path
+) -> None:
+    assert walked["reptile export --params chickweight.yaml --artifacts runs/chickweight"][0] == 0
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    (program,) = [each for each in blocks if "runs/chickweight" in each]
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        exec(program, names)
+    assert names["low"] < names["grams"] < names["high"]

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import reptile.provenance
-from reptile.cli.under_dvc import NAMED_SOURCES, check_code, check_data
+from reptile.cli.under_dvc import NAMED_SOURCES, check_code, check_data, check_networks
 from reptile.errors import InputError
 from reptile.provenance import PACKAGE, STAGES, Stage, code_sha256, sources
-from reptile.settings import PrepareSettings
+from reptile.settings import PrepareSettings, TrainSettings
 
 # Names that are read, and code that says where a result came from: they shape none.
 NEUTRAL = {PACKAGE / "__init__.py", PACKAGE / "provenance.py"}
@@ -208,3 +208,47 @@ def test_data_that_dvc_does_not_follow_is_refused_under_dvc_alone(
     check_data(PrepareSettings(source="birds", cross_domain=(), held_out="datasets/split.json"))
     with pytest.raises(InputError, match=r"prepare.held_out = split.json"):
         check_data(PrepareSettings(source="birds", cross_domain=(), held_out="split.json"))
+
+
+@pytest.mark.parametrize("stage", ["train", "train-beside"])
+@pytest.mark.parametrize("tower", [False, True])
+def test_networks_that_dvc_does_not_follow_are_refused_under_dvc_alone(
+    stage: str, tower: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed file of weights, or of code, would leave the old result in DVC's cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").touch()
+    (tmp_path / "mine/network.py").touch()
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+
+    def check(network: dict[str, object], **deps: str) -> None:
+        for name, dep in deps.items():
+            stages["stages"][name.replace("_", "-")]["deps"].append(dep)
+        (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(stages))
+        model = {"towers": [{"name": "conv4"}, network]} if tower else network
+        settings = {"algorithm": "ridge", "model": model}
+        check_networks(TrainSettings.model_validate(settings))
+
+    module: dict[str, object] = {"name": "module:mine.network.make"}
+    weights: dict[str, object] = {"name": "resnet12", "weights": "other/weights.safetensors"}
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    check(module)
+    monkeypatch.setenv("DVC_STAGE", stage)
+    with pytest.raises(
+        InputError,
+        match=r"mine\.network\.make: DVC would not see changes of mine.network\.py; add it to the "
+        rf"deps of {stage}, evaluate, export, verify in dvc\.yaml",
+    ):
+        check(module)
+    with pytest.raises(InputError, match="deps of export in dvc"):
+        check(module, **{stage: "mine"}, evaluate="mine/network.py", verify="mine")
+    check(module, export="mine")
+    with pytest.raises(InputError, match=rf"other.weights\.safetensors; .* deps of {stage} in"):
+        check(weights)
+    check(weights, **{stage: "other"})
+    check({"name": "resnet12", "weights": "DEFAULT"} if not tower else {"name": "mlp"})
+    check({"name": "module:numpy.array"})  # installed
+    check({"name": "module:mine.nothing.make"})  # which building the network will refuse

@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from reptile.errors import InputError
-from reptile.settings import Settings, load_settings
+from reptile.settings import Section, Settings, load_settings
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -47,9 +49,21 @@ def test_an_override_changes_one_setting_only(tmp_path: Path) -> None:
         ("train: {tail_shots: 2}", ["tail_shots", "fomaml"]),
         ("train: {algorithm: fomaml, tail_shots: 10}", ["tail_shots = 10", "train_shots"]),
         ("prepare: {validation: 0.5, test: 0.5}", ["validation + test", "below 1"]),
-        ("evaluate: {shots: []}", ["evaluate.shots"]),
+        ("evaluate: {shots: []}", ["evaluate.shots = []: List should have at least 1 item"]),
+        ("evaluate: {shots: [0]}", ["evaluate.shots.0 = 0: Input should be greater than"]),
         ("evaluate: {tasks: 1}", ["evaluate.tasks", "1", "2"]),
         ("train: [", ["YAML"]),
+        ("train: {ways: 5}\ntrain: {seed: 1}", ["train is given twice", "line 2"]),
+        ("train: {ways: 5, seed: 1, ways: 6}", ["ways is given twice"]),
+        ("train: {model: {filters: 4, filters: 8}}", ["filters is given twice"]),
+        ("prepare: {test: yes}", ["prepare.test: true: YAML reads true, yes and on"]),
+        ("prepare: {images_per_class: on}", ["prepare.images_per_class: true"]),
+        ("evaluate: {shots: [1, on]}", ["evaluate.shots: true"]),
+        ("prepare: {table: {inputs: [no]}}", ["prepare.table.inputs: false", "in quotes"]),
+        ("train: {meta_step: true}", ["train.meta_step: true"]),
+        ("prepare: {cross_domain: digits}", ["prepare.cross_domain = 'digits'", "a list such as"]),
+        ("prepare: {validation: some}", ["prepare.validation = 'some': ", " or a valid number"]),
+        ("prepare: {order: null}", ["prepare.order = None: ", "a valid boolean or a valid string"]),
         ("- 1", ["mapping"]),
     ],
 )
@@ -58,6 +72,27 @@ def test_a_bad_value_is_named_with_its_limit(text: str, words: list[str], tmp_pa
         load_settings(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
+
+
+def whole_numbers(section: type[Section], path: str = "") -> Iterator[str]:
+    """Yield the settings that take whole numbers, those of sections within too."""
+    for name, field in section.model_fields.items():
+        of = field.annotation
+        if isinstance(of, type) and issubclass(of, Section):
+            yield from whole_numbers(of, f"{path}{name}.")
+        elif int in (of, *get_args(of)):
+            yield f"{path}{name}"
+
+
+@pytest.mark.parametrize("value", [10**23, "1e308", ".inf", -(10**23)])
+@pytest.mark.parametrize("setting", whole_numbers(Settings))
+def test_the_extremes_of_a_whole_number_are_refused_when_it_is_read(
+    setting: str, value: object, tmp_path: Path
+) -> None:
+    """Not when a loop or an array of that length is made, after the stages before."""
+    with pytest.raises(InputError, match=setting.replace(".", r"\.")) as caught:
+        load_settings(write(tmp_path, "{}"), [f"{setting}={value}"])
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -36,7 +37,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from reptile.cli.under_dvc import check_code, check_data
+from reptile.cli.under_dvc import check_code, check_data, check_networks
 from reptile.errors import InputError, PlatformError, ReptileError, StoppedError
 from reptile.experiments.presets import dvc_command, load_preset, preset_path, presets_table
 from reptile.rl.cli import app as rl_app
@@ -167,8 +168,18 @@ def train(
         outputs.mkdir(parents=True)  # DVC expects it
         console.print("beside.algorithm = none: no second learner to train")
         return
+    check_networks(training)
     folder = outputs / "checkpoint"
     stages.check_later_stages(settings, artifacts / "prepared")
+    stages.check_learner(settings, training, artifacts / "prepared")
+    if not beside and (second := settings.beside.training):
+        try:
+            stages.check_learner(settings, second, artifacts / "prepared")
+        except InputError as error:
+            message = f"the second learner, of `beside`: {error}"
+            if "DVC_STAGE" in os.environ:  # which trains it next
+                raise InputError(message) from None
+            log.warning("warning: %s", message)
     with _training(training) as observe, stop_by_signal() as stop:
         result = stages.train(
             training,
@@ -181,7 +192,7 @@ def train(
             stop=stop,
         )
     last = result.info.curve[-1]
-    score = f"validation {result.info.objective.title} {last.score:.3f}"
+    score = f"validation {result.info.objective.title} {last.score:#.3g}"
     console.print(f"{score}, loss {last.loss:.3f}; saved {folder}")
 
 
@@ -693,6 +704,8 @@ def run() -> None:
     """Run the command line; a foreseeable error prints one line and exits with its class's code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reptile").setLevel(logging.INFO)
+    # Pillow's, of more pixels than its limit: ours is lower, and says which file it is.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a class's name may not be encodable
             stream.reconfigure(errors="backslashreplace")
@@ -710,6 +723,8 @@ def run() -> None:
         _fail(str(error), error.exit_code)
     except OSError as error:
         message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            message = f"{error.filename}: a file lies where a folder is needed; move it away"
         named = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError)
         _fail(message, (InputError if named else PlatformError).exit_code)
 
@@ -799,7 +814,7 @@ def _training(settings: TrainSettings) -> "Iterator[Callable[[TrainingProgress],
             for point in progress.curve[shown:]:
                 bar.console.print(
                     f"{point.iteration:>7} of {progress.of}: loss {point.loss:.3f}, "
-                    f"validation {progress.objective.title} {point.score:.3f}, {rate} "
+                    f"validation {progress.objective.title} {point.score:#.3g}, {rate} "
                     f"({progress.engine})",
                     soft_wrap=True,
                 )

@@ -3,6 +3,7 @@
 No pickle is read. Not for arrays that a program has in memory (see `arrays`).
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from numpy.lib.npyio import NpzFile
+from safetensors import SafetensorError, safe_open
 
 from reptile.data.dataset import (
     IMAGES_FILE,
@@ -26,6 +27,8 @@ from reptile.data.splits import assign_splits, groups_or_classes
 from reptile.errors import InputError
 from reptile.files import atomic_directory, write_json
 from reptile.settings import PrepareSettings, WindowSettings
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".npz", ".safetensors")
 INPUTS = "inputs"
@@ -85,8 +88,10 @@ def prepare_arrays(
         for name, array in (("labels", labels), ("tasks", tasks), ("groups", groups)):
             if array is not None and array.shape != inputs.shape[:1]:
                 raise InputError(f"{source}: {name} of shape {list(array.shape)}: expected [N]")
-        if targets is not None and len(targets) != len(inputs):
-            raise InputError(f"{source}: {len(targets)} targets for {len(inputs)} inputs")
+        if targets is not None and targets.shape[:1] != inputs.shape[:1]:
+            raise InputError(
+                f"{source}: targets of shape {list(targets.shape)} for {len(inputs)} inputs"
+            )
         inputs = _cut(inputs, settings.windows)
         labels, tasks, groups, targets = (
             None if each is None else each[each_row] for each in (labels, tasks, groups, targets)
@@ -104,6 +109,7 @@ def prepare_arrays(
         assign=assign,
         ordered=settings.order,
         name=Path(source).stem,
+        where=f"{source}: ",
     )
     for c in data.classes:
         if c.count < settings.images_per_class:
@@ -125,27 +131,41 @@ def _read(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     """Return the arrays of NAMES that are there."""
     try:
         if path.is_dir():
-            files = {name: path / f"{name}.npy" for name in NAMES}
+            files = {file.stem: file for file in path.glob("*.npy")}
+            known = set(files)
             arrays = {
-                name: np.load(file, mmap_mode="r", allow_pickle=False)
-                for name, file in files.items()
-                if file.exists()
+                name: np.load(files[name], mmap_mode="r", allow_pickle=False)
+                for name in NAMES
+                if name in files
             }
         elif path.suffix.casefold() == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            # `load` would read other forms too.
+            with path.open("rb") as file, NpzFile(file, allow_pickle=False) as archive:
+                known = set(archive)
                 arrays = {name: archive[name] for name in NAMES if name in archive}
         else:
-            tensors = load_file(path)
-            arrays = {name: tensors[name] for name in NAMES if name in tensors}
+            with safe_open(path, "numpy") as tensors:
+                known = set(tensors.keys())
+                arrays = {name: tensors.get_tensor(name) for name in NAMES if name in known}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, BadZipFile, EOFError, KeyError, SafetensorError) as error:
-        reason = str(error) or type(error).__name__
-        if "allow_pickle" in reason or "pickled" in reason:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        BadZipFile,
+        EOFError,
+        KeyError,
+        SafetensorError,
+    ) as error:
+        reason = str(error) or type(error).__name__  # TypeError: bfloat16, which NumPy has not
+        if any(word in reason for word in ("allow_pickle", "pickled", "Python objects")):
             reason = (
                 "it holds Python objects as a pickle, which can run code; save numbers, strings"
             )
         raise InputError(f"{path}: cannot be read ({' '.join(reason.split())})") from None
+    if unused := sorted(known - set(NAMES)):
+        log.warning("%s: %s: not used; known are %s", path, ", ".join(unused), ", ".join(NAMES))
     if INPUTS not in arrays:
         raise InputError(f"{path}: no array `{INPUTS}`; it must hold `{INPUTS}` and `labels`")
     if arrays[INPUTS].ndim < 2 or 0 in arrays[INPUTS].shape:
@@ -160,7 +180,7 @@ def _named(places: npt.NDArray[Any], names: npt.NDArray[Any], source: str) -> np
     """Return the names at places [N]."""
     if names.ndim != 1 or names.dtype.kind != "U":
         raise InputError(f"{source}: names are {names.dtype} {list(names.shape)}, expected strings")
-    if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= len(names):
+    if places.dtype.kind not in "iu" or not np.all((places >= 0) & (places < len(names))):
         raise InputError(
             f"{source}: with {len(names)} names, labels (or tasks) must be integers from 0 to "
             f"{len(names) - 1}"

@@ -22,7 +22,7 @@ from reptile.data.dataset import (
     content_digest,
     splits_digest,
 )
-from reptile.data.names import can_be_shown, normal
+from reptile.data.names import can_be_shown, normal, refuse_two_spellings
 from reptile.data.readers.base import SPLITS, Source, SourceClass
 from reptile.data.splits import SplitList, assign_splits, split_by_list
 from reptile.errors import InputError
@@ -97,19 +97,21 @@ def collect(
     assign: Callable[[Source], tuple[dict[str, Split], dict[str, object]]],
     ordered: bool,
     name: str,
+    where: str = "",
 ) -> PreparedData:
-    """As `from_arrays`, with splits by `assign`.
+    """As `from_arrays`, with splits by `assign`; `where` precedes the arrays' names in errors.
 
     It returns the split of each class, and what is recorded as settings.
     """
-    images = _inputs(inputs)
+    images = _inputs(inputs, where)
     values = None
     if tasks is None:
-        labels = _names(targets, "targets", len(images))
+        labels = _labels(targets, f"{where}labels" if where else "targets", len(images))
     else:
-        labels = _names(tasks, "tasks", len(images))
-        values = _values(targets, images)
-    groups_of_rows = None if groups is None else _names(groups, "groups", len(images))
+        labels = _names(tasks, f"{where}tasks", len(images))
+        refuse_two_spellings(f"{where}tasks", ([name] for name in np.unique(labels).tolist()))
+        values = _values(targets, images, where)
+    groups_of_rows = None if groups is None else _names(groups, f"{where}groups", len(images))
     rows, classes = _classes(labels, groups_of_rows)
     if rows is not None:
         images = images[rows]
@@ -125,7 +127,7 @@ def collect(
         name=name,
         image_shape=images.shape[1:],
         classes=table,
-        content_sha256=content_digest(images, table, values),
+        content_sha256=content_digest(images, table, values, where, rows),
         splits_sha256=splits_digest(table),
         settings=settings,
         dtype="uint8" if images.dtype == np.uint8 else "float32",
@@ -232,39 +234,53 @@ def _is_index(label: Any, names: list[str]) -> bool:
     return isinstance(label, int) and 0 <= label < len(names)
 
 
-def _inputs(inputs: Any) -> Inputs:
+def _inputs(inputs: Any, where: str) -> Inputs:
     array = _array(inputs)
     if array.dtype.kind == "f":
-        array = array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what is infinite then is refused
+            array = array.astype(np.float32, copy=False)
     elif array.dtype != np.uint8:
         raise InputError(
-            f"inputs are {array.dtype}: give pixels 0..255 as uint8, or floating-point numbers"
+            f"{where}inputs are {array.dtype}: give pixels 0..255 as uint8, or floating-point "
+            "numbers"
         )
     if array.ndim < 2 or 0 in array.shape:
         raise InputError(
-            f"inputs of shape {list(array.shape)}: expected [N, ...], one row an example; "
+            f"{where}inputs of shape {list(array.shape)}: expected [N, ...], one row an example; "
             "single numbers are [N, 1]"
         )
     if array.dtype == np.uint8 and (array.ndim != 4 or array.shape[1] not in (1, 3)):
         raise InputError(
-            f"inputs are uint8 {list(array.shape)}: images are [N, C, H, W] with 1 or 3 channels; "
-            "give anything else as float32"
+            f"{where}inputs are uint8 {list(array.shape)}: images are [N, C, H, W] with 1 or 3 "
+            "channels; give anything else as float32"
         )
     return np.ascontiguousarray(array).view()  # a view, to be marked read-only; mostly no copy
 
 
-def _values(targets: Any, inputs: Inputs) -> Values:
+def _values(targets: Any, inputs: Inputs, where: str) -> Values:
     if inputs.dtype != np.float32:
-        raise InputError(f"inputs are {inputs.dtype}: with `tasks` (regression) give float32")
+        raise InputError(
+            f"{where}inputs are {inputs.dtype}: with `tasks` (regression) give float32"
+        )
     array = _array(targets)
     if array.dtype.kind not in "fiu":
-        raise InputError(f"targets are {array.dtype}: with `tasks` they must be numbers")
+        raise InputError(f"{where}targets are {array.dtype}: with `tasks` they must be numbers")
     if array.ndim not in (1, 2) or len(array) != len(inputs) or 0 in array.shape:
         raise InputError(
-            f"targets of shape {list(array.shape)} for {len(inputs):,} inputs: expected "
+            f"{where}targets of shape {list(array.shape)} for {len(inputs):,} inputs: expected "
             f"[{len(inputs)}] or [{len(inputs)}, outputs]"
         )
-    return np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float32).view()
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float32).view()
+
+
+def _labels(values: Any, what: str, rows: int) -> npt.NDArray[np.str_]:
+    if (array := _array(values)).dtype.kind == "f":
+        raise InputError(
+            f"{what} are {array.dtype}: labels must be integers or strings; to predict values "
+            "(regression) give `tasks`, the name of each row's function"
+        )
+    return _names(array, what, rows)
 
 
 def _names(values: Any, what: str, rows: int) -> npt.NDArray[np.str_]:
@@ -272,11 +288,6 @@ def _names(values: Any, what: str, rows: int) -> npt.NDArray[np.str_]:
     array = _array(values)
     if array.dtype.kind == "O" and all(isinstance(each, str | int) for each in array.flat):
         array = array.astype(str)
-    if array.dtype.kind == "f" and what == "targets":
-        raise InputError(
-            f"targets are {array.dtype}: labels must be integers or strings; to predict values "
-            "(regression) give `tasks`, the name of each row's function"
-        )
     if array.dtype.kind not in "iuUb":
         raise InputError(f"{what} are {array.dtype}: they must be integers or strings")
     if array.shape != (rows,):

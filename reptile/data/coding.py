@@ -35,10 +35,11 @@ class NumberCoding(_Frozen):
 
     def encode(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return values [N] as [N, 1]; a missing one is 0, the training split's mean."""
-        scaled = (np.asarray(values, np.float64) - self.mean) / self.deviation
-        return np.nan_to_num(scaled, nan=0.0, posinf=np.inf, neginf=-np.inf)[:, None].astype(
-            np.float32
-        )
+        with np.errstate(over="ignore"):  # the caller refuses what is infinite
+            scaled = (np.asarray(values, np.float64) - self.mean) / self.deviation
+            return np.nan_to_num(scaled, nan=0.0, posinf=np.inf, neginf=-np.inf)[:, None].astype(
+                np.float32
+            )
 
     def decode(self, coded: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Return coded numbers [N, 1] as values [N]."""

@@ -130,9 +130,15 @@ def content_header(shape: tuple[int, ...], classes: Iterable[PreparedClass]) -> 
 
 
 def content_digest(
-    inputs: Inputs, classes: Iterable[PreparedClass], targets: Values | None = None
+    inputs: Inputs,
+    classes: Iterable[PreparedClass],
+    targets: Values | None = None,
+    where: str = "",
+    rows: IntArray | None = None,
 ) -> str:
     """Hash inputs, the values to predict, and which rows are whose; 64 hexadecimal digits.
+
+    In errors, `where` precedes the name of an array, and `rows` are what its rows [N] were before.
 
     Raises:
         InputError: a number is not finite.
@@ -148,7 +154,11 @@ def content_digest(
                 bad = start + int(
                     np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(1))[0]
                 )
-                raise InputError(f"{what}: row {bad} has numbers that are not finite; leave it out")
+                row = bad if rows is None else rows[bad]
+                raise InputError(
+                    f"{where}{what}: row {row} has numbers that are not finite in float32; leave "
+                    "it out"
+                )
             digest.update(block.data)
     return digest.hexdigest()
 

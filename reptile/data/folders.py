@@ -66,7 +66,7 @@ def list_folder(root: Path) -> Listing:
 
 def _may_be_followed(link: Path, inside: Path) -> bool:
     """Say whether a link leads to a file in the folder, or in a cache of DVC, which links to it."""
-    target = link.resolve()
+    target = Path(os.path.realpath(link))  # `resolve` fails on links in a circle
     cached = re.search(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$", target.as_posix())
     return target.is_file() and (target.is_relative_to(inside) or cached is not None)
 
@@ -248,7 +248,9 @@ def find_classes(
     ancestors = {folder[:depth] for folder in images for depth in range(len(folder))}
     for parts in sorted(others):
         if parts[:-1] not in ancestors:  # a README above the classes does no harm
-            raise InputError(f"{where}: {'/'.join(parts)} is no PNG or JPEG file; remove it")
+            raise InputError(
+                f"{where}: {'/'.join(parts)} is no PNG or JPEG file; convert it, or remove it"
+            )
     for parts in sorted(tuple(folder.split("/")) for folder in folders):
         if not (any(map(_is_junk, parts)) or parts in ancestors or parts in images):
             raise InputError(f"{where}: no images in {'/'.join(parts)!r}; add some or remove it")
@@ -257,11 +259,13 @@ def find_classes(
     wrapping = sum(1 for depth in range(1, len(first)) if first[:depth] == last[:depth])
     classes: dict[str, SourceClass] = {}
     for folder, members in images.items():
-        *group, name = normal("/".join(folder[wrapping:])).split("/")
-        full = "/".join([*group, name])
+        full = normal("/".join(folder[wrapping:]))
+        group = full.rpartition("/")[0]
+        if not all(full.split("/")):
+            raise InputError(f"{where}: the folder {'/'.join(folder)!r} has no name but spaces")
         if full in classes:
             raise InputError(f"{where}: two class folders are called {full}; rename one")
-        classes[full] = SourceClass(full, "/".join(group), tuple(sorted(members, key=normal)))
+        classes[full] = SourceClass(full, group, tuple(sorted(members, key=normal)))
     return tuple(classes[name] for name in sorted(classes))
 
 

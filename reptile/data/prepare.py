@@ -65,19 +65,26 @@ def prepare(
     Raises:
         InputError: a source cannot be used; `folder` is as it was before.
     """
+    of_table, of_arrays = is_table(settings.source), is_arrays(settings.source)
+    for name, fits, what in (
+        ("table", of_table, "tables (.csv, .tsv, .parquet)"),
+        ("windows", of_arrays, "arrays (.npz, .safetensors, a folder with inputs.npy)"),
+        ("order", of_table or of_arrays, "tables and arrays"),
+    ):
+        if getattr(settings, name) != PrepareSettings.model_fields[name].default and not fits:
+            raise InputError(
+                f"prepare.{name}: is for {what}, and {settings.source} is none; leave it out"
+            )
     if settings.source == sinusoid.NAME:
         return sinusoid.prepare_sinusoids(settings, folder, progress)
-    if is_table(settings.source) or is_arrays(settings.source):
+    if of_table or of_arrays:
         if settings.cross_domain:
             raise InputError(
                 f"cross_domain = {list(settings.cross_domain)}: these are images, and "
                 f"{settings.source} has none; set prepare.cross_domain to []"
             )
-        prepare_rows = prepare_table if is_table(settings.source) else prepare_arrays
+        prepare_rows = prepare_table if of_table else prepare_arrays
         return prepare_rows(settings, folder, progress)
-    for name in ("order", "windows"):
-        if getattr(settings, name):
-            raise InputError(f"prepare.{name}: {settings.source} is of images; leave it out")
     with ExitStack() as stack:
         source, *others = (
             stack.enter_context(open_source(name))

@@ -5,6 +5,7 @@ another has trained on. Lists that papers have published lie in the folder `publ
 """
 
 import hashlib
+import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reptile.data.dataset import Split
-from reptile.data.names import normal
+from reptile.data.names import normal, refuse_two_spellings
 from reptile.data.readers.base import SPLITS, Source
 from reptile.errors import InputError
 from reptile.settings import PrepareSettings, describe
@@ -46,6 +47,8 @@ def assign_splits(source: Source, settings: PrepareSettings) -> dict[str, Split]
         InputError: there are no groups, too few of them, or the list does not fit the classes.
     """
     held_out = settings.held_out
+    if held_out != "classes":
+        refuse_two_spellings(f"{source.name}: groups", ([c.group] for c in source.classes))
     if held_out == "published":
         if not source.published:
             raise InputError(
@@ -72,11 +75,25 @@ def load_split_list(name: str) -> SplitList:
     """
     path = Path(name) if name.endswith(".json") else PUBLISHED / f"{name}.json"
     try:
-        return SplitList.model_validate_json(path.read_bytes())
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before
+        return SplitList.model_validate(json.loads(text, object_pairs_hook=_each_once))
     except FileNotFoundError:
         raise InputError(f"held_out = {name!r}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except ValidationError as error:
         raise InputError(f"{path}: {describe(error)[0]}") from None
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a key that is there twice, of which Python would take the last without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
+    return values
 
 
 def _by_hash(source: Source, settings: PrepareSettings) -> dict[str, Split]:
@@ -95,11 +112,11 @@ def _by_hash(source: Source, settings: PrepareSettings) -> dict[str, Split]:
     validation = _share(settings.validation, len(units))
     train = len(units) - test - validation
     if train < 1:
-        way_out = " or set held_out: classes" if held_out == "groups" else ""
+        way_out = ", or set held_out: classes" if held_out == "groups" else ""
         raise InputError(
-            f"{source.name}: {len(units)} {held_out} make {train} for training, {validation} for "
-            f"validation and {test} for test, and each needs one; change the fractions "
-            f"(validation = {settings.validation:g}, test = {settings.test:g}){way_out}"
+            f"{source.name}: {test} for test and {validation} for validation (a fraction is at "
+            f"least one) leave none of {len(units)} {held_out} for training; lower test = "
+            f"{settings.test:g}, or validation = {settings.validation:g}, which may be 0{way_out}"
         )
     split: dict[str, Split] = dict.fromkeys(units, "train")
     split |= dict.fromkeys(units[:test], "test")
@@ -159,5 +176,7 @@ def split_by_list(source: Source, name: str, chosen: SplitList) -> dict[str, Spl
 def _checked(source: Source, splits: dict[str, Split]) -> dict[str, Split]:
     for split in ("train", "test"):
         if split not in splits.values():
-            raise InputError(f"{source.name}: no class for {split}")
+            raise InputError(
+                f"{source.name}: no class for {split}; set held_out: classes, or another list"
+            )
     return splits

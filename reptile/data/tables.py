@@ -29,7 +29,7 @@ from reptile.data.dataset import (
     load_prepared,
     splits_digest,
 )
-from reptile.data.names import can_be_shown
+from reptile.data.names import can_be_shown, refuse_two_spellings
 from reptile.data.readers.base import Source, SourceClass
 from reptile.data.readers.table import Kind, Table, open_table
 from reptile.data.splits import assign_splits, groups_or_classes
@@ -108,6 +108,8 @@ def _classes(table: Table, settings: PrepareSettings) -> tuple[PreparedClass, ..
     for text, *_ in kept:
         if not text or not can_be_shown(text):
             raise InputError(f"{table.name}: the name {text!r} cannot be shown; choose another")
+    if chosen.kind == "values":
+        refuse_two_spellings(f"{table.name}: {chosen.task}", ([row[0]] for row in kept))
     source = Source(
         table.name,
         tuple(SourceClass(text, of, ()) for text, of, _ in kept),

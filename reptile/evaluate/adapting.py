@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from reptile.data.dataset import PreparedData
-from reptile.errors import InputError
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import Engine, choose_device, make_engine
 from reptile.learn.reptile import MetaState
@@ -128,29 +127,6 @@ def _masked(state: MetaState, engine: Engine, ways: int) -> MetaState:
         return state
     present = torch.arange(model.outputs, device=state.weights.device) < ways
     return state._replace(weights=mask_absent_outputs(model, state.weights, present))
-
-
-def check_ways(checkpoint: Checkpoint, ways: int) -> None:
-    """Refuse tasks of more classes than a network has outputs.
-
-    Raises:
-        InputError: it has fewer, or a task of classes has one alone.
-    """
-    least = checkpoint.info.objective.least_ways
-    if checkpoint.info.settings.closed_form:
-        if ways < least:
-            raise InputError(f"{ways}-way tasks: give at least {least} ways")
-        if least == 1 < ways:
-            raise InputError(
-                f"{ways}-way tasks: a task of values has one way; leave evaluate.ways out"
-            )
-        return
-    head = checkpoint.info.settings.ways
-    if not least <= ways <= head:
-        raise InputError(
-            f"{ways}-way tasks: the checkpoint is for {least} to {head} ways; change evaluate.ways "
-            "or train another"
-        )
 
 
 def adapt_along(

@@ -302,19 +302,19 @@ class Comparison:
         if found is None or len(next(iter(found.scores.values()))) < 2:
             return None
         self.scales = {name: interval_scale(errors) for name, errors in found.errors.items()}
-        scores, order = found.scores, by_preference(found.scores, self.objective.better)
-        best = order[0]
+        compared = {name: self.objective.compared(each) for name, each in found.scores.items()}
+        best, *_ = order = by_preference(compared, self.objective.better)
         return Choice(
             best=best,
             order=order,
             tasks=found.tasks,
             ways=found.ways,
-            classes=len(scores[best]),
+            classes=len(compared[best]),
             folds=self._settings.folds,
-            scores={name: Score.of(values).rounded() for name, values in scores.items()},
+            scores={name: Score.of(values).rounded() for name, values in found.scores.items()},
             differences={
-                name: Score.of(values - scores[best]).rounded()
-                for name, values in scores.items()
+                name: Score.of(values - compared[best]).rounded()
+                for name, values in compared.items()
                 if name != best
             },
         )

@@ -9,9 +9,9 @@ from reptile.evaluate.adapting import engine_on
 from reptile.learn.algorithms import algorithm_of
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.engines import choose_device
-from reptile.learn.train import meta_train
+from reptile.learn.train import check_tasks, meta_train
 from reptile.models import initialise
-from reptile.tasks import Purpose, check_classes, random_stream
+from reptile.tasks import Purpose, random_stream
 
 
 def parts(data: PreparedData, folds: int, seed: int) -> Iterator[PreparedData]:
@@ -50,8 +50,8 @@ def trained_again(checkpoint: Checkpoint, data: PreparedData) -> Checkpoint:
         DivergedError: the loss is no longer finite.
     """
     model, settings, info = checkpoint.model, checkpoint.info.settings, checkpoint.info
+    check_tasks(settings, data, "a fold's training split")
     classes = data.split("train")
-    check_classes(classes, settings.ways, settings.images_per_class, "a fold's training split")
     info = info.model_copy(
         update={
             "iteration": 0,

@@ -13,7 +13,6 @@ from reptile.errors import InputError
 from reptile.evaluate.adapting import (
     FloatArray,
     adapt_along,
-    check_ways,
     engine_on,
     path_to,
 )
@@ -25,7 +24,7 @@ from reptile.learn.checkpoint import Checkpoint, CheckpointInfo
 from reptile.learn.unadapted import with_interval_scale
 from reptile.objectives import Objective
 from reptile.settings import BATCH_NORM_MODES, BatchNormMode, EvaluateSettings
-from reptile.tasks import Task, check_classes
+from reptile.tasks import Task, check_classes, check_ways
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ def evaluate(
     classes, shots = data.split("test"), sorted(set(settings.shots))
     ways = ways or settings.task_ways(checkpoint.info.settings, len(classes.starts))
     for each in (checkpoint, *beside.values()):
-        check_ways(each, ways)
+        check_ways(each.info.settings, each.info.objective.least_ways, ways)
     for name, each in beside.items():
         _check_beside(name, each, checkpoint, data)
     needed = shots[-1] + settings.queries

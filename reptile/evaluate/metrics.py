@@ -71,7 +71,8 @@ class Choice(BaseModel):
     scores: dict[str, Score]
     """The simplest learner first."""
     differences: dict[str, Score]
-    """Of each other learner to the choice, class by class."""
+    """Of each other learner to the choice, class by class; of values, of the logarithms of their
+    errors. Of scores before there were `classes`."""
 
 
 class IntervalScale(BaseModel):

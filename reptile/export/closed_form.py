@@ -15,6 +15,7 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 from onnx.numpy_helper import from_array
 from torch import Tensor, nn
 
+from reptile.errors import InputError
 from reptile.export.graphs import OPSET, Spec, Specs, tidy, to_onnx
 from reptile.learn.checkpoint import Checkpoint
 from reptile.learn.episodic import ClosedForm
@@ -24,6 +25,26 @@ from reptile.models import MASK_BIAS, LayerStatistics
 FLOAT, INT64, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 CONDITION = 1e6  # float32 resolves no smaller eigenvalue beside the largest: its epsilon is 1.2e-7
 MAX_RIDGE_SUPPORT = 1000  # as far as `newton_schulz` was measured; its time grows with the cube
+
+
+def check_support(algorithm: str, examples: int) -> None:
+    """Refuse a support set for which the graphs of an algorithm were not measured.
+
+    Raises:
+        InputError: it is larger.
+    """
+    if examples <= MAX_RIDGE_SUPPORT:
+        return
+    if algorithm == "ridge":
+        raise InputError(
+            f"export.max_support = {examples}: ridge solves a system of as many equations, at most "
+            f"{MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
+        )
+    if algorithm == "bayes":
+        raise InputError(
+            f"export.max_support = {examples}: bayes was measured in float32 with at most "
+            f"{MAX_RIDGE_SUPPORT} points; lower it"
+        )
 
 
 def newton_schulz(matrix: Tensor, right: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from reptile.errors import InputError
 from reptile.evaluate.metrics import Metrics
 from reptile.export import reference
 from reptile.export.card import model_card
-from reptile.export.closed_form import MAX_RIDGE_SUPPORT, build_closed_form_graphs
+from reptile.export.closed_form import build_closed_form_graphs, check_support
 from reptile.export.closed_form_golden import write_closed_form_golden
 from reptile.export.coding import columns_of, with_coding
 from reptile.export.golden import Golden
@@ -151,16 +151,7 @@ def _graphs(settings: ExportSettings, checkpoint: Checkpoint) -> dict[str, onnx.
     if not checkpoint.info.settings.closed_form:
         return build_graphs(checkpoint, settings.max_steps)
     algorithm = checkpoint.info.settings.algorithm
-    if algorithm == "ridge" and settings.max_support > MAX_RIDGE_SUPPORT:
-        raise InputError(
-            f"export.max_support = {settings.max_support}: ridge solves a system of as many "
-            f"equations, at most {MAX_RIDGE_SUPPORT}; lower it, or train with algorithm: protonet"
-        )
-    if algorithm == "bayes" and settings.max_support > MAX_RIDGE_SUPPORT:
-        raise InputError(
-            f"export.max_support = {settings.max_support}: bayes was measured in float32 with at "
-            f"most {MAX_RIDGE_SUPPORT} points; lower it"
-        )
+    check_support(algorithm, settings.max_support)
     # As many classes as examples: each needs one.
     return build_closed_form_graphs(checkpoint, settings.max_support)
 

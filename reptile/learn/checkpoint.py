@@ -4,6 +4,7 @@ A checkpoint is a folder of weights.safetensors and checkpoint.json, and never a
 written completely or not at all.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from reptile.data.dataset import PreparedData
 from reptile.errors import InputError
-from reptile.files import atomic_directory, write_json
+from reptile.files import atomic_directory, sha256_file, write_json
 from reptile.learn.episodic import ClosedForm, EpisodicState
 from reptile.learn.heads import Head, head_of
 from reptile.learn.optimizer import OptimizerState
@@ -39,6 +40,7 @@ from reptile.settings import TrainSettings, describe
 
 WEIGHTS_FILE = "weights.safetensors"
 INFO_FILE = "checkpoint.json"
+FORMAT = 1
 _STATISTICS = LayerStatistics._fields
 
 
@@ -59,7 +61,7 @@ class CheckpointInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: int = FORMAT
     iteration: int
     settings: TrainSettings
     image_shape: tuple[int, ...]
@@ -212,6 +214,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / INFO_FILE, info.model_dump(mode="json"))
 
 
+def checkpoint_sha256(folder: Path) -> str:
+    """Return the hash of what `save_checkpoint` wrote."""
+    files = "".join(sha256_file(folder / name) for name in (INFO_FILE, WEIGHTS_FILE))
+    return hashlib.sha256(files.encode()).hexdigest()
+
+
 def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint:
     """Read a checkpoint onto the CPU.
 
@@ -226,6 +234,11 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     """
     try:
         values: Any = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+        if isinstance(values, dict) and (given := values.get("format", FORMAT)) != FORMAT:
+            raise InputError(
+                f"{folder / INFO_FILE}: is of format {given}, and this version of reptile reads "
+                f"{FORMAT}; install the version that wrote it"
+            )
         info = CheckpointInfo.model_validate(values)
         # Not load_file: its errors name no file, and call one without permission missing.
         tensors = load((folder / WEIGHTS_FILE).read_bytes())
@@ -233,6 +246,8 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
         raise InputError(f"{error.filename}: no such file; run `reptile train` first") from None
     except ValidationError as error:
         raise InputError(f"{folder / INFO_FILE}: {'; '.join(describe(error))}") from None
+    except InputError:
+        raise
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it; ask its owner") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -260,6 +275,16 @@ def load_checkpoint(folder: Path, module: nn.Module | None = None) -> Checkpoint
     ):
         raise InputError(
             f"{folder / WEIGHTS_FILE}: not the weights of {model.name}, which {INFO_FILE} describes"
+        )
+    learnt = [tensors[f"{vector}/{name}"] for vector in vectors for name in shapes]
+    measured_values = [tensors[name] for name in statistics]
+    if tensors["step"].ndim or any(
+        each.dtype != torch.float32 or not each.isfinite().all()
+        for each in (*learnt, *measured_values)
+    ):
+        raise InputError(
+            f"{folder / WEIGHTS_FILE}: damaged checkpoint (its numbers are not finite float32); "
+            "train again"
         )
     if isinstance(model, ModuleNetwork | Towers):
         # A user's module of an earlier version has what is fixed in itself alone.

@@ -130,9 +130,7 @@ def untrained(
     objective = objective_of(data.values)
     objective.check_ways(settings.ways, data.name)
     check_objective(settings, objective)
-    images = settings.images_per_class
-    check_classes(data.split("train"), settings.ways, images, "training split")
-    validation_tasks(settings, data)
+    check_tasks(settings, data, "training split")
     packages = ["torch", "numpy"]
     networks = settings.model.towers or (settings.model,)
     if any(network.name.startswith("torchvision:") for network in networks):
@@ -157,6 +155,16 @@ def untrained(
     weights = initialise(model, settings.seed)
     start = algorithm_of(settings, model, info.values, info.classes).start(weights)
     return Checkpoint(model, start, info)
+
+
+def check_tasks(settings: TrainSettings, data: PreparedData, what: str) -> None:
+    """Refuse data that cannot make the tasks of a training and its curve; `what` is it in errors.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_classes(data.split("train"), settings.ways, settings.images_per_class, what)
+    validation_tasks(settings, data)
 
 
 def validation_tasks(settings: TrainSettings, data: PreparedData) -> list[Task]:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp
 from reptile import __version__
 from reptile.serve.errors import exception_handlers
 from reptile.serve.middleware import RequestMiddleware
-from reptile.serve.protocol_routes import protocol_routes
+from reptile.serve.protocol_routes import MODEL, VERSION, protocol_routes
 from reptile.serve.service import Service
 from reptile.serve.settings import ServeSettings
 from reptile.serve.task_routes import task_routes
@@ -29,6 +30,7 @@ from reptile.serve.task_store import Model
 HERE = Path(str(files("reptile.serve")))
 PAGE, ORT, DOCS = HERE / "page", HERE / "ort", HERE / "docs.html"
 OPENAPI = HERE / "openapi.yaml"
+VERSION_PARAMETER = {"name": "version", "in": "path", "required": True, "schema": {"const": "1"}}
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -70,7 +72,8 @@ def make_app(model: Model, settings: ServeSettings, token: str | None = None) ->
     )
     # A redirect would name the scheme and host that a proxy hides: `/tasks/` is unknown instead.
     app.router.redirect_slashes = False
-    paths = {route.endpoint: route.path for route in routes if isinstance(route, Route)}
+    # The first path of each endpoint names it in the metrics.
+    paths = {each.endpoint: each.path for each in reversed(routes) if isinstance(each, Route)}
     return RequestMiddleware(app, settings, token, registry, paths)
 
 
@@ -102,6 +105,13 @@ def openapi() -> dict[str, Any]:
     """Return the OpenAPI document of this version."""
     document: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
     document["info"]["version"] = __version__
+    paths = document["paths"]
+    for path in [each for each in paths if each.startswith(MODEL)]:
+        item = deepcopy(paths[path])
+        for operation in item.values():
+            operation["operationId"] += "OfVersion"
+            operation["parameters"].append(VERSION_PARAMETER)
+        paths[path.replace(MODEL, VERSION)] = item
     return document
 
 
@@ -119,6 +129,7 @@ def _document() -> list[BaseRoute]:
 
 def _files(model: Model) -> list[BaseRoute]:
     allowed = {"manifest.json", *model.manifest["files"]}
+    bundle = StaticFiles(directory=model.bundle.folder)
 
     async def page(request: Request) -> Response:
         file = PAGE / ("index.html" if model.bundle.pixels else "rows.html")
@@ -128,7 +139,12 @@ def _files(model: Model) -> list[BaseRoute]:
         path = request.path_params["path"]
         if path not in allowed:
             raise HTTPException(404, f"{path[:100]!r} is not a file of the bundle")
-        return FileResponse(model.bundle.folder / path, headers={"cache-control": "no-cache"})
+        try:
+            answer = await bundle.get_response(path, request.scope)
+        except HTTPException:
+            raise FileNotFoundError(f"{path} of the bundle is no longer there") from None
+        answer.headers["cache-control"] = "no-cache"
+        return answer
 
     async def no_runtime(request: Request) -> Response:
         raise HTTPException(404, "onnxruntime-web is not installed here: `make page` installs it")

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
 
 from reptile.errors import InputError
+from reptile.serve.task_store import normal
 
 SEPARATORS = ",;\t|"
 MAX_HEADER = 2**20  # characters, as of `reptile prepare`
@@ -100,7 +100,7 @@ def _value(cell: str, kind: str) -> Value:
     text = _normal(cell)
     if text.casefold() in MISSING:
         return None
-    if kind == "number":
+    if kind == "number" and text.isascii() and "_" not in text:  # Python would read 1_000
         try:
             return float(text)
         except ValueError:
@@ -109,4 +109,4 @@ def _value(cell: str, kind: str) -> Value:
 
 
 def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", text.strip())
+    return normal(text.strip())

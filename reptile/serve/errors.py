@@ -19,6 +19,7 @@ from reptile.serve.workers import BusyError
 log = logging.getLogger(__name__)
 
 FAULT = "the server has a fault; its log says more"
+LACKING = "the server lacks memory or a file for this; its log says more"
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 
@@ -37,7 +38,11 @@ def exception_handlers(
 
     async def storage(request: Request, error: StorageError) -> Response:
         log.error("%s", error)  # with the path, which clients should not see
-        return answer(507, "the server cannot store the task; its log says why")
+        return answer(507, "the server cannot store or remove the task; its log says why")
+
+    async def lacking(request: Request, error: OSError | MemoryError) -> Response:
+        log.exception("lacking", exc_info=error)
+        return answer(503, LACKING, **{"retry-after": "1"})
 
     async def not_finite(request: Request, error: DivergedError) -> Response:
         diverged.inc()
@@ -52,10 +57,13 @@ def exception_handlers(
         )
 
     async def http(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers or {})
+        headers, text, path = dict(error.headers or {}), error.detail, request.url.path
         if error.status_code == 405:
-            headers["Allow"] = _allowed(routes, request.url.path)
-        return answer(error.status_code, error.detail, **headers)
+            headers["Allow"] = _allowed(routes, path) or "GET, HEAD"  # of files
+            text = f"{request.method} is not a method of this path: it has {headers['Allow']}"
+        elif text == "Not Found":  # the router's
+            text = f"no such path {path[:100]!r}: /docs lists those there are"
+        return answer(error.status_code, text, **headers)
 
     async def unknown(request: Request, error: UnknownError) -> Response:
         return answer(404, str(error))
@@ -72,6 +80,8 @@ def exception_handlers(
         DivergedError: not_finite,
         BusyError: busy,
         TimeoutError: late,
+        OSError: lacking,
+        MemoryError: lacking,
         HTTPException: http,
         UnknownError: unknown,
         ConflictError: conflict,

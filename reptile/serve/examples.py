@@ -1,11 +1,13 @@
 """Reading examples and queries: images, rows of a table or other inputs, as JSON, CSV or files."""
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from reptile.bundle_format import Column
@@ -24,9 +26,29 @@ from reptile.serve.request_body import (
     read_files,
 )
 from reptile.serve.service import Service
+from reptile.serve.task_store import normal
 
 Array = npt.NDArray[Any]
-Label = Annotated[str, Field(max_length=MAX_LABEL)] | int | bool | float
+
+
+def _read_label(label: Any) -> Any:
+    """Return a label as every client reads it: in Unicode's form NFC, and 1.0 as 1."""
+    if isinstance(label, str):
+        label = normal(label)
+    elif isinstance(label, float) and label.is_integer() and abs(label) < 2**53:
+        label = int(label)
+    if (
+        not isinstance(label, str | int | float)
+        or (isinstance(label, float) and not math.isfinite(label))  # 1e400
+        or len(str(label)) > MAX_LABEL
+    ):
+        raise PydanticCustomError(
+            "label", f"a label is text of at most {MAX_LABEL} characters, a number, true or false"
+        )
+    return label
+
+
+Label = Annotated[str | int | bool | float, BeforeValidator(_read_label)]
 LABELS = TypeAdapter(list[Label])
 
 

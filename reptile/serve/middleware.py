@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -33,8 +33,16 @@ GONE = 499  # logged for a client that hung up while it sent
 TICK = 0.1  # seconds between looks for requests that are late
 # Answered without the token: a browser that opens the page has no way to send one.
 OPEN = re.compile(r"/|/page/.*|/ort/.*|/v2/health/(live|ready)")
-# Read or change tasks: not for pages of other sites.
-GUARDED = re.compile(r"/tasks(/.*)?|/v2/models/.*")
+# Show or change tasks or the bundle: not for pages of other sites.
+GUARDED = re.compile(r"/tasks(/.*)?|/v2/models/.*|/bundle/.*|/metrics")
+ONCE = (
+    *(b"authorization", b"content-encoding", b"content-length", b"content-type", b"host"),
+    *(b"inference-header-content-length", b"origin", b"sec-fetch-site", b"transfer-encoding"),
+)
+"""Headers of which two would be read in different ways, here and by a proxy."""
+# No page of another site shows an answer in a frame of its own, or takes it for a script.
+SAFE = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
+HOST = re.compile(r"(?:\[([0-9a-f:.%]+)\]|([^\[\]:/@]*?)\.?)(?::[0-9]*)?")
 REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")
 LINGER_SECONDS = 5.0  # for a client to finish sending a body that was refused
 PROCESS = secrets.token_hex(8)  # makes request ids unique among processes
@@ -47,7 +55,7 @@ class _Request:
         self,
         middleware: "RequestMiddleware",
         settings: ServeSettings,
-        given_id: bytes,
+        headers: Mapping[bytes, bytes],
         receive: Receive,
         send: Send,
     ) -> None:
@@ -57,6 +65,7 @@ class _Request:
             receive,
             send,
         )
+        given_id = headers.get(b"x-request-id", b"")
         known = REQUEST_ID.fullmatch(given_id)
         self.id = given_id.decode() if known else f"{PROCESS}-{next(numbers)}"
         self.task = asyncio.current_task()
@@ -65,29 +74,37 @@ class _Request:
         self.late = False  # and cancelled for it
         self.status = 0  # of the answer, once it began
         self.size = 0  # bytes of its body that are here
-        self.complete = False  # its body is
+        self.complete = False  # its body is, as far as it was asked for
+        length = headers.get(b"content-length", b"0")
+        self._has_body = b"transfer-encoding" in headers or length.strip(b"0") != b""
+        self._waits = b"expect" in headers  # its client may send the body once it is asked for
         self._lingers = False  # the connection is closed after the answer, before the body's end
 
     async def send(self, message: Message) -> None:
         """Pass a message of the answer on, with the request's id."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            closes = (b"connection", b"close") in message["headers"]
-            self._lingers = closes and self.status != 408 and not self.complete
-            message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode())]
+            headers = [*message["headers"], *SAFE, (b"x-request-id", self.id.encode())]
+            if self._has_body and not self.complete:
+                if not self._waits:
+                    await self._discard_body(0.0)  # it may have come with the head
+                if not self.complete:
+                    self._lingers = True
+                    headers.append((b"connection", b"close"))
+            message["headers"] = headers
         elif self._lingers and not message.get("more_body", False):
             # Closing with unread data resets the connection, and the client may lose the answer.
             await self._send({**message, "more_body": True})
-            await self._discard_body()
+            left = self.until - time.monotonic() - 2 * TICK
+            await self._discard_body(max(0.0, min(LINGER_SECONDS, left)))
             message = {"type": "http.response.body"}
         await self._send(message)
 
-    async def _discard_body(self) -> None:
-        left = self.until - time.monotonic() - 2 * TICK
+    async def _discard_body(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, min(LINGER_SECONDS, left))):
-                while (await self._receive()).get("more_body", False):
-                    pass
+            async with asyncio.timeout(seconds):
+                while not self.complete:
+                    self.complete = not (await self._receive()).get("more_body", False)
 
     async def receive(self) -> Message:
         """Receive a part of the body.
@@ -105,13 +122,13 @@ class _Request:
         if not message.get("more_body", False):
             self.complete = True
             self.until = self.start + settings.request_seconds
-        if self.size > settings.max_body_bytes:
+        if self.size > settings.largest_body:
             middleware.refused.labels("body").inc()
-            raise HTTPException(413, _too_large(settings), {"connection": "close"})
+            raise HTTPException(413, _too_large(settings))
         if middleware.held > settings.max_held_bytes:
             middleware.refused.labels("held").inc()
             full = "too much is being sent at once; try again in 1 s"
-            raise HTTPException(429, full, {"connection": "close", "retry-after": "1"})
+            raise HTTPException(429, full, {"retry-after": "1"})
         return message
 
 
@@ -157,8 +174,9 @@ class RequestMiddleware:
                 ending.cancel()
             return
         headers = dict(scope["headers"])
-        request = _Request(self, self._settings, headers.get(b"x-request-id", b""), receive, send)
-        if refusal := self._refusal(scope["path"], headers):
+        request = _Request(self, self._settings, headers, receive, send)
+        refusal = _malformed(scope["headers"]) if len(headers) < len(scope["headers"]) else None
+        if refusal := refusal or self._refusal(scope["path"], headers):
             await refusal(scope, receive, request.send)
         else:
             self._under_way.add(request)
@@ -224,10 +242,10 @@ class RequestMiddleware:
             self.refused.labels("origin").inc()
             return JSONResponse({"error": foreign}, 403)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
+        if length.isdigit() and int(length[:20]) > self._settings.largest_body:
             self.refused.labels("body").inc()
-            return JSONResponse({"error": _too_large(self._settings)}, 413, {"connection": "close"})
-        return None
+            return JSONResponse({"error": _too_large(self._settings)}, 413)
+        return _encoded(headers)
 
     def _late(self, request: _Request) -> JSONResponse:
         if request.complete:
@@ -236,11 +254,32 @@ class RequestMiddleware:
             return JSONResponse({"error": late}, 503, {"retry-after": "1"})
         self.refused.labels("slow").inc()
         late = f"the body did not arrive within {self._settings.body_seconds:g} s"
-        return JSONResponse({"error": late}, 408, {"connection": "close"})
+        return JSONResponse({"error": late}, 408)
+
+
+def _malformed(headers: Iterable[tuple[bytes, bytes]]) -> JSONResponse | None:
+    names = [name for name, _ in headers]
+    for name in ONCE:
+        if names.count(name) > 1:
+            return JSONResponse({"error": f"{name.decode()} is there twice: send it once"}, 400)
+    return None
+
+
+def _encoded(headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+    """Refuse a body that would be taken as it is though it is compressed."""
+    coding = headers.get(b"content-encoding", b"").strip().lower()
+    if coding not in (b"", b"identity"):
+        text = f"content-encoding {coding.decode('latin-1')[:100]!r}: send the body uncompressed"
+        return JSONResponse({"error": text}, 415, {"accept-encoding": "identity"})
+    coding = headers.get(b"transfer-encoding", b"chunked").strip().lower()
+    if coding != b"chunked":
+        text = f"transfer-encoding {coding.decode('latin-1')[:100]!r}: send `chunked` alone"
+        return JSONResponse({"error": text}, 400)
+    return None
 
 
 def _too_large(settings: ServeSettings) -> str:
-    return f"the body is larger than {settings.max_body_bytes} bytes"
+    return f"the body is larger than {settings.largest_body} bytes"
 
 
 def _foreign(headers: Mapping[bytes, bytes], hosts: tuple[str, ...]) -> str | None:
@@ -250,7 +289,7 @@ def _foreign(headers: Mapping[bytes, bytes], hosts: tuple[str, ...]) -> str | No
     reaches; and by DNS rebinding it can give such an address a name of its own, and read.
     """
     host = headers.get(b"host", b"").decode("latin-1").lower()
-    if host and not _known(host, hosts):
+    if host and not is_known(host, hosts):
         return (
             f"host {host[:100]!r} is not known: allow it with `-S hosts=NAME`, or set a token in "
             "REPTILE_TOKEN"
@@ -270,7 +309,7 @@ def _foreign(headers: Mapping[bytes, bytes], hosts: tuple[str, ...]) -> str | No
 
 
 @lru_cache(maxsize=64)
-def _known(host: str, hosts: tuple[str, ...]) -> bool:
+def is_known(host: str, hosts: tuple[str, ...]) -> bool:
     """Return whether no other site can give the server's address this name."""
     name = _name(host)
     if name in hosts or name == "localhost" or name.endswith(".localhost"):
@@ -283,7 +322,6 @@ def _known(host: str, hosts: tuple[str, ...]) -> bool:
 
 
 def _name(host: str) -> str:
-    """Return a host without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].removesuffix(".")
+    """Return a host without its port; nothing of what is no host."""
+    match = HOST.fullmatch(host)
+    return (match[1] or match[2]) if match else ""

@@ -68,7 +68,7 @@ class InferenceRequest(BaseModel):
 
     id: Annotated[str, Field(max_length=200)] | None = None
     inputs: Annotated[list[InputTensor], Field(max_length=16)]
-    outputs: Annotated[list[RequestedOutput], Field(max_length=16)] = []
+    outputs: Annotated[list[RequestedOutput], Field(max_length=16)] | None = None
     """All outputs, if none is named."""
     parameters: RequestParameters | None = None
 
@@ -220,8 +220,9 @@ def write_outputs(
             output.name: bool(output.parameters and output.parameters.binary_data)
             for output in request.outputs
         }
-    if len(binary) < len(request.outputs) or not set(binary) <= set(found):
-        names = ", ".join(output.name for output in request.outputs)
+    asked = [output.name for output in request.outputs or ()]
+    if len(binary) < len(asked) or not set(binary) <= set(found):
+        names = ", ".join(asked)
         raise InputError(f"outputs {names[:200]}: ask for some of {', '.join(found)}, each once")
     outputs, contents = [], []
     for name, as_bytes in binary.items():

@@ -1,9 +1,11 @@
 """The routes of the Open Inference Protocol, version 2; its tensors are in `protocol`."""
 
+import logging
 from functools import lru_cache
 from typing import Any
 
 import numpy.typing as npt
+from anyio import to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,11 +28,16 @@ from reptile.serve.request_body import (
     unless_disconnected,
     whole_body,
 )
-from reptile.serve.service import Service
+from reptile.serve.service import Service, UnknownError
+from reptile.serve.task_store import StorageError
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
 SMALL = 2**10  # bytes of JSON whose parsed form may be cached
+MODEL = "/v2/models/{model}"
+VERSION = MODEL + "/versions/{version}"
 LENGTH = "inference-header-content-length"
 
 
@@ -47,21 +54,27 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
     async def ready(request: Request) -> Response:
         if not service.ready:
             raise HTTPException(503, "not ready: starting or stopping", {"retry-after": "1"})
+        try:
+            await to_thread.run_sync(service.store.check_writable)
+        except StorageError as error:
+            log.error("%s", error)
+            full = "not ready: tasks cannot be stored; the server's log says why"
+            raise HTTPException(503, full, {"retry-after": "1"}) from None
         return JSONResponse({"ready": True})
 
     async def model_metadata(request: Request) -> Response:
-        model = request.path_params["model"]
+        model = _model(request)
         inputs, outputs = service.tensors(model)
         answer = ModelMetadata(name=model, inputs=metadata(inputs), outputs=metadata(outputs))
         return JSONResponse(answer.model_dump())
 
     async def model_ready(request: Request) -> Response:
-        model = request.path_params["model"]
+        model = _model(request)
         service.tensors(model)
         return JSONResponse({"name": model, "ready": True})
 
     async def infer(request: Request) -> Response:
-        model = request.path_params["model"]
+        model = _model(request)
         inputs, _ = service.tensors(model)
         body, size = await _json_and_binary(request, service)
 
@@ -80,13 +93,28 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
         )
 
     return [
-        Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+        Route(f"{MODEL}/infer", infer, methods=["POST"]),
         Route("/v2", server),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
-        Route("/v2/models/{model}", model_metadata),
-        Route("/v2/models/{model}/ready", model_ready),
+        Route(MODEL, model_metadata),
+        Route(f"{MODEL}/ready", model_ready),
+        Route(f"{VERSION}/infer", infer, methods=["POST"]),
+        Route(VERSION, model_metadata),
+        Route(f"{VERSION}/ready", model_ready),
     ]
+
+
+def _model(request: Request) -> str:
+    """Return the name of the model that is asked for.
+
+    Raises:
+        UnknownError: in another version than the one there is.
+    """
+    model, version = request.path_params["model"], request.path_params.get("version", "1")
+    if version != "1":
+        raise UnknownError(f"model {model[:50]!r} has no version {version[:50]!r}: there is 1")
+    return str(model)
 
 
 @lru_cache(maxsize=64)

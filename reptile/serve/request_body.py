@@ -1,6 +1,8 @@
 """Reading requests' bodies, each bounded before it is parsed, the large ones off the event loop."""
 
 import asyncio
+import codecs
+import re
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
@@ -19,6 +21,7 @@ from reptile.errors import InputError
 from reptile.images import decode, fit
 from reptile.serve.errors import first_error
 from reptile.serve.service import Service
+from reptile.serve.task_store import normal
 
 Array = npt.NDArray[Any]
 BodyType = Literal["json", "form", "csv"]
@@ -31,6 +34,9 @@ TYPES: dict[str, BodyType] = {
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 MAX_LABEL = 200  # characters
+CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\s;\"]*)")
+# Clients of old write \ before a quotation mark and a backslash; others %22, and nothing.
+AMBIGUOUS = re.compile(rb'[; ]name="[^"]*\\(?:\\|";|"$)')
 LARGE = 2**16  # bytes of a body that is parsed in a thread of its own
 
 
@@ -79,7 +85,7 @@ def parse(kind: type[Model], body: bytes) -> Model:
         InputError: values that do not fit the model.
     """
     try:
-        values = from_json(body, allow_inf_nan=False)
+        values = from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON: {str(error)[:200]}") from None
     try:
@@ -130,7 +136,11 @@ def _few() -> CapacityLimiter:
 
 def body_type(request: Request, service: Service) -> BodyType:
     """Return what the body is by its content type, if this bundle's inputs may come as that."""
-    name = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    given = request.headers.get("content-type", "").lower()
+    name = given.partition(";")[0].strip()
+    charset = CHARSET.search(given)
+    if charset and charset[1] not in ("utf-8", "utf8", "us-ascii"):
+        raise HTTPException(415, f"charset {charset[1][:100]!r}: send UTF-8")
     allowed = ("json", "form") if service.takes == "images" else ("json", "form", "csv")
     if TYPES.get(name) not in allowed:
         known = [each for each, kind in TYPES.items() if each and kind in allowed]
@@ -143,10 +153,23 @@ class _InMemoryParser(MultiPartParser):
 
     spool_max_size = 0  # never moves a file to disk
 
+    def on_headers_finished(self) -> None:
+        """Refuse a field's name that can be read in two ways, and begin its part."""
+        header = self._current_part.content_disposition or b""
+        try:
+            header.decode()
+        except UnicodeDecodeError:
+            raise MultiPartException(f"a field's name is not UTF-8: {header[:200]!r}") from None
+        if AMBIGUOUS.search(header):
+            raise MultiPartException(
+                f"backslashes that clients write in two ways: {header[:200]!r}; send JSON instead"
+            )
+        super().on_headers_finished()
+
 
 def _unescaped(name: str) -> str:
     """Undo the escapes of a field's name; browsers and HTTP clients follow WHATWG's standard."""
-    return name.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
+    return normal(name.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n"))
 
 
 async def form_files(request: Request, most: int) -> list[tuple[str, str, bytes]]:

@@ -23,6 +23,8 @@ from reptile.serve.task_store import (
     StorageError,
     TaskStore,
     check_labels,
+    label_text,
+    normal,
 )
 from reptile.serve.workers import LEVEL, Adapter, Outputs, Predictor, Values
 
@@ -171,8 +173,8 @@ class Service:
         Raises:
             As `add`.
         """
-        labels = {str(each): each for each in self.task(name).labels}
-        if label not in labels:
+        labels = {normal(label_text(each)): each for each in self.task(name).labels}
+        if (label := normal(label)) not in labels:
             raise UnknownError(
                 f"no label {label[:50]!r}: GET /tasks/{name} lists the task's labels"
             )

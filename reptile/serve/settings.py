@@ -1,15 +1,31 @@
 """The server's settings: limits of one request and of all together."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from reptile.errors import InputError
 
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]+")
+WITHIN = (
+    ("max_json_bytes", "max_body_bytes"),
+    ("max_body_bytes", "max_held_bytes"),
+    ("max_image_pixels", "max_request_pixels"),
+    ("body_seconds", "request_seconds"),
+)
+"""Limits of which the first has no effect beyond the second."""
 
 
 class ServeSettings(BaseModel):
@@ -55,12 +71,36 @@ class ServeSettings(BaseModel):
     """Maximum concurrent requests; further ones get 503. At most twice as many connections are
     kept open."""
 
+    @property
+    def largest_body(self) -> int:
+        """Bytes of the largest body that is ever taken."""
+        return min(self.max_body_bytes, self.max_held_bytes)
+
     @field_validator("hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip().lower() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not HOST_NAME.fullmatch(host):
+                raise ValueError(
+                    f"{host!r} is no host name: give names alone, such as shop.example, without "
+                    "scheme, port or wildcard, others than ASCII as xn--…"
+                )
+        return hosts
+
+    @model_validator(mode="after")
+    def _check_within(self) -> Self:
+        for inner, outer in WITHIN:
+            value, limit = getattr(self, inner), getattr(self, outer)
+            if inner in self.model_fields_set and value > limit:
+                raise ValueError(f"{inner} = {value} is above {outer} = {limit}: raise that too")
+        return self
 
 
 def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
@@ -74,6 +114,8 @@ def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
         name, equals, value = change.partition("=")
         if not equals:
             raise InputError(f"{change!r}: write NAME=VALUE, such as max_tasks=100")
+        if not value.strip():
+            raise InputError(f"{change!r}: give a value, or leave the setting out")
         values[name] = value
     try:
         return ServeSettings.model_validate(values)
@@ -84,4 +126,5 @@ def changed(tasks: Path | None, changes: Sequence[str]) -> ServeSettings:
             raise InputError(
                 f"{name}: no such setting; `reptile serve --bounds` lists them"
             ) from None
-        raise InputError(f"{name} = {first['input']}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{name} = {first['input']}: {message}" if name else message) from None

@@ -13,7 +13,6 @@ from reptile.errors import InputError
 from reptile.serve.errors import first_error
 from reptile.serve.examples import (
     Examples,
-    Label,
     Level,
     Options,
     Support,
@@ -22,7 +21,7 @@ from reptile.serve.examples import (
 )
 from reptile.serve.request_body import unless_disconnected
 from reptile.serve.service import Service
-from reptile.serve.task_store import AdaptedTask
+from reptile.serve.task_store import AdaptedTask, label_text
 from reptile.serve.workers import Values
 
 
@@ -30,7 +29,7 @@ class Task(BaseModel):
     """An adapted task."""
 
     id: str
-    labels: list[Label]
+    labels: list[str | int | bool | float]
     """None of a regressor."""
     losses: list[float]
     """The loss before each inner step."""
@@ -57,7 +56,7 @@ def task_routes(service: Service) -> list[BaseRoute]:
         examples = await read_examples(request, service, Support)
         work = service.adapt(examples.inputs, examples.targets, **(examples.options | options))
         task = await unless_disconnected(request, work)
-        return _json(shown(task), 201, {"location": f"/tasks/{task.id}"})
+        return _json(shown(task), 201, {"location": f"tasks/{task.id}"})
 
     async def add(request: Request) -> Response:
         name = service.task(request.path_params["task_id"]).id
@@ -77,7 +76,7 @@ def task_routes(service: Service) -> list[BaseRoute]:
 
     async def delete(request: Request) -> Response:
         task = service.task(request.path_params["task_id"])
-        service.store.remove(task.id)
+        service.store.delete(task.id)
         return Response(status_code=204)
 
     async def predict(request: Request) -> Response:
@@ -90,7 +89,7 @@ def task_routes(service: Service) -> list[BaseRoute]:
         if isinstance(outputs, Values):
             return _json({"predictions": _by_name(outputs, names)})
         labels = task.labels
-        texts = [str(label) for label in labels]
+        texts = [label_text(label) for label in labels]
         predictions = [
             {"label": labels[best], "probabilities": dict(zip(texts, row, strict=True))}
             for best, row in zip(

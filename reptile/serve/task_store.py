@@ -3,18 +3,21 @@
 What was acknowledged is on disk and is there after a restart. It neither adapts nor predicts.
 """
 
+import json
 import logging
+import os
 import time
+import unicodedata
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reptile.errors import InputError
-from reptile.files import lock_folder
+from reptile.files import LOCK_FILE, lock_folder
 from reptile.runtime import AdaptedModel, AdaptedRegressor, FewShotModel, FewShotRegressor
 from reptile.serve.settings import ServeSettings
 
@@ -27,7 +30,7 @@ DAY = 86400.0
 
 
 class StorageError(Exception):
-    """The folder of tasks cannot be written to, for instance because the disk is full."""
+    """The folder of tasks cannot be changed, for instance because the disk is full."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,29 @@ class AdaptedTask:
         return list(self.model.state.labels)
 
 
+def normal(name: str) -> str:
+    """Return a name in Unicode's form NFC, as `reptile prepare` does: é has two spellings."""
+    return unicodedata.normalize("NFC", name)
+
+
+def label_text(label: object) -> str:
+    """Return a label as the name of a JSON object's member."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
 def check_labels(labels: Sequence[object]) -> None:
-    """Check that labels differ as text, as answers have a probability by label.
+    """Check that labels differ as text, as answers have a probability by label, and in value.
 
     Raises:
-        InputError: two labels, such as 1 and "1", do not.
+        InputError: two labels, such as 1 and "1", or 1 and true, do not.
     """
-    seen: dict[str, object] = {}
+    seen: dict[object, object] = {}
     for label in labels:
-        other = seen.setdefault(str(label), label)
-        if type(other) is not type(label):
-            raise InputError(f"labels {other!r} and {label!r} are the same as text: rename one")
+        for key in (label_text(label), label):
+            other = seen.setdefault(key, label)
+            if type(other) is not type(label):
+                one, two = json.dumps(other), json.dumps(label)
+                raise InputError(f"labels {one} and {two} are the same to some clients: rename one")
 
 
 class TaskStore:
@@ -67,6 +82,8 @@ class TaskStore:
         self._tasks: OrderedDict[str, AdaptedTask] = OrderedDict()
         self.size = 0  # bytes of all tasks
         self._lock = ExitStack()  # keeps other servers out of the folder
+        self._lock_status: os.stat_result | None = None  # of its file
+        self._unwritten = 0  # bytes of the task that could not be written last
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -86,6 +103,7 @@ class TaskStore:
             return
         try:
             self._lock.enter_context(lock_folder(folder))
+            self._lock_status = (folder / LOCK_FILE).stat()
             for unfinished in folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
                 unfinished.unlink(missing_ok=True)
             files = sorted(folder.glob(f"*{SUFFIX}"))
@@ -101,7 +119,8 @@ class TaskStore:
             except (InputError, OSError, ValueError) as error:
                 log.warning("%s is left out: %s", file, error)
                 continue
-            found.append(AdaptedTask(file.stem, adapted, status.st_mtime, status.st_size, file))
+            created = min(status.st_mtime, time.time())  # a clock may have been wrong
+            found.append(AdaptedTask(file.stem, adapted, created, status.st_size, file))
         for task in sorted(found, key=lambda task: task.created):
             self.add(task)
 
@@ -128,12 +147,15 @@ class TaskStore:
             path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         if path:
             try:
+                self._check_folder()
                 adapted.save(path)
-            except InputError as error:
-                if isinstance(error.__cause__, OSError):
-                    raise StorageError(str(error)) from error
-                raise
-            size = path.stat().st_size
+                status = path.stat()
+            except (InputError, OSError) as error:
+                if isinstance(error, InputError) and not isinstance(error.__cause__, OSError):
+                    raise
+                self._unwritten = size
+                raise StorageError(str(error)) from error
+            size, self._unwritten = status.st_size, 0
         task = AdaptedTask(name, adapted, time.time(), size, path)
         if size > most:
             _erase(task)
@@ -142,6 +164,32 @@ class TaskStore:
                 "start the server with a larger bound"
             )
         return task
+
+    def check_writable(self) -> None:
+        """Try again to write as much as could not be written last, if anything; from a thread.
+
+        Raises:
+            StorageError: the folder still cannot be written to.
+        """
+        if not (self._unwritten and (path := self._path(".ready"))):
+            return
+        path = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # as other unfinished files
+        try:
+            self._check_folder()
+            path.write_bytes(bytes(self._unwritten))
+            self._unwritten = 0
+        except OSError as error:
+            raise StorageError(str(error)) from error
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _check_folder(self) -> None:
+        """Raise an OSError if the folder is no longer the one that this server has locked."""
+        if (folder := self._settings.tasks) and self._lock_status:
+            status = (folder / LOCK_FILE).stat()
+            if not os.path.samestat(status, self._lock_status):
+                raise FileNotFoundError(f"{folder} was replaced: start the server again")
 
     def add(self, task: AdaptedTask) -> None:
         """Take a task in that was written, and make room for it."""
@@ -186,14 +234,24 @@ class TaskStore:
             self._tasks.move_to_end(name)
         return task
 
-    def remove(self, name: str) -> bool:
-        """Forget a task; False if there is none of this id."""
-        task = self._tasks.pop(name, None)
-        if task is None:
-            return False
-        self.size -= task.size
-        _erase(task)
-        return True
+    def delete(self, name: str) -> None:
+        """Remove a task, if there is one of this id, so that it does not come back.
+
+        Raises:
+            StorageError: its file cannot be removed; the task is kept.
+        """
+        if (task := self._tasks.get(name)) and task.file:
+            try:
+                task.file.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"{task.file} cannot be removed: {error.strerror}") from error
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Forget a task, if there is one of this id, even if its file cannot be removed."""
+        if task := self._tasks.pop(name, None):
+            self.size -= task.size
+            _erase(task)
 
     def expires(self, task: AdaptedTask) -> float:
         """Return when a task will be forgotten, in seconds since 1970."""

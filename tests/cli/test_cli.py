@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from reptile import cli
 from reptile.files import lock_folder
@@ -73,6 +75,25 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def change_weights(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = folder / "artifacts/checkpoint/weights.safetensors"
+    tensors = load_file(path)
+    save_file({n: each if n == "step" else change(each) for n, each in tensors.items()}, path)
+
+
+def emptied(folder: Path) -> None:
+    (folder.parent / "bundles/.DS_Store").touch()
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def change_info(folder: Path, **changes: object) -> None:
+    """Change what checkpoint.json says; None leaves it out."""
+    path = folder / "artifacts/checkpoint/checkpoint.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: each for name, each in values.items() if each is not None}))
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no params": (lambda p: (p / "params.yaml").unlink(), ["prepare"], ["params.yaml", "--params"]),
     "unknown setting": (lambda p: None, ["train", "-S", "train.shots=3"], ["train.shots"]),
@@ -132,6 +153,26 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["evaluate"],
         ["damaged checkpoint"],
     ),
+    "weights that are not finite": (
+        lambda p: change_weights(p, lambda values: values * np.float32(np.nan)),
+        ["evaluate"],
+        ["weights.safetensors: damaged checkpoint (its numbers are not finite float32)"],
+    ),
+    "weights of another type": (
+        lambda p: change_weights(p, lambda values: values.astype(np.float64)),
+        ["evaluate"],
+        ["weights.safetensors: damaged checkpoint (its numbers are not finite float32)"],
+    ),
+    "checkpoint of a later version": (
+        lambda p: change_info(p, format=99, future=True),
+        ["evaluate"],
+        ["checkpoint.json: is of format 99", "install the version"],
+    ),
+    "checkpoint without its iteration": (
+        lambda p: change_info(p, iteration=None),
+        ["evaluate"],
+        ["checkpoint.json: iteration: Field required\n"],
+    ),
     "other data than trained on": (
         lambda p: cli_prepare_other_splits(p),
         ["evaluate"],
@@ -142,6 +183,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["export"],
         ["reptile evaluate"],
     ),
+    "trained again since the evaluation": (
+        lambda p: change_weights(p, lambda values: values * np.float32(1.5)),
+        ["export", "--ignore-gate"],
+        ["evaluation: measured another checkpoint than", "run `reptile evaluate` again"],
+    ),
     "gate on what was not evaluated": (
         lambda p: None,
         ["export", "-S", "export.gate.shots=9"],
@@ -151,6 +197,21 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda p: (p / "artifacts/bundle/MODEL_CARD.md").write_text("better"),
         ["verify"],
         ["failed"],
+    ),
+    "no bundles": (
+        lambda p: shutil.rmtree(p / "artifacts/bundles"),
+        ["verify"],
+        ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
+    ),
+    "an empty folder of bundles": (
+        lambda p: emptied(p / "artifacts/bundles"),
+        ["verify"],
+        ["artifacts/bundles: no bundle of the first learner", "run `reptile export`"],
+    ),
+    "no bundle": (
+        lambda p: emptied(p / "artifacts/bundle"),
+        ["verify"],
+        ["artifacts/bundle: no manifest", "run `reptile export`"],
     ),
     "output where a file is": (
         lambda p: (p / "plain").write_text(""),
@@ -236,16 +297,82 @@ def test_unfinished_runs_are_listed_and_those_that_do_not_fit_removed(here: Path
         ("verify.shots=20", "verify"),
         ("export.gate.shots=7", r"export.gate.shots = 7"),
         ("export.max_steps=1", "export.max_steps = 1"),
+        ("export.gate.mean_squared_error=5", "export.gate.mean_squared_error = 5"),
+        ("evaluate.ways=6", "6-way tasks: reptile trained with 5 ways is for 2 to 5 ways"),
+        ("evaluate.ways=1", "1-way tasks"),
+        ("train.algorithm=ridge evaluate.ways=1", "1-way tasks"),
+        ("train.algorithm=ridge train.episode.shots=[1] evaluate.learner=ridge", "no such row"),
+        ("train.algorithm=pretrain evaluate.learner=prototypes", "no such row for pretrain"),
+        ("train.algorithm=ridge train.episode.shots=[1] export.max_support=1001", "max_support"),
+        ("evaluate.learner=auto export.max_support=1001", "export.max_support = 1001"),
+        ("evaluate.folds=99", "evaluate.folds = 99"),
+        ("evaluate.folds=15", "validation split: 2 classes cannot make a 5-way task"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_training(
     change: str, words: str, here: Path, run: Run
 ) -> None:
     before = (here / "artifacts/checkpoint/checkpoint.json").read_bytes()
-    code, _, err = run("train", "-S", change, "-S", "train.seed=99")
+    changes = [part for each in change.split() for part in ("-S", each)]
+    code, _, err = run("train", *changes, "-S", "train.seed=99")
     assert code == 2
     assert words in err
+    assert len(err.splitlines()) == 1
     assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("algorithm=ridge ways=300", "classes cannot make a 300-way task"),
+        ("algorithm=ridge episode.shots=[9]", "a class has 6 images and a task needs 14"),
+        ("algorithm=ridge episode.shots=[1] weights=1", "beside.weights: no such setting"),
+        ("algorithm=reptile train_shots=5 ways=4", "5-way tasks: reptile trained with 4 ways"),
+        ("algorithm=bayes episode.shots=[1]", "algorithm = bayes: for regression"),
+        (
+            "algorithm=reptile train_shots=5 model.name=torchvision:nothing",
+            "torchvision has no nothing",
+        ),
+    ],
+)
+def test_a_second_learner_that_cannot_be_trained_is_said_before_the_first_is(
+    change: str, words: str, here: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DVC, which trains it next, it is refused."""
+    changes = [part for each in change.split() for part in ("-S", f"beside.{each}")]
+    monkeypatch.setenv("DVC_STAGE", "train")
+    before = (here / "artifacts/checkpoint/checkpoint.json").read_bytes()
+    code, _, err = run("train", *changes, "-S", "train.seed=99")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith("error: ") and words in err
+    assert (here / "artifacts/checkpoint/checkpoint.json").read_bytes() == before
+
+
+def test_a_second_learner_that_cannot_be_trained_is_a_warning_without_dvc(
+    here: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, _, err = run("train", "-S", "beside.algorithm=ridge", "-S", "beside.ways=300")
+    assert code == 0, err
+    assert "warning: the second learner, of `beside`: training split: " in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size")
+def test_a_full_disk_ends_training_and_evaluation_with_one_line(here: Path, run: Run) -> None:
+    """The results before stay, and training resumes where there is room again."""
+    kept = {path: path.read_bytes() for path in (here / "artifacts").rglob("*.json")}
+    with full_disk(2048):
+        trained = run("train", "-S", "train.seed=5")
+        evaluated = run("evaluate", "-S", "evaluate.seed=5")
+    for code, _, err in (trained, evaluated):
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert "cannot be written (File too large)" in err
+        assert ".tmp" not in err
+    assert "artifacts/training/" in trained[2]
+    assert evaluated[2].startswith("error: artifacts/evaluation: ")
+    curves = here / "artifacts/curves"
+    assert all(path.read_bytes() == old for path, old in kept.items() if curves not in path.parents)
+    assert run("train", "--resume", "-S", "train.seed=5")[0] == 0
 
 
 def test_a_second_training_in_the_same_folder_is_refused(here: Path, run: Run) -> None:

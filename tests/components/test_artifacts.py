@@ -103,7 +103,7 @@ def test_a_point_that_cannot_be_measured_says_why_beside_those_that_can(
     trained: Trained,
 ) -> None:
     rows = table(["9-way 1-shot frozen", "2-way 1-shot frozen"], trained)
-    assert "the checkpoint is for 2 to 3 ways" in rows["9-way 1-shot frozen"][0]
+    assert "is for 2 to 3 ways" in rows["9-way 1-shot frozen"][0]
     assert "±" in rows["2-way 1-shot frozen"][0]
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from reptile.data.arrays import from_arrays
 from reptile.data.prepare import prepare
@@ -125,6 +127,36 @@ WRONG: dict[str, tuple[Arrays, dict[str, object], str]] = {
     "single numbers": ({"inputs": SIGNALS[:, 0, 0], "labels": LABELS}, {}, "expected .N, ...."),
     "nothing": ({"inputs": SIGNALS[:0], "labels": LABELS[:0]}, {}, "expected .N, ...."),
     "integers": ({"inputs": LABELS[:, None], "labels": LABELS}, {}, "inputs are int64"),
+    "one target alone": (
+        {"inputs": SIGNALS, "targets": np.array(3.0), "tasks": LABELS},
+        {"windows": {"length": 4, "step": 4}},
+        r"signals.npz: targets of shape \[\] for 32 inputs",
+    ),
+    "labels that are fractions": (
+        {"inputs": SIGNALS, "labels": LABELS / 2},
+        {},
+        "signals.npz: labels are float64: labels must be integers or strings",
+    ),
+    "names without labels": (
+        {"inputs": SIGNALS, "labels": LABELS[:0], "names": np.array(["a", "b"])},
+        {},
+        r"signals.npz: labels of shape \[0\] for 32 inputs",
+    ),
+    "too large for float32": (
+        {"inputs": SIGNALS.astype(float) * 1e300, "labels": LABELS},
+        {},
+        "signals.npz: inputs: row 0 has numbers that are not finite in float32",
+    ),
+    "values too large for float32": (
+        {"inputs": SIGNALS, "targets": LABELS * 1e300, "tasks": LABELS},
+        {},
+        "signals.npz: targets: row 1 has numbers that are not finite in float32",
+    ),
+    "columns of a table": (
+        {"inputs": SIGNALS, "labels": LABELS},
+        {"table": {"inputs": ["dose"]}},
+        "prepare.table: is for tables .* and .*signals.npz is none; leave it out",
+    ),
     "windows too long": (
         {"inputs": SIGNALS, "labels": LABELS},
         {"windows": {"length": 21, "step": 1}},
@@ -173,7 +205,39 @@ def test_a_broken_file_is_one_sentence(name: str, tmp_path: Path) -> None:
         prepare(settings_of(source), tmp_path / "out")
 
 
-def test_images_have_no_order_and_no_windows(tmp_path: Path) -> None:
-    for change in ({"order": True}, {"windows": {"length": 2, "step": 1}}):
-        with pytest.raises(InputError, match="is of images; leave it out"):
-            prepare(settings_of(Path("digits"), **change), tmp_path / "out")
+def test_another_form_under_the_name_of_arrays_is_one_sentence(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", SIGNALS)
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"a\.npz: cannot be read \(File is not a zip file\)"):
+        prepare(settings_of(tmp_path / "a.npz"), tmp_path / "out")
+    halves = torch.tensor(SIGNALS).bfloat16()
+    save_torch({"inputs": halves, "labels": torch.tensor(LABELS)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"a\.safetensors: cannot be read \(.*bfloat16"):
+        prepare(settings_of(tmp_path / "a.safetensors"), tmp_path / "out")
+    folder = npy(tmp_path, {"inputs": SIGNALS})
+    np.save(folder / "labels.npy", np.array([{}] * N))
+    with pytest.raises(InputError, match="a pickle, which can run code"):
+        prepare(settings_of(folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize("write", [npz, npy, safetensors])
+def test_arrays_that_are_not_read_are_named(
+    write: Callable[[Path, Arrays], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelt `groups` would leave groups in two splits without a word."""
+    source = write(tmp_path, {"inputs": SIGNALS, "labels": LABELS, "group": LABELS % 2})
+    prepare(settings_of(source), tmp_path / "out")
+    assert "group: not used; known are inputs, labels, targets, tasks, groups" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["digits", "sinusoid"])
+@pytest.mark.parametrize(
+    "change",
+    [{"order": True}, {"windows": {"length": 2, "step": 1}}, {"table": {"inputs": ["dose"]}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_of_tables_or_arrays_is_refused_for_other_sources(
+    source: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"and {source} is none; leave it out"):
+        prepare(settings_of(Path(source), **change), tmp_path / "out")

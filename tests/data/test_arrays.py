@@ -251,7 +251,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda: from_arrays(numbers(40, 3), numbers(39), tasks=LABELS),
         r"targets of shape \[39\] for 40 inputs: expected \[40\] or \[40, outputs\]",
     ),
-    "too few classes": (lambda: from_arrays(numbers(2, 3), ["a", "b"]), "2 classes make 0 for"),
+    "too few classes": (
+        lambda: from_arrays(numbers(2, 3), ["a", "b"]),
+        "leave none of 2 classes for",
+    ),
     "shares above 1": (
         lambda: from_arrays(numbers(40, 3), LABELS, splits={"validation": 0.6, "test": 0.6}),
         r"splits: .*validation \+ test = 1.2",

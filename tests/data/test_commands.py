@@ -1,8 +1,10 @@
 """`reptile prepare` as a person runs it: one line for every fault, on any terminal."""
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,19 @@ def test_a_place_that_cannot_be_written_is_one_line(place: Path, output: str) ->
     code, _, err = prepare(place, "birds", "--artifacts", output)
     assert code == 2
     assert err.startswith(f"error: {place / 'file'}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", [8_000, 11_000, 20_000, 2**31 - 1])
+def test_an_image_of_too_many_pixels_is_one_line_of_ours(place: Path, side: int) -> None:
+    """Beyond limits of its own, Pillow warns or fails, in words about attacks."""
+    write_classes(place / "birds", list("abcdefgh"))
+    path = place / "birds/a/00.png"
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    code, _, err = prepare(place, "birds")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: birds/a/00.png: ") and "50,000,000" in err
 
 
 def test_classes_too_few_for_the_stages_that_follow_are_said_at_once(place: Path) -> None:

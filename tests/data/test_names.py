@@ -190,6 +190,126 @@ def test_labels_of_arrays_are_the_same_classes(tmp_path: Path) -> None:
     assert sorted((c.name, c.split) for c in data.classes) == sorted(folder)
 
 
+def test_spaces_at_the_ends_are_no_part_of_a_name(tmp_path: Path) -> None:
+    """Windows and the reader of tables drop them; the same class must not become two."""
+    folder, _ = held_out(write_folder(tmp_path / "a/birds", images(NAMES)), tmp_path / "out", NAMES)
+    padded = {f" {name}\u00a0": name for name in NAMES}
+    files = images(list(padded))
+    for source in (
+        write_folder(tmp_path / "b/birds", files),
+        write_zip(tmp_path / "birds.zip", files, plain),
+    ):
+        assert held_out(source, tmp_path / "out", NAMES)[0] == folder
+    labels = [name for name in padded for _ in range(4)]
+    inputs = np.zeros((len(labels), 2), np.float32)
+    splits = {"validation": [" Öl "], "test": ["\u3000猫"]}
+    data = from_arrays(inputs, labels, splits=splits)  # type: ignore[arg-type]
+    assert {c.name: c.split for c in data.classes if c.split != "train"} == {
+        "Öl": "validation",
+        "猫": "test",
+    }
+
+
+def test_two_folders_that_differ_in_spaces_or_a_folder_of_spaces_are_refused(
+    tmp_path: Path,
+) -> None:
+    for names, message in (
+        (["cat", "cat "], "two class folders are called cat; rename one"),
+        (["cat", " "], "the folder 'birds/ ' has no name but spaces"),
+        (["cat/a", " /b"], "the folder 'birds/ /b' has no name but spaces"),
+    ):
+        files = {f"birds/{name}": content for name, content in images(names).items()}
+        path = write_zip(tmp_path / "a.zip", files, plain)
+        with pytest.raises(InputError, match=message), open_source(str(path)):
+            pass
+
+
+def split_folders(root: Path, one: str, other: str) -> dict[str, object]:
+    names = [f"train/{one}", "train/b", f"test/{other}", "test/c"]
+    return {"source": write_folder(root / "birds", images(names)), "held_out": "published"}
+
+
+def split_lists(root: Path, one: str, other: str) -> dict[str, object]:
+    folder = write_folder(root / "birds", images([one, other, "b"]))
+    for name, label in [("train", one), ("val", "b"), ("test", other)]:
+        rows = [f"{i}.png,{label}" for i in range(4)]
+        (folder / f"{name}.csv").write_text("\n".join(["filename,label", *rows]))
+    return {"source": folder, "held_out": "published"}
+
+
+def groups_of_folders(root: Path, one: str, other: str) -> dict[str, object]:
+    names = [f"{group}/{letter}" for group in (one, other, "g", "h") for letter in "ab"]
+    return {"source": write_folder(root / "letters", images(names)), "held_out": "groups"}
+
+
+def tasks_of_a_table(root: Path, one: str, other: str) -> dict[str, object]:
+    rows = [f"{name},{i},{i * i}" for name in (one, other, "b", "c", "d") for i in range(4)]
+    (root / "doses.csv").write_text("\n".join(["person,dose,result", *rows]))
+    table = {"task": "person", "inputs": ["dose"], "targets": ["result"]}
+    return {"source": root / "doses.csv", "table": table}
+
+
+def tasks_of_arrays(root: Path, one: str, other: str) -> dict[str, object]:
+    tasks = np.repeat([one, other, "b", "c", "d"], 4)
+    rows = np.arange(20, dtype=np.float32)
+    np.savez(root / "a.npz", inputs=rows[:, None], targets=rows, tasks=tasks)
+    return {"source": root / "a.npz"}
+
+
+def groups_of_arrays(root: Path, one: str, other: str) -> dict[str, object]:
+    groups = np.repeat([one, other, "b", "c", "d"], 4)
+    inputs = np.zeros((20, 2), np.float32)
+    np.savez(root / "a.npz", inputs=inputs, labels=np.arange(20) // 2, groups=groups)
+    return {"source": root / "a.npz", "images_per_class": 2}
+
+
+HELD_OUT = (
+    split_folders,
+    split_lists,
+    groups_of_folders,
+    tasks_of_a_table,
+    tasks_of_arrays,
+    groups_of_arrays,
+)
+PAIRS = [
+    ("Anna", "anna"),
+    ("7", "07"),
+    ("7", "7.0"),
+    ("0012", "12.00"),
+    ("golden_retriever", "Golden retriever"),
+    ("P-01", "p_01"),
+    ("straße", "STRASSE"),
+    ("\ufb01sh", "fish"),
+]
+
+
+@pytest.mark.parametrize("form", HELD_OUT, ids=lambda form: form.__name__)
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids="-".join)
+def test_what_may_be_one_in_two_spellings_is_not_trained_and_tested_on(
+    tmp_path: Path, form: Callable[[Path, str, str], dict[str, object]], one: str, other: str
+) -> None:
+    """One person in training and in test is a leak that no figure shows."""
+
+    def settings(one: str, other: str) -> PrepareSettings:
+        values = {"cross_domain": (), "images_per_class": 4, "validation": 1, "test": 1}
+        made = form(tmp_path, one, other)
+        return PrepareSettings.model_validate(values | made | {"source": str(made["source"])})
+
+    with pytest.raises(InputError, match="may be one in two spellings") as caught:
+        prepare(settings(one, other), tmp_path / "out")
+    assert all(
+        repr(unicodedata.normalize("NFC", name)) in str(caught.value) for name in (one, other)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_names_that_one_split_has_are_two_classes(tmp_path: Path) -> None:
+    """Capital and small letters are; so are characters that hexadecimal numbers name."""
+    names = ["train/A", "train/a", "test/A", "test/a", "train/0e01", "train/0e02", "test/0e001"]
+    with open_source(str(write_folder(tmp_path / "letters", images(names)))) as source:
+        assert [c.name for c in source.classes] == ["0e001", "0e01", "0e02", "A", "a"]
+
+
 def in_code_page(encoding: str, system: int) -> Callable[[Path], Path]:
     return lambda path: write_zip(
         path, images(WESTERN), lambda name: (name.encode(encoding), b""), system

@@ -198,12 +198,12 @@ BAD: dict[str, tuple[Callable[[Path], None], dict[str, object], str]] = {
     "few groups": (
         spoil_nothing,
         {"validation": 0.45, "test": 0.54},
-        "5 groups make 0 for training, 2 for validation and 3 for test.*set held_out: classes",
+        "3 for test and 2 for validation .* leave none of 5 groups for .*set held_out: classes",
     ),
     "few classes": (
         spoil_nothing,
         {"validation": 0.49, "test": 0.5, "held_out": "classes"},
-        "10 classes make 0 for training, 5 for validation",
+        "leave none of 10 classes for training; lower test = 0.5, or validation = 0.49",
     ),
     "no groups": (
         spoil_nothing,

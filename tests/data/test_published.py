@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from published import (
     CIFAR,
     CIFAR_CLASSES,
@@ -31,6 +32,7 @@ from reptile.data.dataset import PreparedData
 from reptile.data.prepare import prepare
 from reptile.data.readers.open import open_source
 from reptile.errors import InputError
+from reptile.experiments.presets import load_preset
 from reptile.settings import PrepareSettings
 
 BACKGROUND = {"Greek": 3, "Latin": 2}
@@ -365,10 +367,46 @@ def test_split_folders_are_a_published_split(tmp_path: Path, validation: str) ->
     assert {c.name for c in data.classes} == set().union(*mini_imagenet_names().values())
 
 
+@pytest.mark.parametrize("preset", ["mini-imagenet-5w1s", "mini-imagenet-5w5s"])
+def test_the_presets_read_mini_imagenets_grey_and_cmyk_images_as_its_code_does(
+    preset: str, tmp_path: Path
+) -> None:
+    """Some of ILSVRC12's files are so; the reference converts each to RGB."""
+    parts = {"n0": "train", "n1": "train", "n2": "val", "n3": "test"}
+    modes = {("n0", 3): "L", ("n1", 7): "CMYK", ("n2", 0): "CMYK", ("n3", 19): "L"}
+    files = {}
+    for name, part in parts.items():
+        for number in range(20):
+            path = tmp_path / "mini" / part / name / f"{number:02}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(noise(number, (12, 10, 3)))
+            picture.convert(modes.get((name, number), "RGB")).save(path)
+            files[name, number] = path
+    settings = load_preset(preset).settings.prepare.model_copy(
+        update={"source": str(tmp_path / "mini")}
+    )
+    data = prepare(settings, tmp_path / "out")
+    assert data.image_shape == (3, 84, 84)
+    for name, number in modes:
+        start = next(c.start for c in data.classes if c.name == name)
+        with Image.open(files[name, number]) as image:
+            expected = np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
+        difference = data.images[start + number] - expected.transpose(2, 0, 1).astype(float)
+        assert np.abs(difference).max() <= 1
+
+
 def same_name_in_two_folders(root: Path) -> None:
     for folder in ("images", "more"):
         (root / folder).mkdir(exist_ok=True)
         (root / folder / "n0153000000000001.jpg").write_bytes(encoded(noise(0, (4, 4)), "JPEG"))
+
+
+def row_of(path: Path) -> str:
+    return path.read_text().splitlines()[1]
+
+
+def first_of(root: Path) -> str:
+    return row_of(root / "train.csv").split(",")[0]
 
 
 def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
@@ -390,6 +428,14 @@ BAD_LISTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train\.csv: line 2: no files called n0153000000000001\.jpg",
     ),
     "two files": (same_name_in_two_folders, r"line 2: no files called .* in a folder n01530000"),
+    "a row twice": (
+        lambda root: edit("test.csv", "label\n", f"label\n{row_of(root / 'test.csv')}\n")(root),
+        r"is listed twice \(test\.csv, line 2; test\.csv, line 3\), and would be .* own test",
+    ),
+    "an image in training and test": (
+        lambda root: edit("test.csv", row_of(root / "test.csv"), f"{first_of(root)},n0153")(root),
+        r"listed twice \(train\.csv, line 2; test\.csv, line 2\)",
+    ),
     "no header": (edit("test.csv", "filename,label\n", ""), "first line must be filename,label"),
     "one column": (edit("test.csv", ",n01530560", ""), "line 2 must be a file's name and its"),
     "no text": (

@@ -305,7 +305,12 @@ def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images", {"a/1.png": png()})
     (root / "a/2.png").symlink_to(root / "a/1.png")
     assert classes_of(root) == [("a", "", 2)]
-    for name, target in [("a/3.png", tmp_path / "secret.png"), ("b", tmp_path), ("c", root / "a")]:
+    for name, target in [
+        ("a/3.png", tmp_path / "secret.png"),
+        ("a/4.png", root / "a/4.png"),
+        ("b", tmp_path),
+        ("c", root / "a"),
+    ]:
         (root / name).symlink_to(target)
         with pytest.raises(InputError, match="link may only lead to a file"):
             classes_of(root)

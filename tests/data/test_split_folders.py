@@ -135,7 +135,7 @@ BAD = {
     "images without classes": (["train", "val", "test"], "hold images themselves"),
     "names in two cases": (
         ["train/Cat", "train/dog", "test/cat", "test/cow"],
-        "classes cat and Cat of two split folders differ in upper and lower case alone",
+        "split folders: 'Cat' and 'cat' may be one in two spellings, .* write them alike",
     ),
     "an unknown name": (
         ["train/cat", "train/dog", "holdout/cat"],

@@ -108,8 +108,24 @@ def test_a_list_that_is_not_there_or_no_json_is_an_error(tmp_path: Path) -> None
     with pytest.raises(InputError, match="no such file"):
         splits_of(["a"], str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(InputError, match=r"bad\.json: "):
-        splits_of(["a"], str(tmp_path / "bad.json"))
+    for content in (b"{", b"", b"[]", b'{"test": "a"}', b"\xff\xfe{\x00", b"[" * 100_000):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"bad\.json: (?! = )") as caught:
+            splits_of(["a"], str(tmp_path / "bad.json"))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match=r"folder\.json: cannot be read"):
+        splits_of(["a"], str(tmp_path / "folder.json"))
+
+
+def test_a_list_with_a_split_twice_is_refused_and_a_byte_order_mark_is_not(tmp_path: Path) -> None:
+    """Of two Python would take the last, and train on what the first was to hold out."""
+    path = tmp_path / "mine.json"
+    path.write_text('{"test": ["a"], "validation": ["c"], "test": ["b"]}')
+    with pytest.raises(InputError, match=r"mine\.json: test is given twice"):
+        splits_of(["a", "b", "c"], str(path))
+    path.write_text('{"test": ["a"]}', encoding="utf-8-sig")
+    assert splits_of(["a", "b", "c"], str(path)) == {"a": "test", "b": "train", "c": "train"}
 
 
 def test_a_source_without_a_split_of_its_own_says_so() -> None:
@@ -121,7 +137,10 @@ def test_whole_numbers_hold_out_so_many_and_too_many_are_refused() -> None:
     names = [str(number) for number in range(10)]
     assert counts(splits_of(names, "classes", validation=3, test=2)) == (5, 3, 2)
     assert counts(splits_of(names, "classes", validation=0, test=0.2)) == (8, 0, 2)
-    with pytest.raises(InputError, match="10 classes make 0 for training"):
+    with pytest.raises(
+        InputError,
+        match=r"5 for test and 5 for validation .* leave none of 10 classes for training",
+    ):
         splits_of(names, "classes", validation=5, test=5)
 
 

@@ -231,6 +231,52 @@ def test_a_category_of_one_task_alone_is_other(tmp_path: Path) -> None:
     assert set(data.index.coding.inputs[2].categories) == {"a", "b"}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("type_", ["BIGINT", "UBIGINT", "VARCHAR"])
+def test_large_numbers_that_name_tasks_are_not_rounded(tmp_path: Path, type_: str) -> None:
+    """Two people whose numbers are one as floating-point numbers would be joined in silence."""
+    rows = [[str(2**53 + int(row[0][1:])), *row[1:]] for row in rows_of()]
+    write(tmp_path / "doses.csv", rows)
+    expected = prepare(settings_of(tmp_path / "doses.csv"), tmp_path / "out")
+    assert len({c.name for c in expected.classes}) == TASKS
+    path = tmp_path / "copies" / "doses.parquet"
+    path.parent.mkdir()
+    duckdb.sql(
+        f"COPY (SELECT * REPLACE (person::{type_} AS person) "
+        f"FROM read_csv('{tmp_path / 'doses.csv'}', all_varchar = true)) TO '{path}'"
+    )
+    data = prepare(settings_of(path), tmp_path / "out")
+    assert data.content_sha256 == expected.content_sha256
+    assert data.splits_sha256 == expected.splits_sha256
+
+
+def test_large_numbers_that_are_categories_or_classes_are_not_rounded(tmp_path: Path) -> None:
+    path = tmp_path / "doses.parquet"
+    duckdb.sql(
+        "COPY (SELECT i // 6 AS person, i AS dose, 9007199254740992 + i % 3 AS kind, i * i AS "
+        f"result FROM range(72) AS all_rows(i)) TO '{path}'"
+    )
+    names = [str(9007199254740992 + each) for each in range(3)]
+    table = {"task": "person", "inputs": ["dose", "kind"], "targets": ["result"]}
+    data = prepare(settings_of(path, {**table, "categories": ["kind"]}), tmp_path / "out")
+    assert data.index.coding is not None
+    kinds = data.index.coding.inputs[1]
+    assert kinds.kind == "category" and sorted(kinds.categories) == names
+    table = {"inputs": ["dose"], "targets": ["kind"], "kind": "classes"}
+    data = prepare(settings_of(path, table, validation=1, test=1), tmp_path / "out")
+    assert [c.name for c in data.classes] == names
+
+
+def test_days_that_are_tasks_have_the_names_that_text_gives_them(tmp_path: Path) -> None:
+    table = {"task": "when", "inputs": ["dose"], "targets": ["result"]}
+    write(tmp_path / "doses.csv", rows_of())
+    duckdb.sql(f"COPY (FROM read_csv('{tmp_path / 'doses.csv'}')) TO '{tmp_path / 'd.parquet'}'")
+    names = [
+        [c.name for c in prepare(settings_of(path, table, validation=1), tmp_path / "out").classes]
+        for path in (tmp_path / "doses.csv", tmp_path / "d.parquet")
+    ]
+    assert names == [[f"2024-01-{day:02}" for day in range(2, 8)]] * 2
+
+
 def test_codes_are_categories_where_the_settings_say_so(tmp_path: Path) -> None:
     rows = [[*row[:3], str("abc".index(row[3])), row[4]] for row in rows_of()]
     path = write(tmp_path / "doses.csv", rows)
@@ -328,6 +374,25 @@ WRONG: dict[str, tuple[Wrong, dict[str, object], str]] = {
         {},
         "no column 'person'; its columns are 'person#when",
     ),
+    "lines that end in CR": (
+        content(lambda text: text.replace(b"\r\n", b"\r")),
+        {},
+        "the first line cannot be read as a header",
+    ),
+    "a header without an end": (
+        content(lambda text: b'"' + b"x" * 200_000 + b'",' + text),
+        {},
+        "the first line cannot be read as a header",
+    ),
+    "a held-out number too large": (
+        lambda path: write(
+            path,
+            [[*row[:2], "1e308" if row[0] == "p00" else row[2], *row[3:]] for row in rows_of()],
+        ),
+        {},
+        "far outside of the training split's; correct it",
+    ),
+    "windows": (nothing, {"windows": {"length": 2, "step": 1}}, "prepare.windows: is for arrays"),
     "a column is missing": (
         renamed("person", "when", "dosis", "kind", "result"),
         {},
@@ -396,7 +461,7 @@ WRONG: dict[str, tuple[Wrong, dict[str, object], str]] = {
     "two tasks": (
         lambda path: write(path, rows_of(tasks=2)),
         {},
-        "2 classes make -3 for training",
+        "3 for test and 2 for validation .* leave none of 2 classes for training",
     ),
     "tasks too short": (
         nothing,

@@ -21,6 +21,7 @@ from reptile.evaluate.folds import parts, trained_again
 from reptile.evaluate.metrics import Choice, Metrics, Score
 from reptile.learn.heads import BayesHead
 from reptile.learn.unadapted import with_interval_scale
+from reptile.objectives import REGRESSION
 from reptile.runtime import FewShotRegressor
 
 ROWS = 12
@@ -105,6 +106,22 @@ def test_pairs_count_and_not_how_much_classes_differ() -> None:
     classes = np.array([1.0, 100.0, 10.0, 50.0])
     gains = np.array([0.9, 1.1, 1.0, 1.0])
     assert by_preference({"simple": classes, "complex": classes - gains}, -1)[0] == "complex"
+
+
+def test_a_ratio_of_errors_counts_alike_in_every_class() -> None:
+    """Half the error of nine subjects outweighs a fifth more of one whose error is a thousand."""
+    simple = np.array([1.0] * 9 + [1000.0])
+    errors = {"simple": simple, "complex": simple * ([0.5] * 9 + [1.2])}
+    assert errors["simple"].mean() < errors["complex"].mean()
+    compared = {name: REGRESSION.compared(each) for name, each in errors.items()}
+    assert by_preference(compared, REGRESSION.better)[0] == "complex"
+    ratio = np.exp((compared["complex"] - compared["simple"]).mean())
+    assert ratio == pytest.approx((0.5**9 * 1.2) ** 0.1)
+    assert REGRESSION.show_difference(math.log(2), math.log(4)) == "a factor of 2.00, 0.50 to 8.00"
+
+
+def test_errors_of_nothing_but_rounding_are_equal() -> None:
+    assert (REGRESSION.compared(np.array([0.0, 1e-15])) == REGRESSION.compared(np.zeros(2))).all()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 6, 30])

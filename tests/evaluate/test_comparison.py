@@ -297,7 +297,7 @@ def test_the_ways_of_a_task_are_the_settings(
     assert metrics(evaluate(two, checkpoint, data, {})).ways == 2
     eight = two.model_copy(update={"ways": 8})
     assert metrics(evaluate(eight, closed, data, {})).ways == 8  # more than in training
-    with pytest.raises(InputError, match="8-way tasks: the checkpoint is for 2 to 3 ways"):
+    with pytest.raises(InputError, match=r"8-way tasks: .* is for 2 to 3 ways"):
         evaluate(eight, checkpoint, data, {})
     with pytest.raises(InputError, match="8 classes cannot make a 9-way task"):
         evaluate(two.model_copy(update={"ways": 9}), closed, data, {})

@@ -317,5 +317,7 @@ def test_with_fewer_ways_the_rest_of_the_head_might_as_well_not_be_there(
 def test_ways_that_the_head_has_not_are_refused(
     data: PreparedData, checkpoint: Checkpoint, ways: int
 ) -> None:
-    with pytest.raises(InputError, match=f"{ways}-way tasks: the checkpoint is for 2 to 3 ways"):
+    with pytest.raises(
+        InputError, match=f"{ways}-way tasks: reptile trained with 3 ways is for 2 to 3 ways"
+    ):
         evaluate(SETTINGS, checkpoint, data, {}, ways=ways)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from reptile.serve.workers import Predictor
 from reptile.settings import ModelSettings, OptimizerSettings
 
 Serve = Callable[..., TestClient]
-Support = tuple[np.ndarray, Sequence[str | int]]
+Support = tuple[np.ndarray, Sequence[str | float]]
 
 
 def png(image: np.ndarray) -> bytes:
@@ -89,25 +90,189 @@ def test_labels_keep_their_type(client: TestClient, support: Support, queries: n
     assert task["labels"] == [7, True, "x"]
 
 
-@pytest.mark.parametrize("pair", [(1, "1"), (True, "True"), ("2.5", 2.5)])
-def test_labels_that_are_the_same_as_text_are_refused(
+@pytest.mark.parametrize(
+    "pair", [(1, "1"), (True, "true"), ("2.5", 2.5), ("1", 1.0), (1, True), (False, 0.0)]
+)
+def test_labels_that_a_client_may_take_for_one_are_refused(
     client: TestClient, support: Support, pair: tuple[object, object]
 ) -> None:
     images, _ = support
-    body = {"images": images[:2].tolist(), "labels": list(pair)}
+    body = {"images": images[:3].tolist(), "labels": [*pair, "third"]}
     answer = client.post("/tasks", json=body)
     assert answer.status_code == 422
-    assert "the same as text" in answer.json()["error"]
+    assert "are the same to some clients" in answer.json()["error"]
     assert client.get("/tasks").json() == {"tasks": []}
 
 
 def test_a_field_s_name_is_the_label_that_was_written(client: TestClient, support: Support) -> None:
     images, _ = support
     # httpx escapes as browsers do, by WHATWG's standard
-    names = ['5" pipe', "a\r\nb", "100%"]
+    names = ['5" pipe', "a\r\nb", "100%", "a; filename=b", "日本", "a'b"]
     files = [(name, ("a.png", png(image))) for name, image in zip(names, images, strict=False)]
-    task = client.post("/tasks", params={"steps": 1}, files=files).json()
-    assert task["labels"] == names
+    for part in (files[:3], files[3:]):  # the bundle has three classes
+        task = client.post("/tasks", params={"steps": 1}, files=part).json()
+        assert task["labels"] == [name for name, _ in part]
+
+
+def post_form(client: TestClient, images: np.ndarray, *names: bytes, **more: str) -> Response:
+    """Send a form whose fields' names are written as these bytes."""
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a.png"\r\n\r\n%s\r\n'
+        % (name, png(image))
+        for name, image in zip(names, images, strict=False)
+    ]
+    kind = more.get("kind", "multipart/form-data; boundary=x")
+    content = b"".join(parts) + b"--x--\r\n"
+    return client.post("/tasks?steps=1", content=content, headers={"content-type": kind})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (b"caf\xe9", r"""not UTF-8: b'form-data; name="caf\xe9";"""),  # Latin-1
+        (b"\x83R\x83\x8d", "not UTF-8"),  # Shift-JIS
+        (b"a\\\\b", "write in two ways"),  # httpx's and old curl's a\b, or a browser's a\\b
+        (b"a\\", "write in two ways"),  # a browser's a\, or another's a"; filename=
+    ],
+)
+def test_a_field_s_name_that_can_be_read_in_two_ways_is_refused(
+    client: TestClient, support: Support, name: bytes, said: str
+) -> None:
+    answer = post_form(client, support[0], name, b"other")
+    assert answer.status_code == 400 and said in answer.json()["error"], answer.text
+    assert client.get("/tasks").json() == {"tasks": []}
+
+
+def test_a_backslash_that_all_clients_mean_alike_is_kept(
+    client: TestClient, support: Support
+) -> None:
+    """As browsers, Node, requests and curl send it; and a quotation mark of older clients."""
+    answer = post_form(client, support[0], b"C:\\x", rb"5\" pipe", b"c")
+    assert answer.json()["labels"] == ["C:\\x", '5" pipe', "c"]
+
+
+def test_one_name_in_two_spellings_is_one_class_in_forms_json_and_addresses(
+    client: TestClient, support: Support
+) -> None:
+    """As `reptile prepare` reads the names of folders: é is one letter or two to a file system."""
+    images, _ = support
+    one, two = "caf\u00e9", "cafe\u0301"
+    by_form = post_form(client, images, one.encode(), two.encode(), b"tea")
+    body = {"images": images[:3].tolist(), "labels": [two, one, "tea"], "steps": 1}
+    for answer in (by_form, client.post("/tasks", json=body)):
+        assert answer.json()["labels"] == [one, "tea"], answer.text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["multipart/form-data; boundary=x; charset=utf-16", "application/json;charset=ISO-8859-1"],
+)
+def test_bodies_of_another_charset_are_refused(
+    client: TestClient, support: Support, kind: str
+) -> None:
+    answer = post_form(client, support[0], "é".encode(), b"b", kind=kind)
+    assert answer.status_code == 415 and "send UTF-8" in answer.json()["error"]
+
+
+def test_json_may_begin_with_a_byte_order_mark(client: TestClient, support: Support) -> None:
+    images, labels = support
+    body = json.dumps({"images": images.tolist(), "labels": labels, "steps": 1}).encode()
+    assert client.post("/tasks", content=b"\xef\xbb\xbf" + body).status_code == 201
+
+
+def test_each_label_has_the_probability_of_its_name_in_json(
+    client: TestClient, support: Support, queries: np.ndarray
+) -> None:
+    """`probabilities[label]` of JavaScript: true is "true", and 2.0 is 2."""
+    images, _ = support
+    task = adapt(client, (images, [True] * 3 + [2.0] * 3 + [0.5] * 3), steps=1)
+    path = f"/tasks/{task['id']}/predict"
+    first = client.post(path, json={"images": queries.tolist()}).json()["predictions"][0]
+    assert [*first["probabilities"]] == ["true", "2", "0.5"]
+    assert [json.dumps(each) for each in task["labels"]] == ["true", "2", "0.5"]
+
+
+@pytest.mark.parametrize("label", [None, [1], {}, "x" * 201, 10**201, "1e400"])
+def test_what_is_no_label_is_said_in_a_sentence(
+    client: TestClient, support: Support, label: object
+) -> None:
+    body = json.dumps({"images": support[0][:2].tolist(), "labels": [label, "a"]})
+    said = client.post("/tasks", content=body.replace('"1e400"', "1e400")).json()["error"]
+    assert said.startswith("labels.0: a label is text of at most 200 characters, a number")
+
+
+def test_the_address_of_a_new_task_leads_to_it_behind_a_path_prefix(
+    client: TestClient, support: Support
+) -> None:
+    images, labels = support
+    body = {"images": images.tolist(), "labels": labels, "steps": 1}
+    answer = client.post("/tasks", json=body)
+    for front in ("https://shop.example/few/shot/tasks", "http://127.0.0.1/tasks"):
+        target = urljoin(front, answer.headers["location"])
+        assert target == f"{front}/{answer.json()['id']}"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "x", "identity, gzip"])
+@pytest.mark.parametrize("path", ["/tasks", "/v2/models/few_shot/infer"])
+def test_compressed_bodies_are_refused(client: TestClient, coding: str, path: str) -> None:
+    headers = {"content-encoding": coding, "content-type": "application/json"}
+    answer = client.post(path, content=b"{}", headers=headers)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
+    headers["content-encoding"] = "identity"
+    assert client.post(path, content=b"{}", headers=headers).status_code == 422
+
+
+def test_the_versions_that_are_named_exist(
+    client: TestClient, support: Support, queries: np.ndarray
+) -> None:
+    task = adapt(client, support, steps=1)
+    tensor = {"name": "images", "shape": queries.shape, "datatype": "FP32"}
+    body = {"inputs": [tensor | {"data": queries.ravel().tolist()}]}
+    for model in (f"task-{task['id']}", "predict", "few_shot"):
+        path = f"/v2/models/{model}"
+        described = client.get(path).json()
+        for version in described["versions"]:
+            same = f"{path}/versions/{version}"
+            assert client.get(same).json() == described
+            assert client.get(f"{same}/ready").json() == {"name": model, "ready": True}
+            if model != "few_shot":
+                answers = [client.post(f"{each}/infer", json=body) for each in (path, same)]
+                assert answers[0].json() == answers[1].json()
+                assert answers[1].json()["model_version"] == version
+        for wrong in ("2", "0", "latest"):
+            answer = client.get(f"{path}/versions/{wrong}/ready")
+            assert answer.status_code == 404 and "there is 1" in answer.json()["error"]
+
+
+def test_headers_that_are_there_twice_are_refused(client: TestClient) -> None:
+    for name, values in (
+        ("host", ("127.0.0.1", "evil.test")),
+        ("origin", ("http://evil.test", "http://127.0.0.1")),
+        ("sec-fetch-site", ("cross-site", "same-origin")),
+        ("authorization", ("Bearer a", "Bearer b")),
+    ):
+        for pair in (values, values[::-1]):
+            answer = client.get("/tasks", headers=[(name, value) for value in pair])
+            assert answer.status_code == 400 and name in answer.json()["error"]
+
+
+def test_no_answer_may_be_framed_or_taken_for_another_type(client: TestClient) -> None:
+    for path in ("/", "/docs", "/page/index.html", "/tasks", "/nowhere", "/bundle/manifest.json"):
+        headers = client.get(path).headers
+        assert headers["x-frame-options"] == "DENY", path
+        assert headers["x-content-type-options"] == "nosniff", path
+
+
+def test_a_bundle_s_file_is_sent_again_only_if_it_changed(
+    serve: Serve, exported: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.symlink_to(exported)
+    client = serve(bundle=linked)
+    first = client.get("/bundle/predict/1/model.onnx")
+    assert first.content == (exported / "predict/1/model.onnx").read_bytes()
+    again = {"if-none-match": first.headers["etag"]}
+    assert client.get("/bundle/predict/1/model.onnx", headers=again).status_code == 304
 
 
 def test_options_of_a_form_are_checked(client: TestClient, support: Support) -> None:
@@ -151,6 +316,10 @@ def test_methods_that_a_path_lacks_are_answered_with_those_it_has(client: TestCl
     answer = client.put("/tasks")
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert answer.json()["error"].endswith("it has GET, HEAD, POST")
+    assert client.post("/page/page.js").headers["allow"] == "GET, HEAD"
+    unknown = client.get("/task")
+    assert unknown.status_code == 404 and "'/task': /docs lists" in unknown.json()["error"]
 
 
 def test_a_slash_at_the_end_is_unknown_and_leads_nowhere(client: TestClient) -> None:
@@ -169,6 +338,10 @@ OTHER_SITES = [
     {"host": "localhost.evil.test:8080"},
     {"host": "127.0.0.1.evil.test"},
     {"host": "evil.test", "origin": "http://evil.test"},
+    {"host": "127.0.0.1@evil.test"},
+    {"host": "[::1].evil.test"},
+    {"host": "127.0.0.1:80.evil.test"},
+    {"origin": "http://127.0.0.1@evil.test"},
 ]
 
 
@@ -182,6 +355,7 @@ def test_pages_of_other_sites_neither_read_nor_change_tasks(
     for method, path in (
         *(("POST", "/tasks"), ("GET", "/tasks"), ("GET", one), ("DELETE", one)),
         *(("POST", f"{one}/predict"), ("POST", f"/v2/models/task-{task['id']}/infer")),
+        *(("PUT", one), ("GET", "/bundle/manifest.json"), ("GET", "/metrics")),
     ):
         assert client.request(method, path, headers=headers).status_code == 403, path
     assert client.get("/tasks").json() == {"tasks": [task]}
@@ -227,6 +401,17 @@ def test_an_empty_token_is_refused(token: str, monkeypatch: pytest.MonkeyPatch) 
         read_token()
 
 
+@pytest.mark.parametrize(
+    "token", ["a\nb", "a\tb", "\ufeffsecret", "s\u200b", "café", "\udcff", "x" * 5000]
+)
+def test_a_token_that_no_header_can_carry_is_refused(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPTILE_TOKEN", token)
+    with pytest.raises(InputError, match="REPTILE_TOKEN: use up to 4096 ASCII"):
+        read_token()
+
+
 def test_a_token_loses_the_newline_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPTILE_TOKEN", "secret\n")
     assert read_token() == "secret"
@@ -234,11 +419,33 @@ def test_a_token_loses_the_newline_of_its_file(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "change",
-    ["task_days=inf", "task_days=1e7", "task_days=nan", "adaptations=1e9", "max_images=-1"],
+    [
+        *("task_days=inf", "task_days=1e7", "task_days=nan", "adaptations=1e9", "max_images=-1"),
+        *("hosts=*", "hosts=https://shop.example", "hosts=shop.example:443", "hosts=münchen.de"),
+        *("hosts=*.shop.example", "hosts=a b", "hosts=", "max_tasks=", "tasks= "),
+        # without effect beyond another limit
+        *("max_json_bytes=1000000000", "max_body_bytes=1000000000", "body_seconds=100"),
+        "max_image_pixels=1000000000",
+    ],
 )
 def test_settings_that_cannot_work_are_refused_when_read(change: str) -> None:
     with pytest.raises(InputError, match=change.partition("=")[0]):
         changed(None, [change])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "1e308", "9" * 400, "x", ""])
+def test_every_setting_is_checked_when_read(value: str) -> None:
+    """Other settings than these are refused with their name, or work: never another error."""
+    for name in ServeSettings.model_fields.keys() - {"tasks", "hosts"}:
+        if (name, value) == ("waiting_adaptations", "0"):
+            continue  # none waits
+        with pytest.raises(InputError, match=name):
+            changed(None, [f"{name}={value}"])
+
+
+def test_a_body_that_all_bodies_together_may_not_have_is_too_large(serve: Serve) -> None:
+    answer = serve(max_held_bytes=100).post("/tasks", content=b"x" * 101)
+    assert answer.status_code == 413 and "larger than 100" in answer.json()["error"]
 
 
 def test_few_shot_is_the_graph(client: TestClient, exported: Path) -> None:

@@ -184,7 +184,7 @@ def test_labels_of_numbers_are_removed_by_their_text(
     task = post(client, "/tasks", images[:3], [1, 2, 3]).json()["id"]
     assert client.delete(f"/tasks/{task}/labels/2").json()["labels"] == [1, 3]
     refused = post(client, f"/tasks/{task}/examples", images[:1], ["1"])
-    assert refused.status_code == 422 and "same as text" in refused.json()["error"]
+    assert refused.status_code == 422 and "the same to some clients" in refused.json()["error"]
 
 
 def test_a_change_that_is_refused_leaves_the_task_as_it_was(

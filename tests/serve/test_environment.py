@@ -1,4 +1,4 @@
-"""What the machine around a server lacks or adds: writable files, a proxy."""
+"""What the machine around a server lacks or adds: files, an address, a proxy, a right clock."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.server import Answer, Server, multipart
+from reptile.errors import InputError
+from reptile.serve.run import bind
 
 MIB = 1 << 20
 # The process can write to no file at all, so no folder for temporary files is usable; `cat`, which
@@ -91,8 +94,100 @@ def test_a_task_that_cannot_be_written_is_507_and_the_server_goes_on(
         assert str(tmp_path) not in refused.json()["error"]
         assert server.request("GET", "/tasks").json() == {"tasks": [kept]}
         assert len(list((tmp_path / "tasks").glob("*.safetensors"))) == 1
+        ready = server.request("GET", "/v2/health/ready")
+        assert ready.status == 503 and "tasks cannot be stored" in ready.json()["error"]
+        assert str(tmp_path) not in ready.json()["error"]
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert server.request("GET", "/v2/health/ready").status == 200
         assert server.request("POST", "/tasks", body).status == 201
+        assert {each.name for each in (tmp_path / "tasks").glob(".*")} == {".lock"}
+
+
+def test_a_folder_of_tasks_that_was_removed_is_not_made_again_without_its_lock(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    body = {"images": np.full((2, *shape_of(exported)), 9).tolist(), "labels": ["a", "b"]}
+    with Server(exported, "--tasks", str(folder)) as server:
+        kept = server.request("POST", "/tasks", body).json()["id"]
+        shutil.rmtree(folder)
+        assert server.request("POST", "/tasks", body).status == 507
+        assert server.request("GET", "/v2/health/ready").status == 503
+        assert not folder.exists()
+        asked = {"images": body["images"]}
+        assert server.request("POST", f"/tasks/{kept}/predict", asked).status == 200
+        folder.mkdir()
+        (folder / ".lock").touch()  # another server's
+        assert server.request("POST", "/tasks", body).status == 507
+        assert list(folder.glob("*.safetensors")) == []
+
+
+def test_a_task_whose_file_stays_is_not_said_to_be_deleted(exported: Path, tmp_path: Path) -> None:
+    body = {"images": np.full((2, *shape_of(exported)), 9).tolist(), "labels": ["a", "b"]}
+    with Server(exported, "--tasks", str(tmp_path)) as server:
+        task = server.request("POST", "/tasks", body).json()["id"]
+        file = tmp_path / f"{task}.safetensors"
+        file.unlink()
+        file.mkdir()  # which `unlink` refuses, as it does files of a read-only folder
+        assert server.request("DELETE", f"/tasks/{task}").status == 507
+        assert server.request("GET", f"/tasks/{task}").status == 200
+        file.rmdir()
+        assert server.request("DELETE", f"/tasks/{task}").status == 204
+
+
+def test_a_task_from_a_wrong_clock_is_listed_and_expires(exported: Path, tmp_path: Path) -> None:
+    body = {"images": np.full((2, *shape_of(exported)), 9).tolist(), "labels": ["a", "b"]}
+    with Server(exported, "--tasks", str(tmp_path)) as server:
+        task = server.request("POST", "/tasks", body).json()["id"]
+    os.utime(tmp_path / f"{task}.safetensors", (0, 2**36))  # the year 4147, or as far as it goes
+    with Server(exported, "--tasks", str(tmp_path)) as server:
+        (listed,) = server.request("GET", "/tasks").json()["tasks"]
+        assert datetime.fromisoformat(listed["taught"]) <= datetime.now(UTC)
+        assert "REPTILE_TOKEN" not in server.log  # nobody else reaches it
+
+
+def test_a_bundle_that_was_removed_is_503_without_a_path(exported: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported, tmp_path / "bundle")
+    with Server(copy) as server:
+        shutil.rmtree(copy)
+        answer = server.request("GET", "/bundle/manifest.json")
+        assert answer.status == 503 and str(tmp_path) not in answer.json()["error"]
+        assert "manifest.json" in server.log
+        body = {"images": np.full((2, *shape_of(exported)), 9).tolist(), "labels": ["a", "b"]}
+        assert server.request("POST", "/tasks", body).status == 201
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "", "no such host", "192.0.2.1", "x" * 70])
+def test_an_address_that_cannot_be_listened_on_is_said_in_a_sentence(host: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(InputError, match="--host"):
+            bind(host, listener.getsockname()[1])
+
+
+def test_a_host_is_listened_on_at_those_of_its_addresses_that_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`localhost` may have one of IPv6 where there is no IPv6, and some names have one twice."""
+    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    elsewhere = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [elsewhere, here, here])
+    (bound,) = bind("localhost", 0)
+    with bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_port_in_use_ends_the_command_with_a_sentence(exported: Path) -> None:
+    with Server(exported) as first, pytest.raises(InputError) as caught:
+        Server(exported, "--port", str(first.port))  # the last one counts
+    assert "the server ended with 2: error: 127.0.0.1, port" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_server_that_others_reach_without_a_token_says_so(exported: Path) -> None:
+    with Server(exported, "--host", "0.0.0.0") as server:
+        assert "REPTILE_TOKEN is not set" in server.log
 
 
 @pytest.fixture

@@ -231,6 +231,8 @@ def test_csv_of_numbers_that_cannot_be_used_is_one_sentence(serve: Serve, tmp_pa
         (b"x0,x1,y\n1,,2\n", "row 0 has no 'x1': leave out rows"),
         (b"x0,x1,y\n1,2,3\n1,2,\n", "row 1 has no 'y': leave out rows"),
         (b"x0,x1,y\n1,a,2\n", "row 0, column 'x1': 'a' is no number"),
+        (b"x0,x1,y\n1,1_000,2\n", "row 0, column 'x1': '1_000' is no number"),
+        ("x0,x1,y\n1,\N{FULLWIDTH DIGIT ONE},2\n".encode(), "is no number"),
         (b"x0,x1,y\n1,inf,2\n", "row 0 is infinite in 'x1'"),
         (b"x0,x1,y\n1,1e39,2\n", "not finite in float32"),
     ):
@@ -252,11 +254,15 @@ def test_csv_of_all_sorts_is_read_as_prepare_reads_it(
         row["dose"] = missing if row["dose"] is None else f" {row['dose']} "
     plain = post(client, "/tasks", KNOWN, "json").json()["id"]
     sent = b"\xef\xbb\xbf" + as_csv(rows, separator).replace(b"when", b" when ") + b"\r\n\r\n"
-    answer = client.post("/tasks", content=sent, headers={"content-type": "text/csv; charset=x"})
+    answer = client.post(
+        "/tasks", content=sent, headers={"content-type": "text/csv; header=present; charset=UTF-8"}
+    )
     assert answer.status_code == 201, answer.text
     tasks = (plain, answer.json()["id"])
     asked = [post(client, f"/tasks/{each}/predict", ASKED, "json").json() for each in tasks]
     assert asked[0] == asked[1]
+    other = {"content-type": "text/csv; charset=windows-1252"}
+    assert client.post("/tasks", content=sent, headers=other).status_code == 415
 
 
 REFUSED: list[tuple[str, bytes, int, str]] = [

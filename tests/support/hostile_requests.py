@@ -82,6 +82,7 @@ class Attacker:
             (3, self._dropped),
             (8, self._foreign),
             (3, self._upgrade),
+            (5, self._framing),
             (0.3, self._large),
         ]
         self._weights = [weight for weight, _ in kinds]
@@ -491,6 +492,45 @@ class Attacker:
         )
         body = json.dumps({"images": self.images(rng, 1)}).encode()
         return self._post(offer[1], self._predict, body, JSON, *offer, statuses=frozenset({200}))
+
+    def _framing(self, rng: random.Random) -> Case:
+        """Trailers, and headers that say in two ways what a body or its sender is."""
+        body = json.dumps({"images": self.images(rng, 1)}).encode()
+        what = rng.choice(("trailers", "expect", "coding", "transfer", "twice"))
+        header = "X: y"
+        match what:
+            case "trailers":
+                named = (
+                    "Host: evil.example",
+                    "Origin: null",
+                    "Content-Encoding: gzip",
+                    "X: " + HUGE,
+                )
+                header = "Transfer-Encoding: chunked"
+                trailers = "\r\n".join(rng.sample(named, 2)) + "\r\n\r\n"
+                lines = [f"POST {self._predict} HTTP/1.1", f"Host: {HOST}", f"Content-Type: {JSON}"]
+                head = "\r\n".join([*lines, header]) + "\r\n\r\n"
+                sent = head.encode() + b"%x\r\n%s\r\n0\r\n" % (len(body), body) + trailers.encode()
+                large = len(trailers) > 30_000  # may end the connection instead
+                return Case(
+                    what, (sent,), frozenset({200, 400}), answered=not large, malformed=large
+                )
+            case "expect":  # and never sends the body
+                lines = ["POST /nowhere HTTP/1.1", f"Host: {HOST}", "Expect: 100-continue"]
+                sent = "\r\n".join([*lines, "Content-Length: 5"]).encode() + b"\r\n\r\n"
+                return Case(what, (sent,), frozenset({404}))
+            case "coding":
+                header = "Content-Encoding: " + rng.choice(("gzip", "br", "x", "identity, gzip"))
+                statuses = frozenset({415})
+            case "transfer":
+                header = "Transfer-Encoding: " + rng.choice(("gzip, chunked", "x, chunked"))
+                lines = [f"POST {self._predict} HTTP/1.1", f"Host: {HOST}", header]
+                sent = "\r\n".join(lines).encode() + b"\r\n\r\n0\r\n\r\n"
+                return Case(what, (sent,), frozenset({400}))
+            case _:
+                header = rng.choice(("Host: x", f"Host: {HOST}", f"Content-Type: {JSON}"))
+                statuses = frozenset({400})
+        return self._post(what, self._predict, body, JSON, header, statuses=statuses)
 
     def _noise(self, rng: random.Random) -> Case:
         made: tuple[bytes, ...] = (

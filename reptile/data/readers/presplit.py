@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from reptile.data.dataset import Split
 from reptile.data.folders import list_folder, open_regular, read_file
-from reptile.data.names import can_be_shown, normal
+from reptile.data.names import can_be_shown, normal, refuse_two_spellings
 from reptile.data.readers.base import Source, SourceClass
 from reptile.data.readers.records import reading
 from reptile.errors import InputError
@@ -100,10 +100,7 @@ def _refuse_unknown_split(source: Source, names: list[set[str]]) -> None:
     """Refuse folders such as `train` and `holdout` that share classes."""
     if len(names) < 2:
         return
-    inner: dict[str, set[str]] = {}
-    for c in source.classes:
-        folder, _, name = c.name.partition("/")
-        inner.setdefault(folder, set()).add(name)
+    inner = _by_folder(source)
     for folder in sorted(inner):
         for other in sorted(inner.keys() - {folder}):
             named = WORDS.get(folder.casefold()) in ("train", "test")  # `dev` may be a language
@@ -114,19 +111,23 @@ def _refuse_unknown_split(source: Source, names: list[set[str]]) -> None:
                 )
 
 
+def _by_folder(source: Source) -> dict[str, set[str]]:
+    """Return the names of the classes in each of the outermost folders."""
+    inner: dict[str, set[str]] = {}
+    for c in source.classes:
+        folder, _, name = c.name.partition("/")
+        inner.setdefault(folder, set()).add(name)
+    return inner
+
+
 def _merged(source: Source, splits: dict[str, Split]) -> Source:
     """Join classes of one name in several split folders."""
-    spellings: dict[str, str] = {}
+    refuse_two_spellings(f"{source.name}: split folders", _by_folder(source).values())
     members: dict[str, tuple[str, ...]] = {}
     published: dict[str, Split] = {}
     no_split = source.no_split
     for c in source.classes:
         folder, _, name = c.name.partition("/")
-        if (other_name := spellings.setdefault(name.casefold(), name)) != name:
-            raise InputError(
-                f"{source.name}: classes {other_name} and {name} of two split folders differ in "
-                "upper and lower case alone; if they are one class, call them alike"
-            )
         members[name] = members.get(name, ()) + c.files
         if (other := published.setdefault(name, splits[folder])) != splits[folder]:
             no_split = (
@@ -149,6 +150,7 @@ def _from_lists(root: Path) -> Source:
         places.setdefault(normal(PurePosixPath(file).name), []).append(file)
     members: dict[str, list[str]] = {}
     published: dict[str, Split] = {}
+    listed: dict[str, str] = {}
     for name, split in LISTS.items():
         for number, file, label in _rows(root / name):
             _assign(root, published, label, split)
@@ -162,7 +164,17 @@ def _from_lists(root: Path) -> Source:
                     f"{root / name}: line {number}: {len(matches) or 'no'} files called {file} "
                     f"in {root}{f' in a folder {label}' if file in places else ''}; one is needed"
                 )
+            here = f"{name}, line {number}"
+            if (before := listed.setdefault(matches[0], here)) != here:
+                raise InputError(
+                    f"{root}: {matches[0]} is listed twice ({before}; {here}), and would be an "
+                    "example and its own test; remove one"
+                )
             members.setdefault(label, []).append(matches[0])
+    refuse_two_spellings(
+        f"{root}: lists",
+        [[name for name in published if published[name] == split] for split in LISTS.values()],
+    )
     classes = (SourceClass(name, "", tuple(sorted(members[name]))) for name in sorted(members))
     return Source(
         root.resolve().name, tuple(classes), lambda file: read_file(root / file), published
@@ -173,7 +185,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
     with reading(str(path)), open_regular(path) as stream:
         lines = stream.read(2**26).decode("utf-8-sig").splitlines()
     with reading(str(path)):
-        rows = csv.reader(map(normal, lines))
+        rows = ([normal(cell) for cell in row] for row in csv.reader(lines))
         if next(rows, None) != HEADER:
             raise InputError(f"{path}: the first line must be {','.join(HEADER)}")
         for number, row in enumerate(rows, 2):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import duckdb
 
 from reptile.cpus import available_cpus
-from reptile.data.names import normal
+from reptile.data.names import SPACES, normal
 from reptile.errors import InputError
 from reptile.settings import TableSettings
 
@@ -23,7 +23,8 @@ SEPARATORS = ",;\t|"
 MISSING = ("", "na", "n/a", "nan", "null", "none")
 MEMORY = "400MB"  # of DuckDB; beyond it rows go to the folder of its files
 MAX_HEADER = 2**20
-NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "BOOLEAN")
+INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+NUMBERS = (*INTEGERS, "FLOAT", "DOUBLE", "BOOLEAN")
 
 Kind = Literal["number", "date", "category"]
 TYPED: dict[str, Kind] = {"DOUBLE": "number", "TIMESTAMP": "date"}
@@ -114,6 +115,9 @@ class _Reader:
         self.database, self.path = database, Path(source)
         wanted = (settings.task, order, *settings.inputs, *settings.targets)
         self.wanted = list(dict.fromkeys(name for name in wanted if name))
+        self.text = {settings.task, *settings.categories}  # what only is to be told apart
+        if settings.kind == "classes":
+            self.text |= set(settings.targets)
         if any(char in source for char in "*?["):  # DuckDB would look for a pattern
             self.path = folder / f"source{self.path.suffix.casefold()}"
             self.path.symlink_to(Path(source).resolve())
@@ -130,11 +134,8 @@ class _Reader:
             raise InputError(f"{self.source}: no rows below the header")
 
         typed = {name: TYPED.get(types[header.index(name)]) for name in self.wanted}
-        text = {self.settings.task, *self.settings.categories}
-        if self.settings.kind == "classes":
-            text |= set(self.settings.targets)
         kinds: dict[str, Kind] = {
-            name: "category" if name in text else self._kind(name, names[name], typed[name])
+            name: "category" if name in self.text else self._kind(name, names[name], typed[name])
             for name in self.wanted
         }
         for name in self.wanted:
@@ -177,12 +178,18 @@ class _Reader:
             raise self._not_utf8("the header") from None
         if "\0" in text:
             raise self._not_utf8("the header")
-        split = {
-            separator: [
-                normal(name.strip()) for name in next(csv.reader([text], delimiter=separator))
-            ]
-            for separator in SEPARATORS
-        }
+        try:
+            split = {
+                separator: [
+                    normal(name.strip()) for name in next(csv.reader([text], delimiter=separator))
+                ]
+                for separator in SEPARATORS
+            }
+        except csv.Error:
+            raise InputError(
+                f"{self.source}: the first line cannot be read as a header; save the table anew, "
+                "with its lines ended by LF"
+            ) from None
         separator = max(
             SEPARATORS, key=lambda each: (len({*self.wanted} & {*split[each]}), len(split[each]))
         )
@@ -214,9 +221,12 @@ class _Reader:
         types: list[str] = []
         for name, (_, kind, *_) in zip(header, described, strict=True):
             plain = str(kind).removeprefix("U").partition("(")[0]
-            if plain in NUMBERS or plain == "DECIMAL":
+            dated = plain == "DATE" or plain.startswith("TIMESTAMP")
+            if name in self.text and (dated or plain in INTEGERS):
+                types.append("VARCHAR")  # a DOUBLE would make two large numbers one
+            elif plain in NUMBERS or plain == "DECIMAL":
                 types.append("DOUBLE")
-            elif plain == "DATE" or plain.startswith("TIMESTAMP"):
+            elif dated:
                 types.append("TIMESTAMP")
             elif plain in ("VARCHAR", "ENUM"):
                 types.append("VARCHAR")
@@ -237,7 +247,8 @@ class _Reader:
         if types[place] == "DOUBLE":
             return f"CASE WHEN isnan({column}::DOUBLE) THEN NULL ELSE {column}::DOUBLE END"
         missing = ", ".join(map(quoted, MISSING))
-        return f"CASE WHEN lower(trim({column})) IN ({missing}) THEN NULL ELSE trim({column}) END"
+        text = f"trim({column}::VARCHAR, {quoted(SPACES)})"
+        return f"CASE WHEN lower({text}) IN ({missing}) THEN NULL ELSE {text} END"
 
     def _materialise(self, query: str) -> None:
         try:

@@ -42,19 +42,20 @@ def _chosen(evaluation: Evaluation, choice: Choice) -> str:
         f"{shown_title(evaluation, name)} {_by(evaluation, difference)}"
         for name, difference in choice.differences.items()
     ]
-    clear = [abs(each.mean) > each.interval for each in choice.differences.values()]
+    better = evaluation.objective.better
+    clear = [-better * each.mean > each.interval for each in choice.differences.values()]
     if others and all(clear):
         words = f"{words}, measurably better than every other"
     return f"{words}: {'; '.join(others)}." if others else f"{words}."
 
 
 def _by(evaluation: Evaluation, difference: Score) -> str:
-    """Say how far a learner is from the choice, which none is measurably better than."""
-    shown = evaluation.objective.show(abs(difference.mean), difference.interval)
-    points = " points" if evaluation.objective.unit == "%" else ""
+    """Say how far a learner is from the choice."""
+    shown = evaluation.objective.show_difference(*difference)
     if abs(difference.mean) <= difference.interval:
-        return f"is not measurably different ({shown}{points})"
-    return f"is worse by {shown}{points}"
+        return f"is not measurably different ({shown})"
+    better = evaluation.objective.better * difference.mean > 0
+    return f"is {'better' if better else 'worse'} by {shown}"
 
 
 def _elsewhere(evaluation: Evaluation, choice: Choice, dataset: str) -> str:

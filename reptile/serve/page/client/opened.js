@@ -34,6 +34,9 @@ export class OpenedBundle {
    *     lies: its folder's address, or a function from a file's path to its bytes.
    * @param ort the module onnxruntime-web or onnxruntime-node.
    * @param {object} options ONNX Runtime's session options.
+   * @template {typeof OpenedBundle} Kind
+   * @this {Kind}
+   * @returns {Promise<InstanceType<Kind>>}
    * @throws {InputError} a missing, damaged or unknown bundle, or one of the other kind.
    */
   static async load(bundle, ort, options = {}) {
