@@ -212,7 +212,8 @@ def test_another_form_under_the_name_of_arrays_is_one_sentence(tmp_path: Path) -
         prepare(settings_of(tmp_path / "a.npz"), tmp_path / "out")
     halves = torch.tensor(SIGNALS).bfloat16()
     save_torch({"inputs": halves, "labels": torch.tensor(LABELS)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"a\.safetensors: cannot be read \(.*bfloat16"):
+    # The reason depends on whether something has imported ml_dtypes, which adds it to NumPy.
+    with pytest.raises(InputError, match=r"a\.safetensors: .*bfloat16"):
         prepare(settings_of(tmp_path / "a.safetensors"), tmp_path / "out")
     folder = npy(tmp_path, {"inputs": SIGNALS})
     np.save(folder / "labels.npy", np.array([{}] * N))
