@@ -1,5 +1,6 @@
 """The routes of the Open Inference Protocol, version 2; its tensors are in `protocol`."""
 
+import asyncio
 import logging
 from functools import lru_cache
 from typing import Any
@@ -43,6 +44,7 @@ LENGTH = "inference-header-content-length"
 
 def protocol_routes(service: Service) -> list[BaseRoute]:
     """Return the routes."""
+    looking = asyncio.Lock()  # at the disk, by one thread for all who ask
 
     async def server(request: Request) -> Response:
         answer = ServerMetadata(name="reptile", version=__version__, extensions=list(EXTENSIONS))
@@ -55,7 +57,8 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
         if not service.ready:
             raise HTTPException(503, "not ready: starting or stopping", {"retry-after": "1"})
         try:
-            await to_thread.run_sync(service.store.check_writable)
+            async with looking:
+                await to_thread.run_sync(service.store.check_writable)
         except StorageError as error:
             log.error("%s", error)
             full = "not ready: tasks cannot be stored; the server's log says why"
