@@ -41,11 +41,13 @@ from reptile.provenance import settings_sha256
 from reptile.settings import (
     BATCH_NORM_MODES,
     BatchNormMode,
+    BesideSettings,
     EvaluateSettings,
     ExportSettings,
     GateSettings,
     PrepareSettings,
     Section,
+    Settings,
     TrainSettings,
     VerifySettings,
     parse_settings,
@@ -137,6 +139,44 @@ def prepare(
             "prepare_settings_sha256": _hash(chosen),
         }
     )
+
+
+def check(
+    train_settings: str,
+    beside_settings: str,
+    evaluate_settings: str,
+    export_settings: str,
+    verify_settings: str,
+    prepared: Artifact,
+) -> None:
+    """Refuse, before training, what a later stage would refuse after it.
+
+    Args:
+        train_settings: of `train`.
+        beside_settings: of `beside`, which may say that there is no second learner.
+        evaluate_settings: of `evaluate`.
+        export_settings: of `export`.
+        verify_settings: of `verify`.
+        prepared: the dataset.
+
+    Raises:
+        InputError: as `reptile.stages.check_later_stages` and `check_learner`.
+    """
+    settings = Settings(
+        train=parse_settings(TrainSettings, train_settings),
+        beside=parse_settings(BesideSettings, beside_settings),
+        evaluate=parse_settings(EvaluateSettings, evaluate_settings),
+        export=parse_settings(ExportSettings, export_settings),
+        verify=parse_settings(VerifySettings, verify_settings),
+    )
+    data = Path(prepared.path)
+    stages.check_later_stages(settings, data)
+    stages.check_learner(settings, settings.train, data)
+    if second := settings.beside.training:
+        try:
+            stages.check_learner(settings, second, data)
+        except InputError as error:
+            raise InputError(f"the second learner, of `beside`: {error}") from None
 
 
 def train(

@@ -35,6 +35,28 @@ def prepare(
 
 
 @component
+def check(
+    train_settings: str,
+    beside_settings: str,
+    evaluate_settings: str,
+    export_settings: str,
+    verify_settings: str,
+    prepared: Input[Dataset],
+) -> None:
+    """Refuse, before training, what a later stage would refuse after it."""
+    from components import artifacts
+
+    artifacts.check(
+        train_settings,
+        beside_settings,
+        evaluate_settings,
+        export_settings,
+        verify_settings,
+        prepared,
+    )
+
+
+@component
 def train(
     settings: str,
     work: str,

@@ -130,6 +130,17 @@ def _graph(
     _give_secret(prepared, git_secret, secrets.GIT)
     dataset = prepared.outputs["prepared"]
 
+    def check(settings: Any) -> PipelineTask:
+        checked = stages.check(
+            train_settings=settings,
+            beside_settings=beside_settings,
+            evaluate_settings=evaluate_settings,
+            export_settings=export_settings,
+            verify_settings=verify_settings,
+            prepared=dataset,
+        )
+        return _place(checked, image, pull_secret)
+
     def train(settings: Any, stage: Callable[..., Any] = stages.train) -> Any:
         trained = stage(settings=settings, work=work, nodes=nodes, prepared=dataset)
         _place(trained, image, pull_secret, hours=24)
@@ -150,12 +161,16 @@ def _graph(
     if train_settings.channel_type.startswith("List"):  # type: ignore[attr-defined]  # of kfp
         # Without a name: backends up to 2.15 cannot collect the results of a loop that has one.
         with dsl.ParallelFor(train_settings) as candidate:
-            checkpoints = train(candidate).outputs["checkpoint"]
+            trained = train(candidate).after(check(candidate))
+            checkpoints = trained.outputs["checkpoint"]
         chosen = control.choose(checkpoints=dsl.Collected(checkpoints))
         checkpoint = _place(chosen, image, pull_secret).outputs["best"]
+        second = train(beside_settings, stages.train_beside)
     else:
-        checkpoint = train(train_settings).outputs["checkpoint"]
-    beside = train(beside_settings, stages.train_beside).outputs["beside"]
+        checked = check(train_settings)
+        checkpoint = train(train_settings).after(checked).outputs["checkpoint"]
+        second = train(beside_settings, stages.train_beside).after(checked)
+    beside = second.outputs["beside"]
 
     evaluated = stages.evaluate(
         settings=evaluate_settings,

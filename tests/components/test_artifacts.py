@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bundles import METRICS
+from training_task import write_prepared
 
 from components.artifacts import (
+    check,
     choose,
     finite,
     measure,
@@ -23,7 +26,7 @@ from reptile.errors import InputError
 from reptile.evaluate import evaluate
 from reptile.evaluate.metrics import Metrics
 from reptile.learn.checkpoint import Checkpoint, CurvePoint, load_checkpoint, save_checkpoint
-from reptile.settings import EvaluateSettings
+from reptile.settings import EvaluateSettings, load_settings
 
 
 class Folder:
@@ -160,3 +163,33 @@ def test_settings_that_are_wrong_stop_before_anything_is_fetched(tmp_path: Path)
     for settings in ("", "{", '{"image_size": 0}', '{"size": 28}'):
         with pytest.raises(InputError, match="PrepareSettings"):
             prepare(settings, "nowhere", "", "data", "", "", Folder(tmp_path / "prepared"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evaluate.shots=[1,19] export.gate.shots=1", ""),
+        ("evaluate.shots=[1,20]", "for `reptile evaluate`"),
+        ("export.gate.shots=3", "`reptile evaluate` measures 1, 5-shot only"),
+        (
+            "beside.algorithm=ridge beside.ways=30",
+            "the second learner, of `beside`: training split",
+        ),
+        ("train.train_shots=21", "training split"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_training(
+    change: str, words: str, tmp_path: Path
+) -> None:
+    write_prepared(tmp_path / "prepared")
+    (tmp_path / "params.yaml").write_text("")
+    settings = load_settings(tmp_path / "params.yaml", change.split())
+    texts = [
+        getattr(settings, name).model_dump_json()
+        for name in ("train", "beside", "evaluate", "export", "verify")
+    ]
+    if words:
+        with pytest.raises(InputError, match=re.escape(words)):
+            check(*texts, Folder(tmp_path / "prepared"))
+    else:
+        check(*texts, Folder(tmp_path / "prepared"))

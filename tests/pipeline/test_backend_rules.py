@@ -197,11 +197,11 @@ def drivers_and_executors(pipeline: Document, items: int = 0) -> tuple[int, int]
 
 def test_a_run_starts_no_more_pods_than_documented(root: Path) -> None:
     document = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
-    assert drivers_and_executors(document) == (9, 7)
+    assert drivers_and_executors(document) == (10, 8)
     text = (root / "docs/kubeflow-cluster.md").read_text(encoding="utf-8")
-    assert "9 driver pods and 7 pods of the tasks" in text
+    assert "10 driver pods and 8 pods of the tasks" in text
     swept = next(yaml.safe_load_all(SWEEP.read_text(encoding="utf-8")))
-    assert drivers_and_executors(swept, items=4) == (9 + 1 + 2 * 4, 7 + 4)
+    assert drivers_and_executors(swept, items=4) == (10 + 3 * 4, 7 + 2 * 4)
 
 
 # The documents against the types of each release

@@ -229,7 +229,7 @@ def dvc_stages(root: Path) -> Document:
 
 def test_the_graph_has_dvcs_stages_and_edges(root: Path, tasks: dict[str, Task]) -> None:
     stages = dvc_stages(root)
-    control = {"publish", "gate"}
+    control = {"publish", "gate", "check"}
     assert set(tasks) - control == set(stages)
     made = {out: name for name, stage in stages.items() for out in stage["outs"]}
     ours = {(o.task, o.name, t.name) for t in tasks.values() for o in t.artifacts.values()}
@@ -257,6 +257,24 @@ def test_the_graph_passes_dvcs_settings_each_to_its_own_stage(
         used = {o.name for o in tasks[name].parameters.values() if o.name.endswith("_settings")}
         assert used == {f"{title}_settings"}, "or a change would run more than it must"
     assert tasks["gate"].parameters["settings"] == Origin("", "export_settings")
+
+
+def test_training_waits_for_a_check_of_all_settings_and_its_cache_does_not_go_by_them(
+    documents: tuple[Document, Document], tasks: dict[str, Task]
+) -> None:
+    group = documents[0]["root"]["dag"]["tasks"]
+    for name in ("train", "train-beside"):
+        assert "check" in group[name]["dependentTasks"]
+    given = {key: origin.name for key, origin in tasks["check"].parameters.items()}
+    del given["pipelinechannel--image"]
+    sections = ("train", "beside", "evaluate", "export", "verify")
+    assert given == {f"{name}_settings": f"{name}_settings" for name in sections}
+    sweep = yaml.safe_load_all(SWEEP.read_text(encoding="utf-8"))
+    graphs = [
+        component["dag"] for component in next(sweep)["components"].values() if "dag" in component
+    ]
+    (loop,) = [graph["tasks"] for graph in graphs if "train" in graph["tasks"]]
+    assert "check" in loop["train"]["dependentTasks"], "each candidate is checked"
 
 
 def test_what_the_data_are_is_part_of_the_cache_key(
