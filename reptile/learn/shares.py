@@ -1,6 +1,7 @@
 """How much each tower counts: chosen on validation tasks, after training."""
 
 from collections.abc import Iterator, Sequence
+from math import comb
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from reptile.settings import TrainSettings
 from reptile.tasks import Purpose, Task, check_classes, held_out_task, random_stream
 
 QUERIES = 5  # of each class
-STEPS = 8  # shares are multiples of 1 / STEPS
+STEPS = 8  # shares are multiples of 1 / STEPS,
+MOST = 60  # or of a larger fraction where those would be more than so many
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def choose_shares(
         )
         return float(np.mean([_score(learner, weighed, rows, task) for task in tasks]))
 
-    candidates = sorted(_shares(len(equal)), key=lambda shares: np.ptp(shares))
+    candidates = sorted({equal, *candidate_shares(len(equal))}, key=lambda s: (np.ptp(s), s))
     return max(candidates, key=lambda shares: model.objective.better * score(shares))
 
 
@@ -83,11 +85,17 @@ def _score(learner: ClosedForm, features: Tensor, rows: np.ndarray, task: Task) 
     return float(learner.model.objective.scores(outputs, task.query_targets))
 
 
-def _shares(towers: int, left: int = STEPS) -> Iterator[tuple[float, ...]]:
-    """Yield every way to part `left` steps among towers."""
+def candidate_shares(towers: int) -> list[tuple[float, ...]]:
+    """Return the shares of towers to try beside equal ones: multiples of a fraction, 1 in all."""
+    steps = max(n for n in range(1, STEPS + 1) if n < 3 or comb(n + towers - 1, n) <= MOST)
+    return [tuple(part / steps for part in parts) for parts in _parts(towers, steps)]
+
+
+def _parts(towers: int, steps: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to part steps among towers."""
     if towers == 1:
-        yield (left / STEPS,)
+        yield (steps,)
         return
-    for first in range(left + 1):
-        for rest in _shares(towers - 1, left - first):
-            yield (first / STEPS, *rest)
+    for first in range(steps + 1):
+        for rest in _parts(towers - 1, steps - first):
+            yield (first, *rest)

@@ -14,6 +14,7 @@ from reptile.export.closed_form import build_closed_form_graphs
 from reptile.learn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from reptile.learn.engines import make_engine
 from reptile.learn.run import run_training
+from reptile.learn.shares import candidate_shares
 from reptile.models import size, unflatten
 from reptile.settings import TrainSettings
 
@@ -156,3 +157,14 @@ def test_the_graphs_compute_what_the_learner_does(trained: Checkpoint) -> None:
     features = learner.features(torch.from_numpy(images).float() / 255)
     wanted = learner.outputs(features[:5], torch.from_numpy(labels), features[5:])
     np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8, 10])
+def test_the_shares_that_are_tried_stay_few_with_many_towers(count: int) -> None:
+    tried = candidate_shares(count)
+    assert len(set(tried)) == len(tried) <= 60
+    assert all(sum(shares) == pytest.approx(1) for shares in tried)
+    for tower in range(count):  # each may count alone, or not at all
+        assert tuple(float(tower == each) for each in range(count)) in tried
+    if count < 4:
+        assert (3 / 8, 5 / 8, *[0.0] * (count - 2)) in tried
