@@ -184,12 +184,11 @@ def test_what_a_later_stage_would_refuse_is_refused_before_training(
     write_prepared(tmp_path / "prepared")
     (tmp_path / "params.yaml").write_text("")
     settings = load_settings(tmp_path / "params.yaml", change.split())
-    texts = [
-        getattr(settings, name).model_dump_json()
-        for name in ("train", "beside", "evaluate", "export", "verify")
-    ]
+    sections = ("train", "beside", "evaluate", "export", "verify")
+    texts = {f"{name}_settings": getattr(settings, name).model_dump_json() for name in sections}
+    prepared = Folder(tmp_path / "prepared")
     if words:
         with pytest.raises(InputError, match=re.escape(words)):
-            check(*texts, Folder(tmp_path / "prepared"))
+            check(**texts, prepared=prepared)
     else:
-        check(*texts, Folder(tmp_path / "prepared"))
+        check(**texts, prepared=prepared)
