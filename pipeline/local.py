@@ -85,7 +85,7 @@ def run_local(
         try:
             load_component_from_text(for_this_machine(image or "python", graph))(**arguments)
         except Exception as error:  # whatever it is, the run has failed and its folder tells more
-            failure = str(error) or type(error).__name__
+            failure = f"{str(error) or type(error).__name__} Its log is above."
     made = set(output.iterdir()) - before
     if len(made) != 1:
         more = "several runs at once; give each an --output of its own" if made else "no task ran"
@@ -110,6 +110,9 @@ def examine(folder: Path, failure: str = "", *, publishes: bool = False) -> Run:
     if publishes:
         looks["publish"] = _published
     for stage, look in looks.items():
+        if failure and not (folder / stage).exists():
+            found[stage] = ""  # not started, as a task before it has failed
+            continue
         try:
             found[stage] = look(folder)
         except (InputError, OSError, ValueError, KeyError) as error:

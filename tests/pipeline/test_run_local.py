@@ -321,3 +321,9 @@ def test_a_run_is_judged_by_what_it_left_not_by_its_status(
         assert run.message
         (copy / path).write_bytes(before)
     assert examine(copy, "Docker says so").outcome is Outcome.FAILED
+    for stage in ("train", "evaluate", "gate", "export", "verify"):
+        shutil.rmtree(copy / stage)
+    run = examine(copy, "the task check failed")
+    assert run.outcome is Outcome.FAILED
+    assert run.message == "the task check failed", "what was not started is no problem of its own"
+    assert examine(copy).message.count("\n") == 4
