@@ -85,7 +85,7 @@ def run_local(
         try:
             load_component_from_text(for_this_machine(image or "python", graph))(**arguments)
         except Exception as error:  # whatever it is, the run has failed and its folder tells more
-            failure = f"{str(error) or type(error).__name__} Its log is above."
+            failure = str(error) or type(error).__name__
     made = set(output.iterdir()) - before
     if len(made) != 1:
         more = "several runs at once; give each an --output of its own" if made else "no task ran"
