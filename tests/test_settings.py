@@ -85,7 +85,7 @@ def whole_numbers(section: type[Section], path: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("value", [10**23, "1e308", ".inf", -(10**23)])
-@pytest.mark.parametrize("setting", whole_numbers(Settings))
+@pytest.mark.parametrize("setting", list(whole_numbers(Settings)))
 def test_the_extremes_of_a_whole_number_are_refused_when_it_is_read(
     setting: str, value: object, tmp_path: Path
 ) -> None:
